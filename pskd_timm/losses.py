@@ -1,0 +1,39 @@
+"""Losses: tensors in, tensor out. Means over B; at least float32 whatever the logits' precision."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """`logits` in float32 if they are of lower precision, unchanged otherwise."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of `logits` [B, K] against `targets` [B, K] whose rows sum to 1; mean over B."""
+    return -(targets * F.log_softmax(at_least_float32(logits), dim=1)).sum(dim=1).mean()
+
+
+def tempered_kl(logits: Tensor, target_logits: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(target_logits/T) ‖ softmax(logits/T)), both [B, K], summed over K; mean over B. No gradient to the target."""
+    log_p = F.log_softmax(at_least_float32(logits) / temperature, dim=1)
+    log_q = F.log_softmax(at_least_float32(target_logits.detach()) / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def virtual_teacher(labels: Tensor, num_classes: int, true_probability: float) -> Tensor:
+    """Rows [B, K] (float32) with `true_probability` on the label and the rest spread evenly (Yuan et al., CVPR 2020, Eq. 9)."""
+    rest = (1.0 - true_probability) / (num_classes - 1)
+    rows = torch.full((len(labels), num_classes), rest, device=labels.device)
+    return rows.scatter(1, labels[:, None], true_probability)
+
+
+def virtual_teacher_kl(logits: Tensor, labels: Tensor, true_probability: float, temperature: float) -> Tensor:
+    """KL(softmax(q/T) ‖ softmax(logits)) for the virtual teacher's q, summed over K; mean over B.
+
+    As released by Yuan et al.: the probabilities q go through a softmax again, and the student is not divided by T.
+    """
+    targets = F.softmax(virtual_teacher(labels, logits.shape[1], true_probability) / temperature, dim=1)
+    log_p = F.log_softmax(at_least_float32(logits), dim=1)
+    return F.kl_div(log_p, targets.to(log_p.dtype), reduction="batchmean")

@@ -1,0 +1,30 @@
+"""What a method is: a loss that owns the forward pass, and what happens around an epoch."""
+
+from torch import Tensor, nn
+
+from ..batch import Batch
+
+
+class Method:
+    """Base of all methods. Not an `nn.Module`: a teacher is neither wrapped nor saved with the student."""
+
+    needs_partners = False  # whether `Batch.partner_images` is to be filled
+
+    def setup(self, *, num_samples: int, num_classes: int, num_epochs: int, device, labels: Tensor | None = None):
+        """Prepare for a run over `num_samples` training samples; `labels` [N] where they are known. Returns self."""
+        self.num_classes, self.num_epochs = num_classes, num_epochs
+        return self
+
+    def begin_epoch(self, epoch: int, order: Tensor):
+        """Before epoch `epoch` (0-based), in which this rank visits the sample ids `order` [n]; all ranks together."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss (a scalar, mean over B) and the logits [B, K] of one training step."""
+        raise NotImplementedError
+
+    def end_epoch(self):
+        """After the last step of an epoch; all ranks together."""
+
+    def values(self) -> dict[str, float]:
+        """What the method has to report of the current epoch, by name."""
+        return {}

@@ -1,0 +1,47 @@
+"""TF-KD (Yuan et al., CVPR 2020, arXiv 1909.11723): a virtual teacher, or the same architecture trained before."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import losses
+from .base import Method
+
+
+class TFKD(Method):
+    """(1 − α)·cross-entropy + α·m·KL/K with the virtual teacher, (1 − α)·cross-entropy + α·m·T²·KL/K with a trained one.
+
+    KL is summed over the K classes and averaged over B; KL/K is what the released code calls `KLDivLoss()`.
+    `teacher` is None for the virtual one. A `multiplier` m of None stands for K.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None = None,
+        alpha: float = 0.1,
+        temperature: float = 20.0,
+        multiplier: float | None = None,
+        true_probability: float = 0.99,
+    ):
+        self.teacher, self.alpha, self.temperature = teacher, alpha, temperature
+        self.multiplier, self.true_probability = multiplier, true_probability
+
+    def setup(self, *, num_samples, num_classes, num_epochs, device, labels=None):
+        super().setup(num_samples=num_samples, num_classes=num_classes, num_epochs=num_epochs, device=device)
+        multiplier = num_classes if self.multiplier is None else self.multiplier
+        self.kl_weight = self.alpha * multiplier / num_classes
+        if self.teacher is not None:
+            self.teacher.to(device).eval().requires_grad_(False)
+            self.kl_weight *= self.temperature**2
+        return self
+
+    def loss(self, model, batch):
+        logits = model(batch.images)
+        if self.teacher is None:
+            kl = losses.virtual_teacher_kl(logits, batch.labels, self.true_probability, self.temperature)
+        else:
+            with torch.no_grad():
+                teacher_logits = self.teacher(batch.images)
+            kl = losses.tempered_kl(logits, teacher_logits, self.temperature)
+        cross_entropy = F.cross_entropy(losses.at_least_float32(logits), batch.labels)
+        return (1.0 - self.alpha) * cross_entropy + self.kl_weight * kl, logits

@@ -1,0 +1,104 @@
+"""The six figures of the paper's tables, in its units: error and ECE in %, NLL in nats, AURC and E-AURC × 10³."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .recipe import InputError
+
+METRICS = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc")
+ECE_BINS = 10
+ROWS_AT_ONCE = 8192  # bounds the memory of the comparisons that rank a row's classes
+
+
+class Outcomes(NamedTuple):
+    """What is kept of each sample's prediction, each [N]: `confidence` is the largest probability, `nll` in nats."""
+
+    confidence: Tensor
+    correct: Tensor
+    top5_correct: Tensor
+    nll: Tensor
+
+
+def true_rank(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """How many classes stand before the label [N] in `probabilities` [N, K]; among equals the lower class is first."""
+    true = probabilities.gather(1, labels[:, None])
+    classes = torch.arange(probabilities.shape[1], device=labels.device)
+    return ((probabilities > true) | ((probabilities == true) & (classes < labels[:, None]))).sum(dim=1)
+
+
+def outcomes(probabilities: Tensor, labels: Tensor) -> Outcomes:
+    """Each sample's outcome from `probabilities` [N, K] and `labels` [N]; a probability of 0 counts as the smallest float."""
+    rank = torch.cat([true_rank(p, y) for p, y in zip(probabilities.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)])
+    true = probabilities.gather(1, labels[:, None]).squeeze(1)
+    tiny = torch.finfo(probabilities.dtype).tiny
+    return Outcomes(probabilities.amax(dim=1), rank == 0, rank < 5, -torch.log(true.double().clamp_min(tiny)))
+
+
+def bin_of(confidence: Tensor, bins: int = ECE_BINS) -> Tensor:
+    """The bin 0 … bins − 1 of each `confidence` [N] among (0, 1/bins], … (1 − 1/bins, 1]."""
+    # Edges are rounded to the confidences' own type, so that a float32 0.3 is on the edge 0.3, not just above it.
+    edges = (torch.arange(bins + 1, dtype=torch.float64) / bins).to(confidence)
+    return (torch.bucketize(confidence.contiguous(), edges) - 1).clamp(0, bins - 1)
+
+
+def ece(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> Tensor:
+    """Expected calibration error in [0, 1]: Σ over bins of |accuracy − mean confidence| · n_bin / N (Guo et al., 2017)."""
+    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    gap.index_add_(0, bin_of(confidence, bins), correct.double() - confidence.double())
+    return gap.abs().sum() / len(confidence)
+
+
+def risk_curve(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Error rate [N] among the n = 1 … N most confident samples; equal confidences take their average over all orders."""
+    descending = confidence.argsort(descending=True)
+    _, tie = torch.unique_consecutive(confidence[descending], return_inverse=True)
+    wrong = 1.0 - correct[descending].double()
+    in_tie = torch.bincount(tie).double()
+    expected = (torch.zeros_like(in_tie).index_add_(0, tie, wrong) / in_tie)[tie]
+    return expected.cumsum(0) / torch.arange(1, len(wrong) + 1, device=wrong.device)
+
+
+def optimal_aurc(num_samples: int, num_errors: int) -> float:
+    """AURC in [0, 1] of the best ranking: every error less confident than every hit (Geifman et al., ICLR 2019)."""
+    k = torch.arange(1, num_errors + 1, dtype=torch.float64)
+    return (k / (num_samples - num_errors + k)).sum().item() / num_samples
+
+
+def summarize(each: Outcomes) -> dict[str, float]:
+    """The six figures over a whole split, from each sample's outcome."""
+    correct = each.correct.double()
+    aurc = risk_curve(each.confidence, each.correct).mean().item()
+    return {
+        "top1_error": 100.0 * (1.0 - correct).mean().item(),
+        "top5_error": 100.0 * (1.0 - each.top5_correct.double()).mean().item(),
+        "nll": each.nll.double().mean().item(),
+        "ece": 100.0 * ece(each.confidence, each.correct).item(),
+        "aurc": 1000.0 * aurc,
+        "eaurc": 1000.0 * (aurc - optimal_aurc(len(correct), int((~each.correct).sum()))),
+    }
+
+
+def _float_tensor(values) -> Tensor:
+    if isinstance(values, np.ndarray) and values.dtype == np.longdouble:
+        values = values.astype(np.float64)  # torch has nothing wider
+    return torch.as_tensor(values)
+
+
+def score(probabilities, labels) -> dict[str, float]:
+    """The six figures of `probabilities` [N, K] (rows sum to 1) against `labels` [N], tensors or arrays of any float type.
+
+    Raises InputError where shapes, label range or values do not fit.
+    """
+    probabilities, labels = _float_tensor(probabilities), torch.as_tensor(labels)
+    if probabilities.ndim != 2 or not probabilities.is_floating_point() or 0 in probabilities.shape:
+        raise InputError(f"probabilities must be floats of shape [N, K], got {probabilities.dtype} {list(probabilities.shape)}")
+    if labels.shape != probabilities.shape[:1] or labels.is_floating_point():
+        raise InputError(f"labels must be integers of shape [{len(probabilities)}], got {labels.dtype} {list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+        raise InputError(f"labels must lie in 0 … {probabilities.shape[1] - 1}, got {labels.min()} … {labels.max()}")
+    if not (probabilities.isfinite().all() and probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-3):
+        raise InputError("probabilities must be finite and lie in [0, 1]; these do not (logits go through a softmax first)")
+    return summarize(outcomes(probabilities, labels.to(probabilities.device).long()))
