@@ -22,10 +22,10 @@ def tempered_kl(logits: Tensor, target_logits: Tensor, temperature: float) -> Te
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
-def virtual_teacher(labels: Tensor, num_classes: int, true_probability: float) -> Tensor:
-    """Rows [B, K] (float32) with `true_probability` on the label and the rest spread evenly (Yuan et al., CVPR 2020, Eq. 9)."""
+def virtual_teacher(labels: Tensor, num_classes: int, true_probability: float, dtype=torch.float32) -> Tensor:
+    """Rows [B, K] with `true_probability` on the label and the rest spread evenly (Yuan et al., CVPR 2020, Eq. 9)."""
     rest = (1.0 - true_probability) / (num_classes - 1)
-    rows = torch.full((len(labels), num_classes), rest, device=labels.device)
+    rows = torch.full((len(labels), num_classes), rest, dtype=dtype, device=labels.device)
     return rows.scatter(1, labels[:, None], true_probability)
 
 
@@ -34,6 +34,6 @@ def virtual_teacher_kl(logits: Tensor, labels: Tensor, true_probability: float, 
 
     As released by Yuan et al.: the probabilities q go through a softmax again, and the student is not divided by T.
     """
-    targets = F.softmax(virtual_teacher(labels, logits.shape[1], true_probability) / temperature, dim=1)
     log_p = F.log_softmax(at_least_float32(logits), dim=1)
-    return F.kl_div(log_p, targets.to(log_p.dtype), reduction="batchmean")
+    q = virtual_teacher(labels, logits.shape[1], true_probability, log_p.dtype)
+    return F.kl_div(log_p, F.softmax(q / temperature, dim=1), reduction="batchmean")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import order
+from . import order, ranks
 from .recipe import InputError
 
 DTYPES = ("float16", "float32", "float64")
@@ -39,8 +39,7 @@ class PredictionStore:
     def __init__(self, num_samples: int, num_classes: int, device="cpu", dtype: str = "float16", labels: Tensor | None = None):
         if dtype not in DTYPES:
             raise InputError(f"store dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.rank, self.world_size = ranks.rank_and_world_size()
         self.num_samples, self.num_classes, self.labels = num_samples, num_classes, labels
         self.own = home_rows(num_samples, self.rank, self.world_size)
         self.home = torch.zeros(self.own.stop - self.own.start, num_classes, dtype=getattr(torch, dtype), device=device)
@@ -116,12 +115,7 @@ class PredictionStore:
         Samples never seen are one-hot where the store knows their labels, NaN where it does not.
         """
         self._return_rows()
-        table = self.home.clone()
-        if self.world_size > 1:
-            blocks = [home_rows(self.num_samples, rank, self.world_size) for rank in range(self.world_size)]
-            parts = [table.new_empty(block.stop - block.start, self.num_classes) for block in blocks]
-            _all_gather_uneven(parts, table)
-            table = torch.cat(parts)
+        table = ranks.gather_rows(self.home, self.num_samples).clone()
         unseen = (table[:, 0] < 0).nonzero().squeeze(1)
         table[unseen] = float("nan")
         if self.labels is not None:
@@ -159,11 +153,3 @@ class PredictionStore:
             arrived = source.new_empty(sum(map(len, into)), self.num_classes)
             dist.all_to_all_single(arrived, source[torch.cat(out)], [len(r) for r in into], [len(r) for r in out])
             target[torch.cat(into)] = arrived
-
-
-def _all_gather_uneven(parts: list[Tensor], mine: Tensor):
-    """Fill `parts` (one tensor a rank, lengths may differ) with every rank's `mine`."""
-    for rank, part in enumerate(parts):
-        if rank == dist.get_rank():
-            part.copy_(mine)
-        dist.broadcast(part, rank)

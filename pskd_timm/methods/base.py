@@ -3,12 +3,19 @@
 from torch import Tensor, nn
 
 from ..batch import Batch
+from ..store import PredictionStore
 
 
 class Method:
     """Base of all methods. Not an `nn.Module`: a teacher is neither wrapped nor saved with the student."""
 
     needs_partners = False  # whether `Batch.partner_images` is to be filled
+    store: PredictionStore | None = None  # what a method remembers of the training samples, saved with a checkpoint
+
+    @classmethod
+    def from_section(cls, section: dict):
+        """The method with the settings of its section of a recipe."""
+        return cls(**section)
 
     def setup(self, *, num_samples: int, num_classes: int, num_epochs: int, device, labels: Tensor | None = None):
         """Prepare for a run over `num_samples` training samples; `labels` [N] where they are known. Returns self."""

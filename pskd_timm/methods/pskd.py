@@ -26,7 +26,8 @@ class PSKD(Method):
         logits = model(batch.images)
         wide = losses.at_least_float32(logits)
         last = self.store.read(batch.index, batch.labels).to(wide.dtype)
-        targets = (1.0 - self.alpha_now) * F.one_hot(batch.labels, self.num_classes) + self.alpha_now * last
+        label = F.one_hot(batch.labels, self.num_classes).to(wide.dtype)
+        targets = (1.0 - self.alpha_now) * label + self.alpha_now * last
         # What this very forward predicts (training mode, augmented view) is the next visit's target.
         self.store.write(batch.index, wide.detach().softmax(dim=1))
         return losses.soft_cross_entropy(logits, targets), logits

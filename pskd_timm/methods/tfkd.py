@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import losses
+from ..models.build import load_model
+from ..recipe import InputError
 from .base import Method
 
 
@@ -26,11 +28,18 @@ class TFKD(Method):
         self.teacher, self.alpha, self.temperature = teacher, alpha, temperature
         self.multiplier, self.true_probability = multiplier, true_probability
 
+    @classmethod
+    def from_section(cls, section):
+        teacher = None if section["teacher"] == "virtual" else load_model(section["teacher"])
+        return cls(**{**section, "teacher": teacher})
+
     def setup(self, *, num_samples, num_classes, num_epochs, device, labels=None):
         super().setup(num_samples=num_samples, num_classes=num_classes, num_epochs=num_epochs, device=device)
         multiplier = num_classes if self.multiplier is None else self.multiplier
         self.kl_weight = self.alpha * multiplier / num_classes
         if self.teacher is not None:
+            if self.teacher.num_classes != num_classes:
+                raise InputError(f"tfkd.teacher has {self.teacher.num_classes} classes, the data {num_classes}")
             self.teacher.to(device).eval().requires_grad_(False)
             self.kl_weight *= self.temperature**2
         return self

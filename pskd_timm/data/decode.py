@@ -1,0 +1,106 @@
+"""Images decoded once into one uint8 tensor, cached on disk and mapped from there afterwards."""
+
+import hashlib
+import io
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..recipe import InputError
+from .sources import Table
+
+VERSION = 1  # of what a cached file holds; a change makes old files be decoded anew
+CHUNK = 512
+
+
+def cache_folder(setting: str | None) -> Path:
+    """Where decoded images are kept."""
+    return Path(setting or os.environ.get("PSKD_TIMM_CACHE") or Path.home() / ".cache" / "pskd_timm").expanduser()
+
+
+def decoded(table: Table, image_size: int | None, folder: Path, progress=None) -> Tensor:
+    """The images of `table` as uint8 [N, 3, H, W], from `folder` where they were decoded before.
+
+    `progress(done, total)` is called now and then while decoding.
+    """
+    key = f"{VERSION} {table.dataset._fingerprint} {table.image_column} {image_size}"
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    if not path.is_file():
+        images = _decode(table, image_size, progress)
+        _save(images, path)
+        return images
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("images")
+
+
+def _save(images: Tensor, path: Path):
+    """Write whole or not at all; a cache that cannot be written costs time, not the run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            save_file({"images": images}, Path(temporary) / path.name)
+            os.replace(Path(temporary) / path.name, path)
+    except OSError as error:
+        print(f"pskd-timm: decoded images are not kept for the next run: {error}", flush=True)
+
+
+def _decode(table: Table, image_size: int | None, progress) -> Tensor:
+    from datasets import Image as ImageFeature
+
+    dataset = table.dataset
+    if isinstance(dataset.features[table.image_column], ImageFeature):
+        dataset = dataset.cast_column(table.image_column, ImageFeature(decode=False))
+    column = dataset.select_columns([table.image_column])
+    total = len(column)
+    if total == 0:
+        raise InputError("data: a split has no images")
+    images = None
+    # PIL decodes outside the interpreter lock, so threads help.
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, total, CHUNK):
+            rows = column[start : start + CHUNK][table.image_column]
+            chunk = list(pool.map(lambda item: _one(item[1], item[0], image_size), enumerate(rows, start)))
+            if images is None:
+                images = np.empty((total, *chunk[0].shape), np.uint8)
+            for offset, image in enumerate(chunk):
+                if image.shape != images.shape[1:]:
+                    first, this = ("×".join(map(str, s[:2])) for s in (images.shape[1:], image.shape))
+                    raise InputError(f"data: images differ in size ({first}, and {this} at sample {start + offset}): set data.image_size")
+                images[start + offset] = image
+            if progress:
+                progress(min(start + CHUNK, total), total)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _one(stored, position: int, image_size: int | None) -> np.ndarray:
+    """One image as uint8 [H, W, 3]; its shorter side resized to `image_size` and the centre kept, where that is set."""
+    try:
+        image = Image.fromarray(np.asarray(stored, np.uint8)) if not isinstance(stored, dict) else _open(stored)
+        image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"data: image {position}{_name(stored)} cannot be decoded: {error}") from None
+    return np.asarray(image if image_size is None else _fit(image, image_size))
+
+
+def _open(stored: dict) -> Image.Image:
+    return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+
+
+def _name(stored) -> str:
+    return f" ({stored['path']})" if isinstance(stored, dict) and stored.get("path") else ""
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    scale = size / min(image.size)
+    if scale != 1:
+        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))

@@ -1,0 +1,158 @@
+"""Where images come from: each source opens as tables of encoded images and labels, nothing decoded yet."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ..recipe import Data as DataSection
+from ..recipe import InputError, nearest
+
+
+class Source(NamedTuple):
+    """A well-known data set: its hub id, the columns to read and its size."""
+
+    hub_id: str
+    image_column: str
+    label_column: str
+    num_train: int
+    num_test: int
+    num_classes: int
+    image_size: int
+
+
+SOURCES = {
+    "cifar10": Source("uoft-cs/cifar10", "img", "label", 50_000, 10_000, 10, 32),
+    "cifar100": Source("uoft-cs/cifar100", "img", "fine_label", 50_000, 10_000, 100, 32),
+    "digits": Source("", "image", "label", 1_200, 597, 10, 8),
+}
+TEST_SPLITS = ("test", "validation", "val")
+
+
+class Sizes(NamedTuple):
+    """What is known of a data set before it is decoded."""
+
+    num_train: int
+    num_test: int
+    num_classes: int
+    image_size: int | None
+
+
+class Table(NamedTuple):
+    """One split: an HF `Dataset` and the names of its image and label columns."""
+
+    dataset: object
+    image_column: str
+    label_column: str
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names that the labels 0 … K − 1 stand for, or the sorted distinct labels where they are not numbered."""
+        feature = self.dataset.features[self.label_column]
+        names = getattr(feature, "names", None)
+        return names or [str(label) for label in sorted(set(self.dataset[self.label_column]))]
+
+    def labels(self, class_names: list[str]) -> list[int]:
+        """The label numbers [N]."""
+        values = self.dataset[self.label_column]
+        if getattr(self.dataset.features[self.label_column], "names", None):
+            return list(values)
+        number = {name: i for i, name in enumerate(class_names)}
+        if unknown := sorted({str(v) for v in values} - set(number)):
+            raise InputError(f"data: the test split has the label {unknown[0]!r}, which the training split has not")
+        return [number[str(value)] for value in values]
+
+
+def known_sizes(section: DataSection) -> Sizes | None:
+    """The sizes of a well-known source as it is published, without opening it; None for every other one."""
+    source = SOURCES.get(section.source or "")
+    if source is None:
+        return None
+    return Sizes(source.num_train, source.num_test, source.num_classes, source.image_size)
+
+
+def open_tables(section: DataSection) -> tuple[Table, Table]:
+    """The training and the test table of the data section of a recipe. Raises InputError where something is missing."""
+    splits = _digits() if section.source == "digits" else _open(section)
+    train = _take(splits, section.train_split, "data.train_split")
+    if section.test_fraction:
+        both = _checked(train, section).dataset.train_test_split(section.test_fraction, seed=section.seed)
+        train, test = both["train"], both["test"]
+    else:
+        test = _take(splits, section.test_split or _test_split(splits, section), "data.test_split")
+    return _checked(train, section), _checked(test, section)
+
+
+def _digits() -> dict:
+    """Handwritten digits (UCI, as scikit-learn ships them): 8×8, 17 grey levels; two thirds to train on."""
+    import numpy as np
+    from datasets import Array3D, ClassLabel, Dataset, Features
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=3)
+    parts = train_test_split(images, digits.target, test_size=SOURCES["digits"].num_test, stratify=digits.target, random_state=0)
+    features = Features({"image": Array3D((8, 8, 3), "uint8"), "label": ClassLabel(names=[str(d) for d in range(10)])})
+
+    def table(images, labels):
+        return Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+
+    return {"train": table(parts[0], parts[2]), "test": table(parts[1], parts[3])}
+
+
+def _open(section: DataSection) -> dict:
+    import datasets
+
+    datasets.disable_progress_bars()
+    source = SOURCES.get(section.source or "")
+    if section.path is None:
+        return _from_hub(source.hub_id if source else section.source)
+    folder = Path(section.path).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"data.path: no folder {folder}")
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            saved = datasets.load_from_disk(str(folder))
+            return saved if isinstance(saved, dict) else {"train": saved}
+        return datasets.load_dataset(str(folder))
+    except Exception as error:  # the library raises whatever its readers raise
+        raise InputError(f"data.path: {folder} cannot be read as images or a data set: {_first_line(error)}") from None
+
+
+def _from_hub(hub_id: str) -> dict:
+    import datasets
+
+    try:
+        return datasets.load_dataset(hub_id)
+    except Exception as error:  # the library raises whatever its readers raise
+        hint = nearest(hub_id, SOURCES)
+        raise InputError(
+            f"data.source: {hub_id!r} cannot be had from the Hugging Face hub{hint or ' (data.path reads a local folder)'}: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _test_split(splits: dict, section: DataSection) -> str:
+    if name := next((name for name in TEST_SPLITS if name in splits), None):
+        return name
+    raise InputError(
+        f"data: no test split among {', '.join(splits)}: name one with data.test_split, or set data.test_fraction 0.2 to set part of the training split aside"
+    )
+
+
+def _take(splits: dict, name: str, setting: str):
+    if name not in splits:
+        raise InputError(f"{setting}: no split {name!r} in the data, it has {', '.join(splits)}")
+    return splits[name]
+
+
+def _checked(dataset, section: DataSection) -> Table:
+    source = SOURCES.get(section.source or "")
+    image_column = section.image_column or (source.image_column if source else "image")
+    label_column = section.label_column or (source.label_column if source else "label")
+    for setting, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in dataset.column_names:
+            raise InputError(f"data.{setting}: no column {column!r} in the data, it has {', '.join(dataset.column_names)}{nearest(column, dataset.column_names)}")
+    return Table(dataset, image_column, label_column)

@@ -1,0 +1,131 @@
+"""A data set as tensors: training, held-out and test parts."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import rng
+from ..recipe import Data as DataSection
+from ..recipe import InputError
+from .decode import cache_folder, decoded
+from .sources import open_tables
+
+# One number for each thing that data.seed fixes.
+LIMIT, HOLDOUT, FLIPPED, NEW_LABEL, NOISE = range(5)
+NOISE_ROWS = 1024  # images that get their noise at once: bounds memory
+
+
+@dataclass
+class Split:
+    """Images uint8 [N, C, H, W], labels int64 [N] and the ids [N] that the samples had in the source's split."""
+
+    images: Tensor
+    labels: Tensor
+    source_id: Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> "Split":
+        return Split(self.images[rows], self.labels[rows], self.source_id[rows])
+
+    def to(self, device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device), self.source_id.to(device))
+
+
+@dataclass
+class Data:
+    """The parts of a data set; `holdout` is None unless the recipe asks for one."""
+
+    train: Split
+    test: Split
+    holdout: Split | None
+    class_names: list[str]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def load_data(section: DataSection, progress=None) -> Data:
+    """Open, decode (or map the cached images) and split as the data section of a recipe says; all on the CPU."""
+    train_table, test_table = open_tables(section)
+    class_names = train_table.class_names
+    if len(class_names) < 2:
+        raise InputError(f"data: a classifier needs two classes at least, the training split has {len(class_names)}")
+    parts = []
+    for name, table in (("train", train_table), ("test", test_table)):
+        labels = torch.tensor(table.labels(class_names))
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(class_names):
+            raise InputError(f"data: the {name} split must have samples, labelled 0 … {len(class_names) - 1}")
+        report = (lambda done, total, name=name: progress(f"decoding {name}", done, total)) if progress else None
+        images = decoded(table, section.image_size, cache_folder(section.cache_dir), report)
+        parts.append(Split(images, labels, torch.arange(len(labels))))
+    train, test = parts
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise InputError(f"data: training images are {list(train.images.shape[1:])}, test images {list(test.images.shape[1:])}: set data.image_size")
+    train = _with_noise(_limited(train, section.limit_train, section.seed), section, 0)
+    test = _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
+    train, holdout = _held_out(train, section)
+    train = replace(train, labels=flip_labels(train.labels, len(class_names), section.label_noise, section.seed))
+    return Data(train, test, holdout, class_names)
+
+
+def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` positions (sorted) taken from all classes as evenly as their sizes allow, as a function of `seed`."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(rng.fold(seed, LIMIT)))
+    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
+    sizes = torch.bincount(labels)
+    # The n-th sample of every class comes before the (n + 1)-th of any.
+    turn = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    return by_class[torch.argsort(turn, stable=True)[:count]].sort().values
+
+
+def stratified(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Positions (sorted) of `fraction` of each class, rounded per class, as a function of `seed`."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(rng.fold(seed, HOLDOUT)))
+    chosen = [rows[: round(fraction * len(rows))] for rows in (shuffled[labels[shuffled] == k] for k in labels.unique())]
+    return torch.cat(chosen).sort().values
+
+
+def flip_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
+    """`labels` [N] with `round(fraction · N)` of them replaced by another class, drawn evenly; a function of `seed`."""
+    if not fraction:
+        return labels
+    ids = torch.arange(len(labels))
+    flipped = rng.bits(rng.fold(seed, FLIPPED), ids).argsort()[: round(fraction * len(labels))]
+    shift = 1 + rng.integers(rng.fold(seed, NEW_LABEL), flipped, num_classes - 1)
+    return labels.index_put((flipped,), (labels[flipped] + shift) % num_classes)
+
+
+def gaussian_noise(images: Tensor, ids: Tensor, sigma: float, key: int) -> Tensor:
+    """uint8 `images` [N, C, H, W] plus noise of `sigma` pixel ranges, clipped; a function of (key, sample id, channel, pixel)."""
+    pixels = images[0].numel()
+    noisy = torch.empty_like(images)
+    for rows in torch.arange(len(images)).split(NOISE_ROWS):
+        counters = ids[rows, None] * pixels + torch.arange(pixels)
+        draws = rng.normal(key, counters).view_as(images[rows])
+        noisy[rows] = (images[rows] + 255.0 * sigma * draws).round().clamp(0, 255).to(torch.uint8)
+    return noisy
+
+
+def _limited(split: Split, count: int | None, seed: int) -> Split:
+    return split if count is None or count >= len(split) else split.take(class_balanced(split.labels, count, seed))
+
+
+def _with_noise(split: Split, section: DataSection, part: int) -> Split:
+    if not section.gaussian_noise:
+        return split
+    key = rng.fold(section.seed, NOISE, part)
+    return replace(split, images=gaussian_noise(split.images, split.source_id, section.gaussian_noise, key))
+
+
+def _held_out(train: Split, section: DataSection) -> tuple[Split, Split | None]:
+    if not section.holdout_fraction:
+        return train, None
+    held = stratified(train.labels, section.holdout_fraction, section.seed)
+    if len(held) == 0 or len(held) == len(train):
+        raise InputError(f"data.holdout_fraction {section.holdout_fraction} leaves {len(held)} of {len(train)} samples held out")
+    kept = torch.ones(len(train), dtype=torch.bool).index_fill(0, held, False)
+    return train.take(kept.nonzero().squeeze(1)), train.take(held)

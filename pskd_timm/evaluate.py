@@ -1,0 +1,105 @@
+"""A model over a split: per-sample outcomes on each rank's slice, metrics once over the whole split."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import metrics, ranks
+from .data import Split, eval_batches, load_data
+from .losses import at_least_float32
+from .metrics import Outcomes
+from .models.build import load_model
+from .recipe import InputError, Recipe, load_recipe
+
+
+@dataclass
+class Predictions:
+    """Every sample's outcome, and its probabilities [N, K], where `probabilities` were kept."""
+
+    outcomes: Outcomes
+    labels: Tensor
+    probabilities: Tensor
+
+    def score(self) -> dict[str, float]:
+        """The six figures over the whole split."""
+        return metrics.summarize(self.outcomes)
+
+    def write(self, path: Path):
+        """A Parquet file with a row a sample: index, label, prediction, confidence, correct, top5_correct, nll, probabilities."""
+        import pyarrow
+        from pyarrow import parquet
+
+        flat = pyarrow.array(self.probabilities.float().flatten().numpy())
+        columns = {
+            "index": pyarrow.array(range(len(self.labels))),
+            "label": self.labels.numpy(),
+            "prediction": self.probabilities.argmax(dim=1).numpy(),
+            **{name: values.numpy() for name, values in self.outcomes._asdict().items()},
+            "probabilities": pyarrow.FixedSizeListArray.from_arrays(flat, self.probabilities.shape[1]),
+        }
+        parquet.write_table(pyarrow.table(columns), path)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, split: Split, batch_size: int, mean, std, keep_probabilities: bool = False) -> Predictions:
+    """Outcomes of `split` in eval mode, each rank its slice, gathered on every rank and moved to the CPU."""
+    rank, world_size = ranks.rank_and_world_size()
+    ranks.copy_buffers_from_main(model)
+    model.eval()
+    num_classes = model.num_classes
+    each, kept = [], []
+    for images, labels in eval_batches(split, batch_size, mean, std, rank, world_size):
+        logits = at_least_float32(model(images))
+        probabilities = logits.softmax(dim=1)
+        # Of the logits, because a float32 probability reaches 0 where its logarithm is still finite.
+        nll = F.cross_entropy(logits, labels, reduction="none").double()
+        each.append(metrics.outcomes(probabilities, labels)._replace(nll=nll))
+        if keep_probabilities:
+            kept.append(probabilities)
+    device = split.images.device
+    empty = Outcomes(*(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64)))
+    columns = [torch.cat(parts) for parts in zip(*(each or [empty]), strict=True)]
+    gathered = Outcomes(*(ranks.gather_rows(column.contiguous(), len(split)).cpu() for column in columns))
+    mine = torch.cat(kept) if kept else torch.empty(0, num_classes, device=device)
+    probabilities = ranks.gather_rows(mine, len(split)).cpu() if keep_probabilities else mine.cpu()
+    return Predictions(gathered, split.labels.cpu(), probabilities)
+
+
+def run_recipe(run_dir: Path, overrides: dict | None = None) -> Recipe:
+    """The resolved recipe of a run folder."""
+    if not (run_dir / "recipe.yaml").is_file():
+        raise InputError(f"{run_dir}: no run here (a run folder has a recipe.yaml)")
+    return load_recipe(str(run_dir / "recipe.yaml"), overrides)
+
+
+def normalisation(model: nn.Module, recipe: Recipe) -> tuple[list[float], list[float]]:
+    """Mean and std [3] in units of the pixel range: the recipe's, else the model's own."""
+    config = model.pretrained_cfg
+    return recipe.augment.mean or list(config["mean"]), recipe.augment.std or list(config["std"])
+
+
+def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) -> dict[str, dict]:
+    """Score a finished run's weights on its test split again: {"last": …, "best": …} with `recorded` beside each figure."""
+    run_dir = Path(run_dir)
+    recipe = run_recipe(run_dir, overrides)
+    if not (run_dir / "result.json").is_file():
+        raise InputError(f"{run_dir}: the run is not finished (no result.json); the same train command goes on with it")
+    recorded = json.loads((run_dir / "result.json").read_text())
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = load_data(recipe.data, progress)
+    found = {}
+    for which, folder in (("last", run_dir), ("best", run_dir / "best")):
+        model = load_model(folder).to(device)
+        if recipe.model.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if model.num_classes != data.num_classes:
+            raise InputError(f"{folder}: the model has {model.num_classes} classes, the data {data.num_classes}")
+        found[which] = predict(model, data.test.to(device), recipe.batch_size, *normalisation(model, recipe)).score()
+        found[which]["recorded"] = {name: recorded[which][name] for name in metrics.METRICS}
+    return found

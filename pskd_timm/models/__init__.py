@@ -1,0 +1,3 @@
+"""Networks for small images; importing this module adds them to timm's registry."""
+
+from . import preact_resnet  # noqa: F401

@@ -1,0 +1,74 @@
+"""Any timm model from a recipe, to a folder that timm can load, and back."""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from ..recipe import InputError, nearest
+from ..recipe import Model as ModelSection
+
+
+def check_name(name: str):
+    """Raise InputError, with the nearest names, if timm has no model `name`."""
+    if not timm.is_model(name.split(".")[0].removeprefix("timm/")) and ":" not in name:
+        raise InputError(f"model.name: timm has no model {name!r}{nearest(name, timm.list_models())}")
+
+
+def create_model(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """The model of a recipe for `num_classes` and RGB images of `image_size` (H, W), tried on one of them."""
+    check_name(section.name)
+    arguments = {"num_classes": num_classes, **section.kwargs}
+    if _is_bound_to_a_size(section.name):
+        arguments.setdefault("img_size", image_size)
+    try:
+        model = timm.create_model(section.name, pretrained=section.pretrained, **arguments)
+    except Exception as error:  # each model raises what it likes
+        raise InputError(f"model {section.name} cannot be made with {arguments}: {_first_line(error)}") from None
+    # What `create_model` was given, for the config.json that loads the model again.
+    model.creation_arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
+    _try(model, section.name, num_classes, image_size)
+    return model
+
+
+def _is_bound_to_a_size(name: str) -> bool:
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name.split(".")[0]) else None
+    return bool(config and config.fixed_input_size)
+
+
+def _try(model: nn.Module, name: str, num_classes: int, image_size: tuple[int, int]):
+    training = model.training
+    try:
+        with torch.no_grad():
+            shape = tuple(model.eval()(torch.zeros(1, 3, *image_size)).shape)
+    except Exception as error:  # each model raises what it likes
+        raise InputError(f"model {name} does not take {image_size[0]}×{image_size[1]} images (data.image_size): {_first_line(error)}") from None
+    if shape != (1, num_classes):
+        raise InputError(f"model {name} returns {list(shape)} for one image, not [1, {num_classes}]: it is no classifier")
+    model.train(training)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def save_model(model: nn.Module, folder: Path, mean, std, image_size: tuple[int, int], class_names: list[str]):
+    """Write model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
+    from timm.models import save_for_hf
+
+    seen = {"mean": tuple(mean), "std": tuple(std), "input_size": (3, *image_size), "crop_pct": 1.0}
+    model.pretrained_cfg = {**model.pretrained_cfg, **seen}
+    config = {"num_classes": len(class_names), "label_names": class_names}
+    save_for_hf(model, folder, model_config=config, model_args=model.creation_arguments, safe_serialization=True)
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """The model in a run's or a checkpoint's folder, with its weights, on the CPU. Raises InputError if it is none."""
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder}: no model here (a finished run or a checkpoint has config.json and model.safetensors)")
+    try:
+        return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
+    except Exception as error:  # each model raises what it likes
+        raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None

@@ -1,0 +1,44 @@
+"""Optimizer, and the learning rate as a function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from .recipe import InputError, nearest
+from .recipe import Optim as OptimSection
+
+
+def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optimizer:
+    """torch's SGD, or any of timm's optimizers by name."""
+    from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+
+    if section.name == "sgd":
+        groups = model.parameters()
+        if not section.decay_norm_and_bias:
+            groups = param_groups_weight_decay(model, section.weight_decay)
+        return torch.optim.SGD(groups, section.lr, section.momentum, nesterov=section.nesterov, weight_decay=section.weight_decay)
+    if section.name not in list_optimizers():
+        raise InputError(f"optim.name: timm has no optimizer {section.name!r}{nearest(section.name, list_optimizers())}")
+    return create_optimizer_v2(
+        model,
+        opt=section.name,
+        lr=section.lr,
+        weight_decay=section.weight_decay,
+        momentum=section.momentum,
+        filter_bias_and_bn=not section.decay_norm_and_bias,
+    )
+
+
+def lr_at(step: int, steps_per_epoch: int, epochs: int, section: OptimSection) -> float:
+    """Learning rate of global step `step` (0-based)."""
+    epoch = step / steps_per_epoch
+    if epoch < section.warmup_epochs:
+        return section.lr * (step + 1) / (section.warmup_epochs * steps_per_epoch + 1)
+    if section.schedule == "step":
+        drops = sum(epoch >= (at if at >= 1 else at * epochs) for at in section.milestones)
+        return section.lr * section.decay_rate**drops
+    if section.schedule == "cosine":
+        part = (epoch - section.warmup_epochs) / (epochs - section.warmup_epochs)
+        return section.min_lr + (section.lr - section.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
+    return section.lr

@@ -1,0 +1,393 @@
+"""Every setting of a run on one page: typed, bounded, a sentence each. No torch here, so help and errors are instant."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+
+class InputError(ValueError):
+    """Bad input from the user, in one or two lines: what is wrong, where, and what would be right."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+# YAML 1.1 reads a bare `no` as false.
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
+
+
+class Data(Section):
+    source: str | None = None
+    """`digits` (ships with scikit-learn), `cifar10`, `cifar100`, or the id of any image data set on the Hugging Face hub."""
+    path: str | None = None
+    """Local folder to read instead of the hub: Parquet files, a saved HF data set, or a folder of images per class."""
+    image_column: str | None = None
+    """Column of the images; by default the source's own, else `image`."""
+    label_column: str | None = None
+    """Column of the labels; by default the source's own, else `label`."""
+    train_split: str = "train"
+    """Name of the training split."""
+    test_split: str | None = None
+    """Name of the test split; by default `test`, `validation` or `val`, whichever there is."""
+    test_fraction: Fraction = 0.0
+    """Part of the training split to set aside as the test split, where the data set has none."""
+    image_size: Annotated[int, Field(ge=4)] | None = None
+    """Height and width in pixels: the shorter side is resized, the centre kept; by default the size all images have."""
+    limit_train: Count | None = None
+    """Train on so many samples only, taken evenly from all classes."""
+    limit_test: Count | None = None
+    """Test on so many samples only, taken evenly from all classes."""
+    holdout_fraction: Fraction = 0.0
+    """Part of the training samples, evenly from all classes, held out to choose the best epoch on."""
+    label_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Part of the training labels to replace by another class."""
+    gaussian_noise: NonNegative = 0.0
+    """Noise added once to every image, train and test: standard deviation as a part of the pixel range, then clipped."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of what is fixed about the data (parts, label noise, image noise); the run's own seed does not touch it."""
+    cache_dir: str | None = None
+    """Folder of the decoded images; by default $PSKD_TIMM_CACHE, else ~/.cache/pskd_timm."""
+
+    @model_validator(mode="after")
+    def _names_something(self):
+        if self.source is None and self.path is None:
+            raise ValueError("name a data set: `source` (digits, cifar10, cifar100 or a hub id) or `path` (a local folder)")
+        return self
+
+
+class Augment(Section):
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    """Random crop of the image's own size after padding by so many zero pixels a side; 0 turns it off."""
+    hflip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Probability of mirroring an image left–right."""
+    mean: list[float] | None = None
+    """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
+    std: list[Positive] | None = None
+    """Channel standard deviations to divide by, in units of the pixel range; by default the model's own."""
+
+
+class Model(Section):
+    name: str
+    """Any timm model, this package's cifar_* networks among them (`pskd-timm models` lists those)."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights."""
+    kwargs: dict[str, Any] = {}
+    """Further arguments of the model, as `timm.create_model` takes them: {drop_rate: 0.1}."""
+    channels_last: bool = False
+    """Lay tensors out as NHWC, which convolutions on GPUs (and often CPUs) run faster on."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+
+
+class Optim(Section):
+    name: str = "sgd"
+    """`sgd` (torch's, with `momentum` and `nesterov`) or any optimizer of timm by name (`adamw`, `lion`, …)."""
+    lr: Positive = 0.1
+    """Peak learning rate."""
+    momentum: Fraction = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's form of momentum (SGD)."""
+    weight_decay: NonNegative = 5e-4
+    """Weight decay."""
+    decay_norm_and_bias: bool = True
+    """Decay norm weights and biases too, as the paper's code does."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """How the learning rate falls: by `decay_rate` at `milestones`, along a half cosine to `min_lr`, or not at all."""
+    milestones: list[Positive] = [0.5, 0.75]
+    """When the learning rate drops: below 1 a part of the run, from 1 on an epoch."""
+    decay_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Factor of each drop."""
+    min_lr: NonNegative = 0.0
+    """Where the cosine ends."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs over which the learning rate rises linearly to its peak."""
+    clip_grad_norm: Positive | None = None
+    """Largest norm of the gradient; longer gradients are scaled down to it."""
+
+
+class Baseline(Section):
+    pass
+
+
+class LabelSmoothing(Section):
+    epsilon: Fraction = 0.1
+    """ε: the target is (1 − ε)·label + ε/K. Default: PS-KD's authors (their repository, issue 6)."""
+
+
+class CSKD(Section):
+    weight: NonNegative = 1.0
+    """λ, the weight of the KL term. Default: CS-KD's authors for CIFAR-100 (3 for fine-grained data)."""
+    temperature: Positive = 4.0
+    """T of both softmaxes. Default: CS-KD's authors."""
+
+
+class TFKD(Section):
+    teacher: str = "virtual"
+    """`virtual` (the hand-made distribution, TF-KD_reg), or a finished run's folder, its network trained before (TF-KD_self)."""
+    alpha: Fraction | None = None
+    """α: cross-entropy weighs 1 − α. Default: TF-KD's released ResNet-18 settings, 0.1 with the virtual teacher, else 0.95."""
+    temperature: Positive | None = None
+    """T. Default: TF-KD's released ResNet-18 settings, 20 with the virtual teacher, else 6."""
+    multiplier: Positive | None = None
+    """m of the KL/K term. Default: number of classes with the virtual teacher (released: 100 for CIFAR-100), else 50."""
+    true_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    """The virtual teacher's probability of the true class. Default: TF-KD's released code."""
+
+    @model_validator(mode="after")
+    def _fill_in(self):
+        virtual = self.teacher == "virtual"
+        self.alpha = self.alpha if self.alpha is not None else 0.1 if virtual else 0.95
+        self.temperature = self.temperature if self.temperature is not None else 20.0 if virtual else 6.0
+        if self.multiplier is None and not virtual:
+            self.multiplier = 50.0
+        return self
+
+
+class PSKD(Section):
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
+    """α_T, the last epoch's weight of a sample's last prediction. Default: the paper's for CIFAR-100 (0.3 for ImageNet)."""
+    store_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of the stored predictions; the paper's code keeps float32."""
+
+
+class Checkpoint(Section):
+    every_epochs: Count = 1
+    """Save after every so many epochs, and after the last."""
+    keep: Count = 1
+    """How many checkpoints to keep."""
+
+
+class Tracking(Section):
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    """Weights & Biases: not at all, into the run's folder, or to the server (which needs an account)."""
+    project: str = "pskd_timm"
+    """Project that wandb files the run under."""
+    entity: str | None = None
+    """User or team that wandb files the run under."""
+    log_every: Count = 50
+    """Steps between two reads of the running loss."""
+
+
+class Recipe(Section):
+    name: str = ""
+    """What the runs are filed under; by default the recipe file's name."""
+    method: Literal["baseline", "label_smoothing", "cskd", "tfkd", "pskd"] = "pskd"
+    """How the network is taught."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes everything random about the run."""
+    epochs: Count
+    """Length of the run."""
+    batch_size: Count = 128
+    """Samples a step over all processes together."""
+    accumulate: Count = 1
+    """Forward and backward passes that a step's samples are split into, to fit into memory."""
+    mixed_precision: Precision = "no"
+    """Type of the forward pass: float32 (`no`), bfloat16 or float16 with loss scaling."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Evaluate and keep a running mean of the weights with this decay a step (timm's ModelEmaV3)."""
+    threads: Count | None = None
+    """CPU threads of torch; one is often fastest for small networks. By default torch's own choice."""
+    output_dir: str | None = None
+    """Root of the run folders <method>/seed<seed>; by default runs/<name>."""
+    resume: Literal["auto", "never"] = "auto"
+    """Go on from the run folder's newest checkpoint where there is one, or start anew and delete what is there."""
+    data: Data
+    augment: Augment = Augment()
+    model: Model
+    optim: Optim = Optim()
+    baseline: Baseline = Baseline()
+    label_smoothing: LabelSmoothing = LabelSmoothing()
+    cskd: CSKD = CSKD()
+    tfkd: TFKD = TFKD()
+    pskd: PSKD = PSKD()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if late := [epoch for epoch in self.optim.milestones if epoch >= self.epochs and epoch >= 1]:
+            if self.optim.schedule == "step":
+                raise ValueError(f"optim.milestones {late} lie beyond the last of {self.epochs} epochs; below 1 they are parts of the run")
+        if self.optim.warmup_epochs >= self.epochs:
+            raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate {self.accumulate} must not exceed batch_size {self.batch_size}")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run's files go."""
+        return Path(self.output_dir or f"runs/{self.name}") / self.method / f"seed{self.seed}"
+
+    def source_of(self, key: str) -> str:
+        """Where the value of the dotted `key` comes from: `default`, the recipe's file, or `command line`."""
+        return self._sources.get(key, "default")
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide a run's outcome, flat; two runs of equal identity may continue each other."""
+        values = flatten(self.model_dump())
+        sections = {name for name in METHOD_SECTIONS if name != self.method}
+        return {k: v for k, v in values.items() if k not in _NO_OUTCOME and k.split(".")[0] not in sections | {"tracking", "checkpoint"}}
+
+
+METHOD_SECTIONS = ("baseline", "label_smoothing", "cskd", "tfkd", "pskd")
+_NO_OUTCOME = {"name", "output_dir", "resume", "threads", "data.cache_dir"}
+
+
+def sections() -> dict[str, type[Section]]:
+    """The sections of a recipe by name."""
+    return {name: f.annotation for name, f in Recipe.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
+
+
+def settings() -> dict[str, Any]:
+    """Every setting by its dotted name, with pydantic's description of it."""
+    found = {name: field for name, field in Recipe.model_fields.items() if name not in sections()}
+    for section, cls in sections().items():
+        found |= {f"{section}.{name}": field for name, field in cls.model_fields.items()}
+    return found
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 0.1}} as {"optim.lr": 0.1}; a dictionary that is a setting's value stays one."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and not prefix and key in sections():
+            flat |= flatten(value, f"{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def nearest(word: str, known) -> str:
+    """`: did you mean …?` with the nearest of `known` names, or nothing."""
+    last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close += [last_parts[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(last_parts), n=1, cutoff=0.7)]
+    names = list(dict.fromkeys(close))
+    return f": did you mean {' or '.join(names)}?" if names else ""
+
+
+# In a wheel the recipes lie inside the package, in a checkout beside it.
+SHIPPED = Path(__file__).parent / "recipes"
+if not SHIPPED.is_dir():
+    SHIPPED = Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package, as `show` and `compare` take them."""
+    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one (`digits`, `recipes/digits.yaml`, `cifar100/…`)."""
+    if Path(name).is_file():
+        return Path(name)
+    inside = SHIPPED / Path(name.removeprefix("recipes/")).with_suffix(".yaml")
+    if inside.is_file():
+        return inside
+    raise InputError(f"no recipe {name!r}: neither a file nor one of {', '.join(shipped_recipes())}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML lets the second of two equal keys win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(map(str, twice))} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a recipe is a YAML mapping of settings, this is {type(tree).__name__}")
+    return tree
+
+
+def _value(text):
+    """A command-line value: lists, mappings and null as YAML, everything else as the text that pydantic converts."""
+    if not isinstance(text, str) or not (text[:1] in "[{" or text in ("null", "None")):
+        return text
+    try:
+        return None if text == "None" else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"cannot read {text!r}: write lists as [3, 4] and mappings as '{{width: 16}}'") from None
+
+
+def _override(flat: dict, key: str, value):
+    """Set the dotted `key`, which may reach into a setting that is a mapping (model.kwargs.width)."""
+    parent, _, name = key.rpartition(".")
+    if key not in settings() and parent in settings():
+        flat[parent] = {**(flat.get(parent) or {}), name: yaml.safe_load(value) if isinstance(value, str) else value}
+    else:
+        flat[key] = value
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a file or shipped name, with `overrides` by dotted name ({"optim.lr": 0.05}) laid over it.
+
+    Raises InputError that names the setting, what is wrong with it and where it came from.
+    """
+    path = find_recipe(str(name))
+    flat = flatten(read_yaml(path))
+    sources = dict.fromkeys(flat, str(path))
+    for key, value in (overrides or {}).items():
+        _override(flat, key, _value(value))
+        parent = key.rpartition(".")[0]
+        sources[parent if key not in settings() and parent in settings() else key] = "command line"
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    tree.setdefault("name", path.stem if path.parent.name in ("recipes", "") else f"{path.parent.name}-{path.stem}")
+    return build_recipe(tree, sources, str(path))
+
+
+def build_recipe(tree: dict[str, Any], sources: dict[str, str], origin: str) -> Recipe:
+    """A validated recipe from nested settings; `sources` says where each came from, `origin` where the rest did."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error.errors()[0], sources, origin)) from None
+    recipe._sources = sources
+    return recipe
+
+
+def _explain(error: dict, sources: dict[str, str], origin: str) -> str:
+    """One of pydantic's errors in a line."""
+    parts = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    key = ".".join(parts[:2] if parts and parts[0] in sections() else parts[:1])
+    where = sources.get(key, origin)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown setting {key!r}{nearest(key, settings())}"
+    if error["type"] == "missing":
+        return f"{where}: {key} is missing: {_description(key)}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if error["type"] == "value_error":
+        return f"{where}: {key + ': ' if key else ''}{message}"
+    return f"{where}: {key} {message}, got {error['input']!r}"
+
+
+def _description(key: str) -> str:
+    field = settings().get(key)
+    return field.description.split("\n")[0] if field is not None else "a section of the recipe"

@@ -1,0 +1,428 @@
+"""One run, from top to bottom: build, resume, epochs of batches, evaluate, log, save."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from . import checkpoint, rng
+from .checkpoint import Progress
+from .data import Data, ResidentLoader, load_data
+from .evaluate import Predictions, normalisation, predict, run_recipe
+from .methods import METHODS
+from .metrics import METRICS
+from .models.build import check_name, create_model, load_model, save_model
+from .optim import lr_at, make_optimizer
+from .order import num_batches
+from .progress import Display
+from .recipe import InputError, Recipe
+from .tracking import Tracker, read_lines
+
+MODEL, STEP = 10, 11  # streams of random numbers: initial weights, and what a step draws (dropout)
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass
+class Result:
+    """A finished run: its folder and what result.json holds of it."""
+
+    run_dir: Path
+    values: dict
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Result":
+        return cls(run_dir, json.loads((run_dir / "result.json").read_text()))
+
+    @property
+    def last(self) -> dict:
+        """Number and test figures of the last epoch."""
+        return self.values["last"]
+
+    @property
+    def best(self) -> dict:
+        """Number and test figures of the best epoch, and which part it was chosen on."""
+        return self.values["best"]
+
+    @property
+    def history(self) -> list[dict]:
+        """The lines of metrics.jsonl, one an epoch."""
+        return read_lines(self.run_dir / "metrics.jsonl")
+
+
+def train(recipe: Recipe, display: Display | None = None) -> Result:
+    """Train as `recipe` says, or go on with the run in its folder, and return the result.
+
+    Raises InputError for bad input, Diverged where the loss ends up not finite, and KeyboardInterrupt or SystemExit(143)
+    after a checkpoint where SIGINT or SIGTERM ask the run to stop.
+    """
+    check_name(recipe.model.name)
+    accelerator = connect(recipe)
+    rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    is_main = accelerator.is_main_process
+    display = (display or Display()) if is_main else Display(quiet=True)
+    run_dir = recipe.run_dir
+    if finished(recipe):
+        display.say(f"{run_dir}: finished before; --resume never starts anew")
+        return Result.read(run_dir)
+
+    # Build. Nothing is written before all of it stands.
+    with accelerator.local_main_process_first():
+        data = load_data(recipe.data, display.advance)
+    check_batches(recipe, len(data.train), world_size)
+    model = make_network(recipe, data).to(device)
+    if recipe.model.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    mean, std = normalisation(model, recipe)
+    if recipe.model.compile:
+        model.compile()
+    network = model  # without the wrappers of several processes
+    ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+    evaluated = ema.module if ema else network
+    train_split, test_split = data.train.to(device), data.test.to(device)
+    chosen_on, choosing_split = ("holdout", data.holdout.to(device)) if data.holdout else ("test", test_split)
+    method = METHODS[recipe.method].from_section(getattr(recipe, recipe.method).model_dump())
+    method.setup(
+        num_samples=len(data.train),
+        num_classes=data.num_classes,
+        num_epochs=recipe.epochs,
+        device=device,
+        labels=train_split.labels,
+    )
+    loader = ResidentLoader(
+        train_split,
+        data.num_classes,
+        recipe.batch_size,
+        recipe.augment,
+        mean,
+        std,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=world_size,
+        partners=method.needs_partners,
+    )
+    optimizer = make_optimizer(model, recipe.optim)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    # Resume.
+    if is_main:
+        prepare_folder(recipe)
+    accelerator.wait_for_everyone()
+    progress = Progress()
+    if newest := checkpoint.newest(run_dir):
+        progress = checkpoint.load(newest, network, ema, optimizer, method.store)
+        if accelerator.scaler and progress.scaler:
+            accelerator.scaler.load_state_dict(progress.scaler)
+        display.say(f"{run_dir}: going on after epoch {progress.epoch}, step {progress.step} of {loader.steps}")
+    tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
+    tracker.forget_after(progress.epoch, progress.step)
+
+    def save():
+        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+        checkpoint.save(run_dir, progress, network, ema, optimizer, method.store, recipe.checkpoint.keep)
+
+    running = RunningSums(accelerator)
+    clock = Clock(progress)
+    with StopSignals() as stop:
+        for epoch in range(progress.epoch, recipe.epochs):
+            batches = loader.rank_batches(epoch)[progress.step :]
+            method.begin_epoch(epoch, torch.cat(batches) if batches else torch.empty(0, dtype=torch.int64))
+            model.train()
+            for micro_batches in loader.batches(batches, epoch, recipe.accumulate):
+                step = epoch * loader.steps + progress.step
+                global_size = loader.global_size(progress.step)
+                # Dropout and the like draw from torch's generator: seeded here, a resumed run draws the same.
+                torch.manual_seed(rng.fold(recipe.seed, STEP, step, rank))
+                lr = lr_at(step, loader.steps, recipe.epochs, recipe.optim)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                for batch in micro_batches:
+                    with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
+                        with accelerator.autocast():
+                            loss, logits = method.loss(model, batch)
+                        # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
+                        accelerator.backward(loss * (len(batch.labels) * world_size / global_size))
+                    running.add(loss, logits, batch.labels)
+                if recipe.optim.clip_grad_norm:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if ema:
+                    ema.update(network)
+                progress.step += 1
+                # Ranks must agree to stop, so several of them look only where they meet anyway.
+                if (step + 1) % recipe.tracking.log_every == 0 or (stop.requested and world_size == 1):
+                    window = running.read(progress, stop.requested, f"epoch {epoch + 1}, step {progress.step}")
+                    tracker.log_step(step + 1, {"epoch": epoch + 1, "loss": window.loss, "lr": lr})
+                    display.advance(f"{recipe.method} seed {recipe.seed}", step + 1, recipe.epochs * loader.steps, f"epoch {epoch + 1}/{recipe.epochs} loss {window.loss:.3f}")
+                    if window.stop:
+                        clock.update(progress)
+                        save()
+                        tracker.finish()
+                        display.close()
+                        stop.end(f"{run_dir}: stopped after epoch {epoch}, step {progress.step} of {loader.steps}; the same command goes on from here", display)
+            window = running.read(progress, stop.requested, f"epoch {epoch + 1}")
+            train_values = {
+                "train_loss": progress.loss_sum / progress.num_seen,
+                "train_error": 100.0 * progress.error_sum / progress.num_seen,
+                **method.values(),
+            }
+            method.end_epoch()
+            clock.update(progress)
+            images_per_second = progress.num_seen / progress.epoch_seconds
+
+            # Evaluate.
+            figures = predict(evaluated, choosing_split, recipe.batch_size, mean, std).score()
+            clock.update(progress)
+            if progress.best is None or figures["top1_error"] < progress.best["top1_error"]:
+                progress.best = {"epoch": epoch + 1, **figures}
+                if is_main:
+                    keep_best(run_dir, evaluated, epoch + 1, mean, std, data)
+
+            # Log and save.
+            line = {"epoch": epoch + 1, "lr": lr, **train_values, "evaluated_on": chosen_on, **figures}
+            line |= {"images_per_second": images_per_second, "seconds": progress.seconds}
+            tracker.log_epoch((epoch + 1) * loader.steps, line)
+            display.say(epoch_line(recipe, line))
+            progress.epoch, progress.step = epoch + 1, 0
+            progress.loss_sum = progress.error_sum = progress.num_seen = progress.epoch_seconds = 0.0
+            last_epoch = epoch + 1 == recipe.epochs
+            if last_epoch or window.stop or (epoch + 1) % recipe.checkpoint.every_epochs == 0:
+                save()
+                if is_main:
+                    remove_old_bests(run_dir, progress.best["epoch"])
+            if window.stop and not last_epoch:
+                tracker.finish()
+                display.close()
+                stop.end(f"{run_dir}: stopped after epoch {epoch + 1}; the same command goes on from here", display)
+
+    # The result: the last and the best epoch's weights over the test split.
+    best_model = load_model(best_folder(run_dir, progress.best["epoch"])).to(device)
+    of_last = predict(evaluated, test_split, recipe.batch_size, mean, std, keep_probabilities=True)
+    of_best = predict(best_model, test_split, recipe.batch_size, mean, std, keep_probabilities=True)
+    clock.update(progress)
+    if is_main:
+        values = {
+            "name": recipe.name,
+            "method": recipe.method,
+            "seed": recipe.seed,
+            "last": {"epoch": recipe.epochs, **of_last.score()},
+            "best": {"epoch": progress.best["epoch"], **of_best.score(), "chosen_on": chosen_on},
+            "seconds": progress.seconds,
+            "num_train": len(data.train),
+            "num_test": len(data.test),
+            "num_classes": data.num_classes,
+            "num_parameters": sum(p.numel() for p in network.parameters()),
+            "num_processes": world_size,
+            **surroundings(device),
+        }
+        if data.holdout:
+            values["holdout"] = {"last": {"epoch": recipe.epochs, **figures}, "best": progress.best}
+        write_result(run_dir, evaluated, best_folder(run_dir, progress.best["epoch"]), of_last, of_best, values, mean, std, data)
+    accelerator.wait_for_everyone()
+    tracker.finish()
+    display.close()
+    return Result.read(run_dir)
+
+
+def connect(recipe: Recipe) -> Accelerator:
+    """Accelerate's view of the processes, refusing launches that would silently train something else."""
+    right = "launch several processes with `accelerate launch --multi_gpu --num_processes N -m pskd_timm train …`, also without a GPU"
+    if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise InputError(f"this launch asks for several processes but starts one: {right}")
+    if recipe.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("mixed_precision fp16 needs a GPU; bf16 and no run everywhere")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=recipe.mixed_precision,
+        step_scheduler_with_optimizer=False,
+        log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
+        # Running statistics matter in evaluation only; they are brought together there (ranks.py).
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise InputError(f"this launch starts {os.environ['WORLD_SIZE']} copies that know nothing of each other: {right}")
+    return accelerator
+
+
+def check_batches(recipe: Recipe, num_samples: int, world_size: int):
+    """Raise InputError where the global batch cannot be shared out."""
+    if recipe.batch_size < world_size:
+        raise InputError(f"batch_size {recipe.batch_size} is global and must not be below the {world_size} processes")
+    if num_batches(num_samples, recipe.batch_size, world_size) == 0:
+        raise InputError(f"data: {num_samples} training samples are fewer than the {world_size} processes")
+
+
+def make_network(recipe: Recipe, data: Data) -> nn.Module:
+    """The recipe's model with initial weights that depend on the seed alone."""
+    torch.manual_seed(rng.fold(recipe.seed, MODEL))
+    return create_model(recipe.model, data.num_classes, tuple(data.train.images.shape[-2:]))
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether the run folder holds this recipe's result; InputError where it holds another recipe's run."""
+    run_dir = recipe.run_dir
+    if recipe.resume == "never" or not (run_dir / "recipe.yaml").is_file():
+        return False
+    there, here = run_recipe(run_dir).identity(), recipe.identity()
+    if different := [key for key in here if there.get(key) != here[key]]:
+        key = different[0]
+        raise InputError(
+            f"{run_dir} holds a run with {key} {there.get(key)!r}, not {here[key]!r}: choose another --output_dir, or --resume never to replace it"
+        )
+    return (run_dir / "result.json").is_file()
+
+
+def prepare_folder(recipe: Recipe):
+    """Make the run folder and write the resolved recipe into it; with `resume: never` delete the run that is there."""
+    run_dir = recipe.run_dir
+    if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
+        shutil.rmtree(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+        (run_dir / "recipe.yaml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output_dir: {run_dir} cannot be written: {error}") from None
+
+
+class RunningSums:
+    """Loss, error and sample count summed on the device and read only now and then."""
+
+    @dataclass
+    class Window:
+        loss: float
+        stop: bool
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.sums = torch.zeros(4, device=accelerator.device)  # loss, errors, samples, ranks that are asked to stop
+
+    def add(self, loss, logits, labels):
+        wrong = (logits.detach().argmax(dim=1) != labels).sum()
+        self.sums[0] += loss.detach() * len(labels)
+        self.sums[1] += wrong
+        self.sums[2] += len(labels)
+
+    def read(self, progress: Progress, stop: bool, where: str) -> Window:
+        """Add the sums over all ranks to `progress` and start anew (all ranks call it together)."""
+        self.sums[3] = float(stop)
+        loss, errors, samples, stops = self.accelerator.reduce(self.sums, "sum").tolist()
+        self.sums.zero_()
+        progress.loss_sum += loss
+        progress.error_sum += errors
+        progress.num_seen += samples
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise Diverged(f"the loss is {loss} at {where}: a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help")
+        return self.Window(loss / max(samples, 1), stops > 0)
+
+
+class Clock:
+    """Adds the time since it last looked to a run's seconds, which survive a resume."""
+
+    def __init__(self, progress: Progress):
+        self.last = time.perf_counter()
+
+    def update(self, progress: Progress):
+        now = time.perf_counter()
+        progress.seconds += now - self.last
+        progress.epoch_seconds += now - self.last
+        self.last = now
+
+
+class StopSignals:
+    """While active, SIGINT and SIGTERM are noted, not obeyed; a second SIGINT is obeyed at once."""
+
+    def __enter__(self):
+        self.requested = 0
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = number
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def end(self, text: str, display: Display):
+        """Say so and end as the signal asks."""
+        display.say(text)
+        if self.requested == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+
+def epoch_line(recipe: Recipe, line: dict) -> str:
+    """What one line says of an epoch."""
+    return (
+        f"{recipe.method} seed {recipe.seed}  epoch {line['epoch']}/{recipe.epochs}  loss {line['train_loss']:.3f}  "
+        f"{line['evaluated_on']}: error {line['top1_error']:.2f} %  nll {line['nll']:.3f}  ece {line['ece']:.2f} %  "
+        f"{line['images_per_second']:,.0f} images/s"
+    )
+
+
+def best_folder(run_dir: Path, epoch: int) -> Path:
+    """Where the weights of the best epoch so far are kept while a run goes on."""
+    return run_dir / "checkpoints" / f"best-{epoch:06d}"
+
+
+def keep_best(run_dir: Path, model: nn.Module, epoch: int, mean, std, data: Data):
+    """Save the weights of `epoch`; earlier bests stay until a checkpoint no longer needs them."""
+    partial = run_dir / "checkpoints" / "best-partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(model, partial, mean, std, tuple(data.train.images.shape[-2:]), data.class_names)
+    checkpoint.publish(partial, best_folder(run_dir, epoch))
+
+
+def remove_old_bests(run_dir: Path, epoch: int):
+    """Remove the weights of all bests but that of `epoch`."""
+    for folder in (run_dir / "checkpoints").glob("best-[0-9]*"):
+        if folder != best_folder(run_dir, epoch):
+            shutil.rmtree(folder)
+
+
+def write_result(run_dir: Path, model: nn.Module, best: Path, of_last: Predictions, of_best: Predictions, values: dict, mean, std, data: Data):
+    """Write weights, predictions and, last of all, result.json, which says that the run is finished."""
+    save_model(model, run_dir, mean, std, tuple(data.train.images.shape[-2:]), data.class_names)
+    of_last.write(run_dir / "predictions.parquet")
+    shutil.copytree(best, run_dir / "best", dirs_exist_ok=True)
+    of_best.write(run_dir / "best" / "predictions.parquet")
+    partial = run_dir / "result.json.partial"
+    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False))
+    os.replace(partial, run_dir / "result.json")
+
+
+def surroundings(device: torch.device) -> dict:
+    """Versions of what matters and the hardware, for result.json."""
+    packages = ("pskd_timm", "torch", "torchvision", "timm", "accelerate", "datasets")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "hardware": {"device": device.type, "name": hardware, "cpu_count": os.cpu_count(), "threads": torch.get_num_threads()},
+    }
