@@ -43,4 +43,5 @@ class Display:
 
     def close(self):
         """Take the bars off the terminal."""
-        self.bars.stop()
+        if self.live:
+            self.bars.stop()

@@ -1,0 +1,182 @@
+"""The command line: each command is one call into the package, whose imports wait until it runs."""
+
+import argparse
+import os
+import sys
+
+from . import __version__
+from .recipe import METHOD_SECTIONS, InputError, Recipe, load_recipe, nearest, settings, shipped_recipes
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted
+several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm train RECIPE (also without a GPU)"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} ({self.prog} --help)")
+
+
+def make_parser() -> Parser:
+    """All commands; each setting of a recipe is an option of those that take a recipe."""
+    style = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser("pskd-timm", description="Classifiers whose confidences can be trusted, without a teacher network.", epilog=EPILOG, **style)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name, help, run, takes_recipe=True):
+        sub = commands.add_parser(name, help=help, description=help, epilog=EPILOG, **style)
+        sub.set_defaults(run=run)
+        if takes_recipe:
+            sub.add_argument("recipe", metavar="RECIPE", help=f"a YAML file, or one of: {', '.join(shipped_recipes())}")
+        return sub
+
+    train = command("train", "train one network with one method", run_train)
+    add_settings(train)
+    train.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
+    compare = command("compare", "train every method with every seed and put them into one table", run_compare)
+    compare.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHOD_SECTIONS), help=f"of: {' '.join(METHOD_SECTIONS)} (default: all)")
+    compare.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="default: 0")
+    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, each with its share of cores or its own GPU (default: 1)")
+    compare.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
+    add_settings(compare, without=("method", "seed"))
+    show = command("show", "print a recipe, where each value comes from, and what the run will cost", run_show)
+    add_settings(show)
+    evaluate = command("evaluate", "score a finished run's weights on its test split again", run_evaluate, takes_recipe=False)
+    evaluate.add_argument("run_dir", metavar="RUN", help="folder of a finished run")
+    add_settings(evaluate, only=("data.path", "data.cache_dir", "batch_size", "threads"))
+    command("models", "list this package's networks", run_models, takes_recipe=False)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, without=(), only=None):
+    """An option for every setting, with its sentence; values are checked by the recipe, not here."""
+    groups = {}
+    for key, field in settings().items():
+        if key in without or (only and key not in only):
+            continue
+        section = key.rpartition(".")[0] or "run"
+        group = groups.setdefault(section, parser.add_argument_group(section) if section not in groups else None)
+        default = "" if field.is_required() else f" (default: {field.default})"
+        group.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=(field.description + default).replace("%", "%%"))
+
+
+def overrides(arguments: argparse.Namespace, rest: list[str]) -> dict[str, str]:
+    """The settings given on the command line, those inside a mapping (--model.kwargs.width 16) among them."""
+    found = {key: value for key, value in vars(arguments).items() if key in settings()}
+    words = iter(rest)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        parent = settings().get(name.rpartition(".")[0])
+        if not word.startswith("--"):
+            raise InputError(f"unexpected argument {word!r}: settings are given as --section.name value")
+        if parent is None or "dict" not in str(parent.annotation):
+            raise InputError(f"unknown option --{name}{nearest(name, settings())}")
+        found[name] = value if equals else next(words, None)
+        if found[name] is None:
+            raise InputError(f"--{name} needs a value")
+    return found
+
+
+def load(arguments, rest) -> Recipe:
+    return load_recipe(arguments.recipe, overrides(arguments, rest))
+
+
+def run_train(arguments, rest):
+    recipe = load(arguments, rest)
+    from .progress import Display
+    from .train import Diverged, train
+
+    try:
+        result = train(recipe, Display(arguments.quiet))
+    except Diverged as error:
+        print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
+        return FAILED
+    if is_main_process():
+        last, best = result.last, result.best
+        print(f"last epoch {last['epoch']}: {figures(last)}")
+        print(f"best epoch {best['epoch']} (best on {best['chosen_on']}): {figures(best)}")
+        print(f"wrote {result.run_dir}")
+    return DONE
+
+
+def run_compare(arguments, rest):
+    recipe = load(arguments, rest)
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {arguments.jobs}")
+    if min(arguments.seeds) < 0:
+        raise InputError(f"--seeds must not be negative, got {min(arguments.seeds)}")
+    from rich.console import Console
+
+    from .compare import compare
+    from .progress import Display
+    from .report import terminal_table
+
+    # A seed or method given twice is one run.
+    methods, seeds = dict.fromkeys(arguments.methods), dict.fromkeys(arguments.seeds)
+    found = compare(recipe, list(methods), list(seeds), arguments.jobs, Display(arguments.quiet))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(terminal_table(found.rows, f"{recipe.name}: {recipe.model.name}, last epoch"))
+    print("wrote " + ", ".join(map(str, found.paths)))
+    return FAILED if found.failed else DONE
+
+
+def run_show(arguments, rest):
+    recipe = load(arguments, rest)
+    from rich.console import Console
+
+    from .show import cost_lines, sources_table
+
+    Console(width=None if sys.stdout.isatty() else 140).print(sources_table(recipe))
+    print("\n".join(cost_lines(recipe)))
+    return DONE
+
+
+def run_evaluate(arguments, rest):
+    given = overrides(arguments, rest)
+    from .evaluate import evaluate
+
+    for which, found in evaluate(arguments.run_dir, given).items():
+        recorded = found.pop("recorded")
+        agrees = "equal to result.json" if recorded == found else f"result.json has: {figures(recorded)}"
+        print(f"{which}: {figures(found)} ({agrees})")
+    return DONE
+
+
+def run_models(arguments, rest):
+    import timm
+
+    from . import models  # noqa: F401  (registers them)
+
+    print("\n".join(timm.list_models("cifar_*")))
+    return DONE
+
+
+def figures(values: dict) -> str:
+    """The six figures in a line."""
+    return (
+        f"top-1 error {values['top1_error']:.2f} %  top-5 error {values['top5_error']:.2f} %  nll {values['nll']:.4f}  "
+        f"ece {values['ece']:.2f} %  aurc {values['aurc']:.2f}  eaurc {values['eaurc']:.2f}"
+    )
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        arguments, rest = make_parser().parse_known_args(argv)
+        if rest and "recipe" not in arguments:
+            raise InputError(f"unknown option {rest[0]}")
+        return arguments.run(arguments, rest)
+    except InputError as error:
+        if is_main_process():
+            print(f"pskd-timm: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return DONE

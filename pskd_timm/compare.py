@@ -1,0 +1,165 @@
+"""Methods × seeds of one recipe: each run in a process of its own, skipping what is done, then one table."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from . import report
+from .metrics import METRICS
+from .progress import Display
+from .recipe import METHOD_SECTIONS, InputError, Recipe
+from .tracking import read_lines
+from .train import Result, finished, train
+
+GRACE = 60  # seconds that interrupted runs have to save before they are ended
+
+
+@dataclass
+class Comparison:
+    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written."""
+
+    rows: pd.DataFrame
+    runs: dict[str, list[Path]]
+    paths: list[Path]
+
+    @property
+    def failed(self) -> int:
+        """How many runs did not finish."""
+        return int((self.rows.status != "finished").sum())
+
+
+@dataclass
+class Job:
+    """One run and the process that works on it."""
+
+    recipe: Recipe
+    process: multiprocessing.Process | None = None
+    seat: int = 0  # which share of the machine it has
+
+    @property
+    def log(self) -> Path:
+        return self.recipe.run_dir / "run.log"
+
+    @property
+    def epochs_done(self) -> int:
+        return len(read_lines(self.recipe.run_dir / "metrics.jsonl"))
+
+
+def compare(recipe: Recipe, methods=METHOD_SECTIONS, seeds=(0,), jobs: int = 1, display: Display | None = None) -> Comparison:
+    """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
+
+    A failed run is a row that says so; the others go on. Finished runs are not repeated.
+    """
+    if unknown := [method for method in methods if method not in METHOD_SECTIONS]:
+        raise InputError(f"--methods: unknown method {unknown[0]!r}: choose from {', '.join(METHOD_SECTIONS)}")
+    if "WORLD_SIZE" in os.environ:
+        raise InputError("compare starts its runs itself: call `pskd-timm compare … --jobs N` without accelerate launch")
+    display = display or Display()
+    all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
+    root = Path(recipe.output_dir or f"runs/{recipe.name}")
+    waiting = [job for job in all_jobs if not finished(job.recipe)]
+    display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} finished before")
+    try:
+        failures = _work_off(waiting, len(all_jobs), jobs, display)
+    finally:
+        display.close()
+    rows, runs = _collect(all_jobs, failures)
+    return Comparison(rows, runs, report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch"))
+
+
+def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> dict[Path, str]:
+    """Run all jobs, `jobs` at a time; returns the reason for each run folder that failed."""
+    # Each run is a process of its own, forked from one that has the slow imports done but has trained nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pskd_timm.train", "datasets", "sklearn.datasets", "sklearn.model_selection"])
+    running: list[Job] = []
+    failures: dict[Path, str] = {}
+    left = list(waiting)
+    try:
+        while left or running:
+            while left and len(running) < jobs:
+                job = left.pop(0)
+                job.seat = min(set(range(jobs)) - {other.seat for other in running})
+                job.process = context.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
+                job.process.start()
+                running.append(job)
+            time.sleep(0.2)
+            for job in [job for job in running if not job.process.is_alive()]:
+                running.remove(job)
+                _tell(job, failures, display)
+            _show(running, total - len(left) - len(running), total, display)
+    except KeyboardInterrupt:
+        display.say("stopping: each run saves where it stands; the same command goes on from there")
+        _stop(running)
+        raise
+    return failures
+
+
+def _show(running: list[Job], done: int, total: int, display: Display):
+    now = ", ".join(f"{j.recipe.method} seed {j.recipe.seed} epoch {j.epochs_done}/{j.recipe.epochs}" for j in running)
+    display.advance("runs", done, total, now)
+
+
+def _tell(job: Job, failures: dict[Path, str], display: Display):
+    run_dir = job.recipe.run_dir
+    name = f"{job.recipe.method} seed {job.recipe.seed}"
+    if job.process.exitcode == 0:
+        last = Result.read(run_dir).last
+        display.say(f"{name}: error {last['top1_error']:.2f} %  nll {last['nll']:.3f}  ece {last['ece']:.2f} %")
+        return
+    failures[run_dir] = f"failed: exit code {job.process.exitcode}"
+    with suppress(OSError, IndexError):
+        failures[run_dir] = f"failed: {job.log.read_text().strip().splitlines()[-1]}"
+    display.say(f"{name}: {failures[run_dir]} (all of it: {job.log})")
+
+
+def _stop(running: list[Job]):
+    for job in running:
+        if job.process.is_alive():
+            os.kill(job.process.pid, signal.SIGTERM)
+    for job in running:
+        job.process.join(GRACE)
+        if job.process.is_alive():
+            job.process.kill()
+
+
+def _run(recipe: Recipe, seat: int, seats: int, log: str):
+    """The process of one run: its share of the cores or its own GPU, its words into run.log."""
+    import torch
+
+    # Ctrl-C at a terminal reaches every process; the parent passes it on once, as SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if torch.cuda.device_count() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(seat % torch.cuda.device_count())
+    threads = recipe.threads or max(1, (os.cpu_count() or 1) // seats)
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        torch.set_num_threads(threads)
+        try:
+            train(recipe)
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+            sys.exit(1)
+
+
+def _collect(jobs: list[Job], failures: dict[Path, str]) -> tuple[pd.DataFrame, dict[str, list[Path]]]:
+    rows, runs = [], {}
+    for job in jobs:
+        row = {"method": job.recipe.method, "seed": job.recipe.seed, "status": failures.get(job.recipe.run_dir, "finished")}
+        if row["status"] == "finished":
+            result = Result.read(job.recipe.run_dir)
+            row |= {name: result.last[name] for name in METRICS} | {"seconds": result.values["seconds"]}
+            runs.setdefault(job.recipe.method, []).append(job.recipe.run_dir)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=report.COLUMNS), runs

@@ -1,0 +1,60 @@
+"""What a recipe says, where each value comes from, and what the run will cost, before any training."""
+
+from .data.sources import Sizes, known_sizes, open_tables
+from .recipe import InputError, Recipe, flatten
+
+
+def sources_table(recipe: Recipe):
+    """A rich table of every setting of the recipe's own method, its value and its source."""
+    from rich.table import Table
+
+    table = Table(title=f"recipe {recipe.name}", title_justify="left")
+    for header in ("setting", "value", "source"):
+        table.add_column(header, overflow="fold")
+    identity = recipe.identity()
+    for key, value in flatten(recipe.model_dump()).items():
+        other_method = key not in identity and key.split(".")[0] in ("baseline", "label_smoothing", "cskd", "tfkd", "pskd")
+        if not other_method:
+            source = recipe.source_of(key)
+            table.add_row(key, str(value), source, style="dim" if source == "default" else None)
+    return table
+
+
+def sizes(recipe: Recipe) -> Sizes | None:
+    """How large the data set is: as published for the well-known ones, else from opening it (nothing is decoded)."""
+    known = known_sizes(recipe.data)
+    if known is None:
+        train, test = open_tables(recipe.data)
+        known = Sizes(len(train.dataset), len(test.dataset), len(train.class_names), None)
+    num_train = min(known.num_train, recipe.data.limit_train or known.num_train)
+    num_train -= round(num_train * recipe.data.holdout_fraction)
+    num_test = min(known.num_test, recipe.data.limit_test or known.num_test)
+    return Sizes(num_train, num_test, known.num_classes, recipe.data.image_size or known.image_size)
+
+
+def cost_lines(recipe: Recipe) -> list[str]:
+    """Steps, memory of the prediction store and size of the data, a line each."""
+    from .order import num_batches
+    from .store import store_bytes
+
+    try:
+        size = sizes(recipe)
+    except InputError as error:
+        return [f"cost: unknown until the data can be read: {error}"]
+    steps = num_batches(size.num_train, recipe.batch_size)
+    lines = [f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,} ({size.num_train:,} training samples, {size.num_classes} classes)"]
+    if recipe.method == "pskd":
+        parts = [f"{n} rank{'s' * (n > 1)} {megabytes(store_bytes(size.num_train, size.num_classes, recipe.pskd.store_dtype, n))}" for n in (1, 2, 8)]
+        lines.append(f"prediction store per rank: {', '.join(parts)}")
+    else:
+        lines.append(f"prediction store: none with {recipe.method}")
+    if size.image_size:
+        lines.append(f"data in memory: {megabytes((size.num_train + size.num_test) * 3 * size.image_size**2)} (uint8, {size.image_size}×{size.image_size})")
+    else:
+        lines.append("data in memory: known once images are decoded (data.image_size is not set)")
+    return lines
+
+
+def megabytes(count: float) -> str:
+    """`count` bytes for people."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
