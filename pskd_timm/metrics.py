@@ -30,11 +30,14 @@ def true_rank(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def outcomes(probabilities: Tensor, labels: Tensor) -> Outcomes:
-    """Each sample's outcome from `probabilities` [N, K] and `labels` [N]; a probability of 0 counts as the smallest float."""
+    """Each sample's outcome from `probabilities` [N, K] and `labels` [N].
+
+    A true class of probability 0 counts as float32's smallest normal number: 87.3 nats, whatever the type.
+    """
     rank = torch.cat([true_rank(p, y) for p, y in zip(probabilities.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)])
-    true = probabilities.gather(1, labels[:, None]).squeeze(1)
-    tiny = torch.finfo(probabilities.dtype).tiny
-    return Outcomes(probabilities.amax(dim=1), rank == 0, rank < 5, -torch.log(true.double().clamp_min(tiny)))
+    true = probabilities.gather(1, labels[:, None]).squeeze(1).double()
+    true = torch.where(true > 0, true, torch.finfo(torch.float32).tiny)
+    return Outcomes(probabilities.amax(dim=1), rank == 0, rank < 5, -torch.log(true))
 
 
 def bin_of(confidence: Tensor, bins: int = ECE_BINS) -> Tensor:

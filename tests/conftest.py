@@ -1,0 +1,41 @@
+"""Tests run offline, on one thread, with every cache in a temporary folder."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ.update(PSKD_TIMM_CACHE=str(folder / "decoded"), HF_HOME=str(folder / "hf"), MPLCONFIGDIR=str(folder / "mpl"))
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = folder / "hf" / "datasets"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A recipe of a few CPU seconds: digits, 300 of them, two epochs; overrides as on the command line."""
+    from pskd_timm import load_recipe
+
+    def recipe(**overrides):
+        settings = {
+            "epochs": 2,
+            "batch_size": 64,
+            "threads": 1,
+            "data.limit_train": 300,
+            "data.limit_test": 100,
+            "augment.crop_padding": 1,
+            "model.kwargs": {"width": 8},
+            "output_dir": str(tmp_path / "runs"),
+            "tracking.log_every": 1,
+        }
+        return load_recipe("digits", settings | {key.replace("__", "."): value for key, value in overrides.items()})
+
+    return recipe

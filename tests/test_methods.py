@@ -1,0 +1,201 @@
+"""Each method's loss against its formula, written out here in NumPy float64 from the papers, not from our code."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pskd_timm import METHODS, PSKD, Batch, InputError
+from pskd_timm.methods import CSKD, TFKD, Baseline, LabelSmoothing
+
+N, K, B, E = 23, 7, 5, 4
+
+
+def softmax(z):
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def one_hot(labels):
+    return np.eye(K)[labels]
+
+
+def cross_entropy(q, z):
+    return -(q * np.log(softmax(z))).sum(1).mean()
+
+
+def kl(q, p):
+    return (q * (np.log(q) - np.log(p))).sum(1).mean()
+
+
+class Echo(nn.Module):
+    """A network whose logits are its input: the test chooses them."""
+
+    num_classes = K
+
+    def forward(self, x):
+        return x
+
+
+def batch_of(z, labels, index, partners=None):
+    return Batch(torch.tensor(z), torch.tensor(labels), torch.tensor(index), None if partners is None else torch.tensor(partners))
+
+
+def ready(method):
+    return method.setup(num_samples=N, num_classes=K, num_epochs=E, device="cpu")
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(B, K)) * 2, rng.integers(0, K, B), rng.normal(size=(B, K)) * 2
+
+
+def loss_of(method, z, labels, partners=None):
+    loss, logits = ready(method).loss(Echo(), batch_of(z, labels, np.arange(B), partners))
+    assert np.array_equal(logits.numpy(), z)
+    return loss.item()
+
+
+def test_baseline_is_cross_entropy(problem):
+    z, labels, _ = problem
+    assert loss_of(Baseline(), z, labels) == pytest.approx(cross_entropy(one_hot(labels), z), rel=1e-12)
+
+
+def test_label_smoothing_spreads_epsilon_over_all_classes(problem):
+    z, labels, _ = problem
+    targets = 0.9 * one_hot(labels) + 0.1 / K
+    assert loss_of(LabelSmoothing(0.1), z, labels) == pytest.approx(cross_entropy(targets, z), rel=1e-12)
+
+
+def test_cskd_adds_the_tempered_kl_from_the_partner(problem):
+    z, labels, partners = problem
+    expected = cross_entropy(one_hot(labels), z) + 3 * 16 * kl(softmax(partners / 4), softmax(z / 4))
+    assert loss_of(CSKD(weight=3, temperature=4), z, labels, partners) == pytest.approx(expected, rel=1e-12)
+
+
+def test_cskd_teaches_the_anchor_only(problem):
+    z, labels, partners = problem
+    batch = batch_of(z, labels, np.arange(B), partners)
+    batch.images.requires_grad_(), batch.partner_images.requires_grad_()
+    ready(CSKD()).loss(Echo(), batch)[0].backward()
+    assert batch.images.grad.abs().sum() > 0 and batch.partner_images.grad is None
+
+
+def test_cskd_runs_partners_in_train_mode_so_running_statistics_move_twice_a_step():
+    model = nn.BatchNorm1d(K)
+    batch = Batch(torch.randn(B, K), torch.zeros(B, dtype=torch.long), torch.arange(B), torch.randn(B, K))
+    ready(CSKD()).loss(model, batch)
+    assert model.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("multiplier", [None, 3.0])
+def test_tfkd_with_the_virtual_teacher_is_the_released_formula(problem, multiplier):
+    z, labels, _ = problem
+    alpha, temperature, true = 0.1, 20.0, 0.99
+    q = np.where(one_hot(labels) == 1, true, (1 - true) / (K - 1))
+    kl_el = kl(softmax(q / temperature), softmax(z)) / K
+    expected = (1 - alpha) * cross_entropy(one_hot(labels), z) + alpha * (multiplier or K) * kl_el
+    assert loss_of(TFKD(None, alpha, temperature, multiplier, true), z, labels) == pytest.approx(expected, rel=1e-12)
+
+
+def test_tfkd_with_a_trained_teacher_is_the_released_formula(problem):
+    z, labels, _ = problem
+    teacher = Echo()
+    teacher.forward = lambda x: torch.flip(x, [1])
+    kl_el = kl(softmax(z[:, ::-1] / 6), softmax(z / 6)) / K
+    expected = 0.05 * cross_entropy(one_hot(labels), z) + 0.95 * 50 * 36 * kl_el
+    assert loss_of(TFKD(teacher, alpha=0.95, temperature=6, multiplier=50), z, labels) == pytest.approx(expected, rel=1e-12)
+
+
+def test_tfkd_refuses_a_teacher_of_other_classes():
+    teacher = Echo()
+    teacher.num_classes = 3
+    with pytest.raises(InputError, match=f"3 classes, the data {K}"):
+        ready(TFKD(teacher))
+
+
+def test_tfkds_teacher_stays_in_eval_mode_and_learns_nothing():
+    class Network(nn.Sequential):
+        num_classes = K
+
+    teacher = Network(nn.Linear(K, K), nn.Dropout(0.5))
+    method = ready(TFKD(teacher))
+    batch = batch_of(np.ones((B, K), dtype=np.float32), [0] * B, np.arange(B))
+    assert method.loss(Echo(), batch)[0] == method.loss(Echo(), batch)[0]
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+class Recomputed:
+    """PS-KD from the paper alone: dictionaries and loops, no table, no store."""
+
+    def __init__(self, alpha, num_epochs):
+        self.alpha, self.num_epochs, self.seen = alpha, num_epochs, {}
+
+    def loss(self, epoch, ids, z, labels):
+        alpha = self.alpha * (epoch + 1) / self.num_epochs
+        p, total = softmax(z), 0.0
+        for row, (sample, label) in enumerate(zip(ids, labels, strict=True)):
+            last = self.seen.get(sample, np.eye(K)[label])
+            target = (1 - alpha) * np.eye(K)[label] + alpha * last
+            total -= (target * np.log(p[row])).sum()
+        for row, sample in enumerate(ids):
+            self.seen[sample] = p[row]
+        return total / len(ids)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6), ("float16", 2e-3)])
+def test_pskd_equals_an_independent_recomputation_in_losses_rows_and_alpha(dtype, tolerance):
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, K, N)
+    pskd, expected = ready(PSKD(alpha=0.8, store_dtype=dtype)), Recomputed(0.8, E)
+    for epoch in range(E):
+        ids = rng.permutation(N)
+        pskd.begin_epoch(epoch, torch.tensor(ids))
+        assert pskd.values() == {"alpha": pytest.approx(0.8 * (epoch + 1) / E)}
+        for start in range(0, N, B):  # 23 samples in batches of 5: the last has three
+            index = ids[start : start + B]
+            z = rng.normal(size=(len(index), K)) * 2
+            loss, _ = pskd.loss(Echo(), batch_of(z, labels[index], index))
+            assert loss.dtype == torch.float64
+            assert loss.item() == pytest.approx(expected.loss(epoch, index, z, labels[index]), rel=tolerance)
+        pskd.end_epoch()
+        table = pskd.store.gather()
+        for sample in range(N):
+            assert table[sample].numpy() == pytest.approx(expected.seen[sample], abs=tolerance)
+
+
+def test_pskds_first_epoch_is_plain_cross_entropy(problem):
+    z, labels, _ = problem
+    pskd = ready(PSKD(alpha=0.8))
+    pskd.begin_epoch(0, torch.arange(B))
+    loss, _ = pskd.loss(Echo(), batch_of(z, labels, np.arange(B)))
+    assert loss.item() == pytest.approx(cross_entropy(one_hot(labels), z), rel=1e-12)
+
+
+def test_no_gradient_flows_into_pskds_stored_predictions(problem):
+    z, labels, _ = problem
+    pskd = ready(PSKD(alpha=0.8, store_dtype="float64"))
+    last = softmax(np.random.default_rng(3).normal(size=(B, K)))
+    pskd.begin_epoch(E - 1, torch.arange(B))
+    pskd.store.write(torch.arange(B), torch.tensor(last))
+    batch = batch_of(z, labels, np.arange(B))
+    batch.images.requires_grad_()
+    pskd.loss(Echo(), batch)[0].backward()
+    target = 0.2 * one_hot(labels) + 0.8 * last
+    assert batch.images.grad.numpy() == pytest.approx((softmax(z) - target) / B, rel=1e-9)
+    assert not pskd.store.rows.requires_grad
+
+
+def test_pskd_takes_the_softmax_in_float32_of_half_precision_logits(problem):
+    z, labels, _ = problem
+    half = torch.tensor(z).bfloat16()
+    pskd = ready(PSKD(alpha=0.8, store_dtype="float32"))
+    pskd.begin_epoch(0, torch.arange(B))
+    loss, _ = pskd.loss(Echo(), Batch(half, torch.tensor(labels), torch.arange(B)))
+    assert loss.dtype == torch.float32
+    assert torch.equal(pskd.store.rows[:B], half.float().softmax(1))
+
+
+def test_every_method_is_in_the_table_under_its_own_name():
+    assert list(METHODS) == ["baseline", "label_smoothing", "cskd", "tfkd", "pskd"]
