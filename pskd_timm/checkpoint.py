@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .models.build import contiguous_state
 from .ranks import rank_and_world_size
 from .recipe import InputError
 from .store import PredictionStore, home_rows
@@ -56,9 +57,9 @@ def save(run_dir: Path, progress: Progress, model: nn.Module, ema: nn.Module | N
     if store is not None:
         save_file({"rows": store.shard().contiguous()}, partial / f"store-{rank:05d}-of-{world_size:05d}.safetensors")
     if rank == 0:
-        save_file(_saveable(model), partial / "model.safetensors")
+        save_file(contiguous_state(model), partial / "model.safetensors")
         if ema is not None:
-            save_file(_saveable(ema), partial / "ema.safetensors")
+            save_file(contiguous_state(ema), partial / "ema.safetensors")
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         state = {"version": VERSION, "world_size": world_size, **asdict(progress)}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
@@ -94,10 +95,6 @@ def _load_rows(path: Path, store: PredictionStore, saved_on: int):
             with safe_open(path / f"store-{rank:05d}-of-{saved_on:05d}.safetensors", "pt") as file:
                 rows = file.get_slice("rows")[start - shard.start : stop - shard.start]
             store.home[start - store.own.start : stop - store.own.start] = rows.to(store.home)
-
-
-def _saveable(model: nn.Module) -> dict:
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
 def publish(partial: Path, final: Path):

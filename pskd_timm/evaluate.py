@@ -45,7 +45,9 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, batch_size: int, mean, std, keep_probabilities: bool = False) -> Predictions:
+def predict(
+    model: nn.Module, split: Split, batch_size: int, mean, std, mixed_precision: str = "no", keep_probabilities: bool = False
+) -> Predictions:
     """Outcomes of `split` in eval mode, each rank its slice, gathered on every rank and moved to the CPU."""
     rank, world_size = ranks.rank_and_world_size()
     ranks.copy_buffers_from_main(model)
@@ -53,7 +55,9 @@ def predict(model: nn.Module, split: Split, batch_size: int, mean, std, keep_pro
     num_classes = model.num_classes
     each, kept = [], []
     for images, labels in eval_batches(split, batch_size, mean, std, rank, world_size):
-        logits = at_least_float32(model(images))
+        with autocast(images.device, mixed_precision):
+            logits = model(images)
+        logits = at_least_float32(logits)
         probabilities = logits.softmax(dim=1)
         # Of the logits, because a float32 probability reaches 0 where its logarithm is still finite.
         nll = F.cross_entropy(logits, labels, reduction="none").double()
@@ -67,6 +71,12 @@ def predict(model: nn.Module, split: Split, batch_size: int, mean, std, keep_pro
     mine = torch.cat(kept) if kept else torch.empty(0, num_classes, device=device)
     probabilities = ranks.gather_rows(mine, len(split)).cpu() if keep_probabilities else mine.cpu()
     return Predictions(gathered, split.labels.cpu(), probabilities)
+
+
+def autocast(device: torch.device, mixed_precision: str):
+    """The forward pass's precision as a recipe names it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def run_recipe(run_dir: Path, overrides: dict | None = None) -> Recipe:
@@ -100,6 +110,6 @@ def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) 
             model = model.to(memory_format=torch.channels_last)
         if model.num_classes != data.num_classes:
             raise InputError(f"{folder}: the model has {model.num_classes} classes, the data {data.num_classes}")
-        found[which] = predict(model, data.test.to(device), recipe.batch_size, *normalisation(model, recipe)).score()
+        found[which] = predict(model, data.test.to(device), recipe.batch_size, *normalisation(model, recipe), recipe.mixed_precision).score()
         found[which]["recorded"] = {name: recorded[which][name] for name in metrics.METRICS}
     return found

@@ -349,13 +349,14 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     Raises InputError that names the setting, what is wrong with it and where it came from.
     """
     path = find_recipe(str(name))
-    flat = flatten(read_yaml(path))
+    written = read_yaml(path)
+    flat = flatten(written)
     sources = dict.fromkeys(flat, str(path))
     for key, value in (overrides or {}).items():
         _override(flat, key, _value(value))
         parent = key.rpartition(".")[0]
         sources[parent if key not in settings() and parent in settings() else key] = "command line"
-    tree: dict[str, Any] = {}
+    tree: dict[str, Any] = {key: {} for key, value in written.items() if value == {} and key in sections()}
     for key, value in flat.items():
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value

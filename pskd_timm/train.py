@@ -172,7 +172,7 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                     window = running.read(progress, stop.requested, f"epoch {epoch + 1}, step {progress.step}")
                     tracker.log_step(step + 1, {"epoch": epoch + 1, "loss": window.loss, "lr": lr})
                     display.advance(f"{recipe.method} seed {recipe.seed}", step + 1, recipe.epochs * loader.steps, f"epoch {epoch + 1}/{recipe.epochs} loss {window.loss:.3f}")
-                    if window.stop:
+                    if window.stop and progress.step < loader.steps:
                         clock.update(progress)
                         save()
                         tracker.finish()
@@ -189,7 +189,7 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
             images_per_second = progress.num_seen / progress.epoch_seconds
 
             # Evaluate.
-            figures = predict(evaluated, choosing_split, recipe.batch_size, mean, std).score()
+            figures = predict(evaluated, choosing_split, recipe.batch_size, mean, std, recipe.mixed_precision).score()
             clock.update(progress)
             if progress.best is None or figures["top1_error"] < progress.best["top1_error"]:
                 progress.best = {"epoch": epoch + 1, **figures}
@@ -215,8 +215,8 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
 
     # The result: the last and the best epoch's weights over the test split.
     best_model = load_model(best_folder(run_dir, progress.best["epoch"])).to(device)
-    of_last = predict(evaluated, test_split, recipe.batch_size, mean, std, keep_probabilities=True)
-    of_best = predict(best_model, test_split, recipe.batch_size, mean, std, keep_probabilities=True)
+    of_last = predict(evaluated, test_split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities=True)
+    of_best = predict(best_model, test_split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities=True)
     clock.update(progress)
     if is_main:
         values = {

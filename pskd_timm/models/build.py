@@ -4,7 +4,9 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
 
 from ..recipe import InputError, nearest
 from ..recipe import Model as ModelSection
@@ -55,12 +57,18 @@ def _first_line(error: Exception) -> str:
 
 def save_model(model: nn.Module, folder: Path, mean, std, image_size: tuple[int, int], class_names: list[str]):
     """Write model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
-    from timm.models import save_for_hf
-
     seen = {"mean": tuple(mean), "std": tuple(std), "input_size": (3, *image_size), "crop_pct": 1.0}
     model.pretrained_cfg = {**model.pretrained_cfg, **seen}
     config = {"num_classes": len(class_names), "label_names": class_names}
-    save_for_hf(model, folder, model_config=config, model_args=model.creation_arguments, safe_serialization=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # timm's save_for_hf would write both, but refuses weights in channels_last.
+    save_file(contiguous_state(model), folder / "model.safetensors")
+    save_config_for_hf(model, str(folder / "config.json"), model_config=config, model_args=model.creation_arguments)
+
+
+def contiguous_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it."""
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
 def load_model(folder: str | Path) -> nn.Module:

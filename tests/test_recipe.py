@@ -1,0 +1,132 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pskd_timm
+from pskd_timm import InputError, load_recipe
+from pskd_timm.recipe import SHIPPED, settings, shipped_recipes
+
+PACKAGE = Path(pskd_timm.__file__).parent
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_loads_and_its_header_says_how_to_run_it(name):
+    assert load_recipe(name).epochs >= 1
+    header = (SHIPPED / f"{name}.yaml").read_text().split("\nepochs")[0]
+    assert header.startswith("#") and f"pskd-timm compare {name}" in header
+
+
+def test_every_setting_has_a_sentence():
+    assert [key for key, field in settings().items() if not (field.description or "").endswith(".")] == []
+
+
+def test_the_command_line_lies_over_the_recipe_and_the_recipe_over_the_default():
+    recipe = load_recipe("digits", {"optim.lr": "0.05", "model.kwargs.width": "8", "optim.milestones": "[3, 4.5]"})
+    assert (recipe.optim.lr, recipe.model.kwargs["width"], recipe.optim.milestones) == (0.05, 8, [3.0, 4.5])
+    assert recipe.source_of("optim.lr") == recipe.source_of("model.kwargs") == "command line"
+    assert recipe.source_of("data.source").endswith("digits.yaml")
+    assert recipe.source_of("optim.momentum") == "default"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"optim.lrr": "1"}, "unknown setting 'optim.lrr': did you mean optim.lr?"),
+        ({"lr": "1"}, "did you mean optim.lr"),
+        ({"optim.lr": "-1"}, "command line: optim.lr should be greater than 0, got '-1'"),
+        ({"optim.lr": "fast"}, "optim.lr should be a valid number"),
+        ({"pskd.alpha": "1.5"}, "pskd.alpha should be less than or equal to 1"),
+        ({"pskd.alpha": "nan"}, "finite"),
+        ({"epochs": "2.5"}, "epochs should be a valid integer"),
+        ({"method": "psk"}, "'baseline', 'label_smoothing', 'cskd', 'tfkd' or 'pskd'"),
+        ({"optim.milestones": "[500]"}, r"\[500.0\] lie beyond the last of"),
+        ({"optim.milestones": "[3, 4"}, r"write lists as \[3, 4\]"),
+        ({"optim.warmup_epochs": "1000"}, "must be below epochs"),
+        ({"accumulate": "1000"}, "must not exceed batch_size"),
+        ({"augment": "5"}, "augment should be a valid dictionary"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_one_line_that_names_it(overrides, says):
+    with pytest.raises(InputError, match=says) as error:
+        load_recipe("digits", overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("epochs: 1\nepochs: 2\n", "epochs stands twice"),
+        ("epochs: [1\n", "not valid YAML"),
+        ("- epochs\n", "mapping"),
+        ("epochs: 1\nmodel: {name: resnet18}\n", "data is missing"),
+        ("epochs: 1\nmodel: {name: resnet18}\ndata: {}\n", "name a data set"),
+        ("epochs: 1\nmodel: {name: resnet18}\ndata: {source: digits, sise: 3}\n", "data.sise.*did you mean data.source|data.sise"),
+        ("epochs: 1\nmodel:\ndata: {source: digits}\n", "model should be"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, text, says):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says) as error:
+        load_recipe(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_recipe_names_the_shipped_ones():
+    with pytest.raises(InputError, match="digits"):
+        load_recipe("digts")
+
+
+def test_tfkds_defaults_follow_its_teacher():
+    virtual = load_recipe("digits").tfkd
+    trained = load_recipe("digits", {"tfkd.teacher": "runs/x"}).tfkd
+    assert (virtual.alpha, virtual.temperature, virtual.multiplier) == (0.1, 20, None)
+    assert (trained.alpha, trained.temperature, trained.multiplier) == (0.95, 6, 50)
+
+
+def test_a_resolved_recipe_written_to_yaml_and_read_again_is_the_same(tmp_path):
+    import yaml
+
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
+        assert load_recipe(str(tmp_path / "again.yaml")).model_dump() == recipe.model_dump()
+
+
+def test_recipe_and_command_line_import_neither_torch_nor_timm():
+    code = "import sys, pskd_timm.cli, pskd_timm; pskd_timm.cli.main(['train', 'digits', '--epochs', 'x']); print({'torch', 'timm', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()" and "epochs" in done.stderr
+
+
+def test_public_names_are_functions_even_after_their_modules_were_imported():
+    from pskd_timm import compare, evaluate, train
+
+    assert callable(train) and callable(compare) and callable(evaluate)
+    assert pskd_timm.train is train and callable(pskd_timm.evaluate)
+
+
+LAYERS = [
+    {"recipe", "rng", "order", "batch", "losses", "metrics", "augment", "ranks", "store", "models", "progress"},
+    {"methods", "data", "optim", "tracking", "checkpoint", "evaluate"},
+    {"train"},
+    {"compare", "report", "show", "bench"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+
+
+def test_imports_point_one_way():
+    level = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level and len(parts) - node.level >= 0:
+                base = parts[: len(parts) - node.level]
+                names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+                target = base[0] if base else names[0]
+                if target in level and target != parts[0]:
+                    assert level[target] <= level[parts[0]], f"{path} imports {target}"
