@@ -38,6 +38,11 @@ class Progress:
     best: dict | None = None
     scaler: dict = field(default_factory=dict)
 
+    def start_epoch(self, epoch: int):
+        """Stand at the beginning of epoch `epoch` (from 0)."""
+        self.epoch, self.step = epoch, 0
+        self.loss_sum = self.error_sum = self.num_seen = self.epoch_seconds = 0.0
+
 
 def newest(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run, if it has one."""
@@ -45,7 +50,15 @@ def newest(run_dir: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
-def save(run_dir: Path, progress: Progress, model: nn.Module, ema: nn.Module | None, optimizer, store: PredictionStore | None, keep: int):
+def save(
+    run_dir: Path,
+    progress: Progress,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer,
+    store: PredictionStore | None,
+    keep: int,
+):
     """Write a checkpoint (all ranks call it together), then remove all but the `keep` newest."""
     rank, world_size = rank_and_world_size()
     folder = run_dir / "checkpoints"
@@ -75,7 +88,9 @@ def load(path: Path, model: nn.Module, ema: nn.Module | None, optimizer, store: 
     """Put a checkpoint's contents into place on this rank and return where the run stood."""
     state = json.loads((path / "state.json").read_text())
     if state.pop("version") != VERSION:
-        raise InputError(f"{path}: written by another version of pskd_timm, which this one cannot read; start anew with --resume never")
+        raise InputError(
+            f"{path}: written by another version of pskd_timm, which this one cannot read; start anew with --resume never"
+        )
     saved_on = state.pop("world_size")
     model.load_state_dict(load_file(path / "model.safetensors"))
     if ema is not None:

@@ -21,7 +21,12 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     """All commands; each setting of a recipe is an option of those that take a recipe."""
     style = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser("pskd-timm", description="Classifiers whose confidences can be trusted, without a teacher network.", epilog=EPILOG, **style)
+    parser = Parser(
+        "pskd-timm",
+        description="Classifiers whose confidences can be trusted, without a teacher network.",
+        epilog=EPILOG,
+        **style,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
 
@@ -36,14 +41,28 @@ def make_parser() -> Parser:
     add_settings(train)
     train.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
     compare = command("compare", "train every method with every seed and put them into one table", run_compare)
-    compare.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHOD_SECTIONS), help=f"of: {' '.join(METHOD_SECTIONS)} (default: all)")
+    compare.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        default=list(METHOD_SECTIONS),
+        help=f"of: {' '.join(METHOD_SECTIONS)} (default: all)",
+    )
     compare.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="default: 0")
-    compare.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, each with its share of cores or its own GPU (default: 1)")
+    compare.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once, each with its share of cores or its own GPU (default: 1)",
+    )
     compare.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
     add_settings(compare, without=("method", "seed"))
     show = command("show", "print a recipe, where each value comes from, and what the run will cost", run_show)
     add_settings(show)
-    evaluate = command("evaluate", "score a finished run's weights on its test split again", run_evaluate, takes_recipe=False)
+    evaluate = command(
+        "evaluate", "score a finished run's weights on its test split again", run_evaluate, takes_recipe=False
+    )
     evaluate.add_argument("run_dir", metavar="RUN", help="folder of a finished run")
     add_settings(evaluate, only=("data.path", "data.cache_dir", "batch_size", "threads"))
     command("models", "list this package's networks", run_models, takes_recipe=False)
@@ -59,7 +78,12 @@ def add_settings(parser: argparse.ArgumentParser, without=(), only=None):
         section = key.rpartition(".")[0] or "run"
         group = groups.setdefault(section, parser.add_argument_group(section) if section not in groups else None)
         default = "" if field.is_required() else f" (default: {field.default})"
-        group.add_argument(f"--{key}", metavar="VALUE", default=argparse.SUPPRESS, help=(field.description + default).replace("%", "%%"))
+        group.add_argument(
+            f"--{key}",
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=(field.description + default).replace("%", "%%"),
+        )
 
 
 def overrides(arguments: argparse.Namespace, rest: list[str]) -> dict[str, str]:

@@ -53,7 +53,9 @@ class Job:
         return len(read_lines(self.recipe.run_dir / "metrics.jsonl"))
 
 
-def compare(recipe: Recipe, methods=METHOD_SECTIONS, seeds=(0,), jobs: int = 1, display: Display | None = None) -> Comparison:
+def compare(
+    recipe: Recipe, methods=METHOD_SECTIONS, seeds=(0,), jobs: int = 1, display: Display | None = None
+) -> Comparison:
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
     A failed run is a row that says so; the others go on. Finished runs are not repeated.
@@ -61,7 +63,9 @@ def compare(recipe: Recipe, methods=METHOD_SECTIONS, seeds=(0,), jobs: int = 1, 
     if unknown := [method for method in methods if method not in METHOD_SECTIONS]:
         raise InputError(f"--methods: unknown method {unknown[0]!r}: choose from {', '.join(METHOD_SECTIONS)}")
     if "WORLD_SIZE" in os.environ:
-        raise InputError("compare starts its runs itself: call `pskd-timm compare … --jobs N` without accelerate launch")
+        raise InputError(
+            "compare starts its runs itself: call `pskd-timm compare … --jobs N` without accelerate launch"
+        )
     display = display or Display()
     all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
@@ -156,7 +160,11 @@ def _run(recipe: Recipe, seat: int, seats: int, log: str):
 def _collect(jobs: list[Job], failures: dict[Path, str]) -> tuple[pd.DataFrame, dict[str, list[Path]]]:
     rows, runs = [], {}
     for job in jobs:
-        row = {"method": job.recipe.method, "seed": job.recipe.seed, "status": failures.get(job.recipe.run_dir, "finished")}
+        row = {
+            "method": job.recipe.method,
+            "seed": job.recipe.seed,
+            "status": failures.get(job.recipe.run_dir, "finished"),
+        }
         if row["status"] == "finished":
             result = Result.read(job.recipe.run_dir)
             row |= {name: result.last[name] for name in METRICS} | {"seconds": result.values["seconds"]}

@@ -46,7 +46,13 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, split: Split, batch_size: int, mean, std, mixed_precision: str = "no", keep_probabilities: bool = False
+    model: nn.Module,
+    split: Split,
+    batch_size: int,
+    mean,
+    std,
+    mixed_precision: str = "no",
+    keep_probabilities: bool = False,
 ) -> Predictions:
     """Outcomes of `split` in eval mode, each rank its slice, gathered on every rank and moved to the CPU."""
     rank, world_size = ranks.rank_and_world_size()
@@ -65,7 +71,9 @@ def predict(
         if keep_probabilities:
             kept.append(probabilities)
     device = split.images.device
-    empty = Outcomes(*(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64)))
+    empty = Outcomes(
+        *(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64))
+    )
     columns = [torch.cat(parts) for parts in zip(*(each or [empty]), strict=True)]
     gathered = Outcomes(*(ranks.gather_rows(column.contiguous(), len(split)).cpu() for column in columns))
     mine = torch.cat(kept) if kept else torch.empty(0, num_classes, device=device)
@@ -110,6 +118,8 @@ def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) 
             model = model.to(memory_format=torch.channels_last)
         if model.num_classes != data.num_classes:
             raise InputError(f"{folder}: the model has {model.num_classes} classes, the data {data.num_classes}")
-        found[which] = predict(model, data.test.to(device), recipe.batch_size, *normalisation(model, recipe), recipe.mixed_precision).score()
+        found[which] = predict(
+            model, data.test.to(device), recipe.batch_size, *normalisation(model, recipe), recipe.mixed_precision
+        ).score()
         found[which]["recorded"] = {name: recorded[which][name] for name in metrics.METRICS}
     return found

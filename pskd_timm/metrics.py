@@ -34,7 +34,9 @@ def outcomes(probabilities: Tensor, labels: Tensor) -> Outcomes:
 
     A true class of probability 0 counts as float32's smallest normal number: 87.3 nats, whatever the type.
     """
-    rank = torch.cat([true_rank(p, y) for p, y in zip(probabilities.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)])
+    rank = torch.cat(
+        [true_rank(p, y) for p, y in zip(probabilities.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)]
+    )
     true = probabilities.gather(1, labels[:, None]).squeeze(1).double()
     true = torch.where(true > 0, true, torch.finfo(torch.float32).tiny)
     return Outcomes(probabilities.amax(dim=1), rank == 0, rank < 5, -torch.log(true))
@@ -97,11 +99,17 @@ def score(probabilities, labels) -> dict[str, float]:
     """
     probabilities, labels = _float_tensor(probabilities), torch.as_tensor(labels)
     if probabilities.ndim != 2 or not probabilities.is_floating_point() or 0 in probabilities.shape:
-        raise InputError(f"probabilities must be floats of shape [N, K], got {probabilities.dtype} {list(probabilities.shape)}")
+        raise InputError(
+            f"probabilities must be floats of shape [N, K], got {probabilities.dtype} {list(probabilities.shape)}"
+        )
     if labels.shape != probabilities.shape[:1] or labels.is_floating_point():
-        raise InputError(f"labels must be integers of shape [{len(probabilities)}], got {labels.dtype} {list(labels.shape)}")
+        raise InputError(
+            f"labels must be integers of shape [{len(probabilities)}], got {labels.dtype} {list(labels.shape)}"
+        )
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         raise InputError(f"labels must lie in 0 … {probabilities.shape[1] - 1}, got {labels.min()} … {labels.max()}")
     if not (probabilities.isfinite().all() and probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-3):
-        raise InputError("probabilities must be finite and lie in [0, 1]; these do not (logits go through a softmax first)")
+        raise InputError(
+            "probabilities must be finite and lie in [0, 1]; these do not (logits go through a softmax first)"
+        )
     return summarize(outcomes(probabilities, labels.to(probabilities.device).long()))

@@ -17,9 +17,13 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
         groups = model.parameters()
         if not section.decay_norm_and_bias:
             groups = param_groups_weight_decay(model, section.weight_decay)
-        return torch.optim.SGD(groups, section.lr, section.momentum, nesterov=section.nesterov, weight_decay=section.weight_decay)
+        return torch.optim.SGD(
+            groups, section.lr, section.momentum, nesterov=section.nesterov, weight_decay=section.weight_decay
+        )
     if section.name not in list_optimizers():
-        raise InputError(f"optim.name: timm has no optimizer {section.name!r}{nearest(section.name, list_optimizers())}")
+        raise InputError(
+            f"optim.name: timm has no optimizer {section.name!r}{nearest(section.name, list_optimizers())}"
+        )
     return create_optimizer_v2(
         model,
         opt=section.name,

@@ -15,7 +15,13 @@ class Display:
         self.quiet = quiet
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+        )
         self.bars = Bars(*columns, console=self.console, transient=True)
         self.tasks = {}
         self.last_line = 0.0

@@ -59,7 +59,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _names_something(self):
         if self.source is None and self.path is None:
-            raise ValueError("name a data set: `source` (digits, cifar10, cifar100 or a hub id) or `path` (a local folder)")
+            raise ValueError(
+                "name a data set: `source` (digits, cifar10, cifar100 or a hub id) or `path` (a local folder)"
+            )
         return self
 
 
@@ -216,9 +218,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self):
-        if late := [epoch for epoch in self.optim.milestones if epoch >= self.epochs and epoch >= 1]:
-            if self.optim.schedule == "step":
-                raise ValueError(f"optim.milestones {late} lie beyond the last of {self.epochs} epochs; below 1 they are parts of the run")
+        late = [epoch for epoch in self.optim.milestones if epoch >= self.epochs and epoch >= 1]
+        if late and self.optim.schedule == "step":
+            raise ValueError(
+                f"optim.milestones {late} lie beyond the last of {self.epochs} epochs; below 1 they are parts of the run"
+            )
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}")
         if self.accumulate > self.batch_size:
@@ -238,7 +242,11 @@ class Recipe(Section):
         """The settings that decide a run's outcome, flat; two runs of equal identity may continue each other."""
         values = flatten(self.model_dump())
         sections = {name for name in METHOD_SECTIONS if name != self.method}
-        return {k: v for k, v in values.items() if k not in _NO_OUTCOME and k.split(".")[0] not in sections | {"tracking", "checkpoint"}}
+        return {
+            k: v
+            for k, v in values.items()
+            if k not in _NO_OUTCOME and k.split(".")[0] not in sections | {"tracking", "checkpoint"}
+        }
 
 
 METHOD_SECTIONS = ("baseline", "label_smoothing", "cskd", "tfkd", "pskd")
@@ -247,7 +255,11 @@ _NO_OUTCOME = {"name", "output_dir", "resume", "threads", "data.cache_dir"}
 
 def sections() -> dict[str, type[Section]]:
     """The sections of a recipe by name."""
-    return {name: f.annotation for name, f in Recipe.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
+    return {
+        name: f.annotation
+        for name, f in Recipe.model_fields.items()
+        if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
+    }
 
 
 def settings() -> dict[str, Any]:
@@ -273,7 +285,10 @@ def nearest(word: str, known) -> str:
     """`: did you mean …?` with the nearest of `known` names, or nothing."""
     last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    close += [last_parts[part] for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(last_parts), n=1, cutoff=0.7)]
+    close += [
+        last_parts[part]
+        for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(last_parts), n=1, cutoff=0.7)
+    ]
     names = list(dict.fromkeys(close))
     return f": did you mean {' or '.join(names)}?" if names else ""
 
@@ -305,7 +320,9 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := {key for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(map(str, twice))} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(map(str, twice))} stands twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 

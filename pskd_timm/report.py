@@ -55,7 +55,12 @@ def summary(rows: pd.DataFrame) -> dict[str, dict[str, Cell]]:
     lowest = mean.min()
     return {
         method: {
-            column: Cell(mean.at[method, column], std.at[method, column], int(n[method]), column != "seconds" and mean.at[method, column] == lowest[column])
+            column: Cell(
+                mean.at[method, column],
+                std.at[method, column],
+                int(n[method]),
+                column != "seconds" and mean.at[method, column] == lowest[column],
+            )
             for column in mean.columns
         }
         for method in mean.index
@@ -80,7 +85,12 @@ def terminal_table(rows: pd.DataFrame, title: str):
     """A rich table; the best of each column in bold."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", caption="lower is better everywhere; ± is the standard deviation over seeds", caption_justify="left")
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="lower is better everywhere; ± is the standard deviation over seeds",
+        caption_justify="left",
+    )
     for i, header in enumerate(TABLE_HEADERS):
         table.add_column(header, justify="left" if i == 0 else "right")
     for line in _body(rows, "**"):
@@ -106,18 +116,34 @@ def plot(runs: dict[str, list[Path]], path: Path, title: str):
     FigureCanvasAgg(figure)
     reliability, risk = figure.subplots(1, 2)
     for method, folders in runs.items():
-        tables = [pd.read_parquet(folder / "predictions.parquet", columns=["confidence", "correct"]) for folder in folders]
+        tables = [
+            pd.read_parquet(folder / "predictions.parquet", columns=["confidence", "correct"]) for folder in folders
+        ]
         style = {"color": COLOURS[method], "label": TITLES[method], "linewidth": 2}
         pooled = pd.concat(tables)
         of_bin = pooled.groupby(bin_of(torch.tensor(pooled.confidence.to_numpy())).numpy()).mean()
         reliability.plot(of_bin.confidence, of_bin.correct, marker="o", markersize=4, **style)
-        curves = [risk_curve(torch.tensor(t.confidence.to_numpy()), torch.tensor(t.correct.to_numpy())).numpy() for t in tables]
+        curves = [
+            risk_curve(torch.tensor(t.confidence.to_numpy()), torch.tensor(t.correct.to_numpy())).numpy()
+            for t in tables
+        ]
         coverage = np.arange(1, len(curves[0]) + 1) / len(curves[0])
         risk.plot(100 * coverage, 100 * np.mean(curves, axis=0), **style)
     reliability.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, zorder=0)
     reliability.annotate("perfect calibration", (0.06, 0.06), (0.08, 0.03), rotation=0, color="0.45", fontsize=8)
-    reliability.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"confidence (mean of each of {ECE_BINS} bins)", ylabel="accuracy", title="Reliability")
-    risk.set(xlim=(0, 100), xlabel="coverage: most confident share of the test samples (%)", ylabel="error among them (%)", title="Risk–coverage")
+    reliability.set(
+        xlim=(0, 1),
+        ylim=(0, 1),
+        xlabel=f"confidence (mean of each of {ECE_BINS} bins)",
+        ylabel="accuracy",
+        title="Reliability",
+    )
+    risk.set(
+        xlim=(0, 100),
+        xlabel="coverage: most confident share of the test samples (%)",
+        ylabel="error among them (%)",
+        title="Risk–coverage",
+    )
     risk.set_ylim(bottom=0)
     for axes in (reliability, risk):
         axes.grid(color="0.92")
@@ -132,7 +158,9 @@ def write(rows: pd.DataFrame, runs: dict[str, list[Path]], folder: Path, title: 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "comparison.csv", folder / "comparison.md"]
     rows.to_csv(paths[0], index=False, columns=COLUMNS)
-    paths[1].write_text(f"## {title}\n\n{markdown_table(rows)}\nLower is better everywhere; ± is the standard deviation over seeds.\n")
+    paths[1].write_text(
+        f"## {title}\n\n{markdown_table(rows)}\nLower is better everywhere; ± is the standard deviation over seeds.\n"
+    )
     if runs:
         paths.append(folder / "comparison.png")
         plot(runs, paths[-1], title)

@@ -13,7 +13,13 @@ def sources_table(recipe: Recipe):
         table.add_column(header, overflow="fold")
     identity = recipe.identity()
     for key, value in flatten(recipe.model_dump()).items():
-        other_method = key not in identity and key.split(".")[0] in ("baseline", "label_smoothing", "cskd", "tfkd", "pskd")
+        other_method = key not in identity and key.split(".")[0] in (
+            "baseline",
+            "label_smoothing",
+            "cskd",
+            "tfkd",
+            "pskd",
+        )
         if not other_method:
             source = recipe.source_of(key)
             table.add_row(key, str(value), source, style="dim" if source == "default" else None)
@@ -42,19 +48,27 @@ def cost_lines(recipe: Recipe) -> list[str]:
     except InputError as error:
         return [f"cost: unknown until the data can be read: {error}"]
     steps = num_batches(size.num_train, recipe.batch_size)
-    lines = [f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,} ({size.num_train:,} training samples, {size.num_classes} classes)"]
+    lines = [
+        f"data: {size.num_train:,} training samples, {size.num_test:,} test samples, {size.num_classes} classes",
+        f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,}",
+    ]
     if recipe.method == "pskd":
-        parts = [f"{n} rank{'s' * (n > 1)} {megabytes(store_bytes(size.num_train, size.num_classes, recipe.pskd.store_dtype, n))}" for n in (1, 2, 8)]
+        per_rank = {n: store_bytes(size.num_train, size.num_classes, recipe.pskd.store_dtype, n) for n in (1, 2, 8)}
+        parts = [f"{n} rank{'s' * (n > 1)} {readable(count)}" for n, count in per_rank.items()]
         lines.append(f"prediction store per rank: {', '.join(parts)}")
     else:
         lines.append(f"prediction store: none with {recipe.method}")
-    if size.image_size:
-        lines.append(f"data in memory: {megabytes((size.num_train + size.num_test) * 3 * size.image_size**2)} (uint8, {size.image_size}×{size.image_size})")
+    if side := size.image_size:
+        images = readable((size.num_train + size.num_test) * 3 * side * side)
+        lines.append(f"data in memory: {images} (uint8, {side}×{side})")
     else:
         lines.append("data in memory: known once images are decoded (data.image_size is not set)")
     return lines
 
 
-def megabytes(count: float) -> str:
+def readable(count: float) -> str:
     """`count` bytes for people."""
-    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"

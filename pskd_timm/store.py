@@ -36,7 +36,9 @@ class PredictionStore:
     `labels` [N], where they are known, fill the one-hot rows of samples never seen in `gather()`; `read` is given them.
     """
 
-    def __init__(self, num_samples: int, num_classes: int, device="cpu", dtype: str = "float16", labels: Tensor | None = None):
+    def __init__(
+        self, num_samples: int, num_classes: int, device="cpu", dtype: str = "float16", labels: Tensor | None = None
+    ):
         if dtype not in DTYPES:
             raise InputError(f"store dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.rank, self.world_size = ranks.rank_and_world_size()
@@ -98,7 +100,9 @@ class PredictionStore:
     def _raise_stray(self):
         if (sample := self._stray.item()) != NO_SAMPLE:
             self._stray.fill_(NO_SAMPLE)
-            raise InputError(f"sample {sample} was not checked out: begin_epoch(epoch, order) must name every id of the epoch")
+            raise InputError(
+                f"sample {sample} was not checked out: begin_epoch(epoch, order) must name every id of the epoch"
+            )
 
     def read(self, index: Tensor, labels: Tensor) -> Tensor:
         """The last predictions [B, K] of the samples `index` [B]; one-hot `labels` [B] for those never seen."""
@@ -130,7 +134,9 @@ class PredictionStore:
 
     def _agree_on_rows(self):
         """Tell every home rank which of its rows this rank borrows, and learn which of its own it lends."""
-        starts = torch.tensor([home_rows(self.num_samples, rank, self.world_size).start for rank in range(self.world_size)])
+        starts = torch.tensor(
+            [home_rows(self.num_samples, rank, self.world_size).start for rank in range(self.world_size)]
+        )
         bounds = torch.cat([torch.searchsorted(self.ids, starts), torch.tensor([len(self.ids)])])
         borrowed = bounds.diff().to(self.device)
         lent = torch.empty_like(borrowed)

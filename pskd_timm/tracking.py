@@ -39,7 +39,9 @@ class Tracker:
         try:
             self.accelerator.init_trackers(recipe.tracking.project, recipe.model_dump(), {"wandb": options})
         except Exception as error:  # wandb raises errors of its own for a missing account, network or permission
-            raise InputError(f"tracking.wandb {recipe.tracking.wandb}: {str(error).splitlines()[0]} (tracking.wandb offline needs no account)") from None
+            raise InputError(
+                f"tracking.wandb {recipe.tracking.wandb}: {str(error).splitlines()[0]} (tracking.wandb offline needs no account)"
+            ) from None
 
     def _wandb_id(self) -> str | None:
         """One id for the life of the run: without it a resumed run appears as a second one."""

@@ -25,7 +25,6 @@ from .checkpoint import Progress
 from .data import Data, ResidentLoader, load_data
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .methods import METHODS
-from .metrics import METRICS
 from .models.build import check_name, create_model, load_model, save_model
 from .optim import lr_at, make_optimizer
 from .order import num_batches
@@ -134,117 +133,126 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
     tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
     tracker.forget_after(progress.epoch, progress.step)
 
+    def score_split(model, split, keep_probabilities=False):
+        return predict(model, split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
+
     def save():
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
         checkpoint.save(run_dir, progress, network, ema, optimizer, method.store, recipe.checkpoint.keep)
 
     running = RunningSums(accelerator)
-    clock = Clock(progress)
-    with StopSignals() as stop:
-        for epoch in range(progress.epoch, recipe.epochs):
-            batches = loader.rank_batches(epoch)[progress.step :]
-            method.begin_epoch(epoch, torch.cat(batches) if batches else torch.empty(0, dtype=torch.int64))
-            model.train()
-            for micro_batches in loader.batches(batches, epoch, recipe.accumulate):
-                step = epoch * loader.steps + progress.step
-                global_size = loader.global_size(progress.step)
-                # Dropout and the like draw from torch's generator: seeded here, a resumed run draws the same.
-                torch.manual_seed(rng.fold(recipe.seed, STEP, step, rank))
-                lr = lr_at(step, loader.steps, recipe.epochs, recipe.optim)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                for batch in micro_batches:
-                    with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
-                        with accelerator.autocast():
-                            loss, logits = method.loss(model, batch)
-                        # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
-                        accelerator.backward(loss * (len(batch.labels) * world_size / global_size))
-                    running.add(loss, logits, batch.labels)
-                if recipe.optim.clip_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if ema:
-                    ema.update(network)
-                progress.step += 1
-                # Ranks must agree to stop, so several of them look only where they meet anyway.
-                if (step + 1) % recipe.tracking.log_every == 0 or (stop.requested and world_size == 1):
-                    window = running.read(progress, stop.requested, f"epoch {epoch + 1}, step {progress.step}")
-                    tracker.log_step(step + 1, {"epoch": epoch + 1, "loss": window.loss, "lr": lr})
-                    display.advance(f"{recipe.method} seed {recipe.seed}", step + 1, recipe.epochs * loader.steps, f"epoch {epoch + 1}/{recipe.epochs} loss {window.loss:.3f}")
-                    if window.stop and progress.step < loader.steps:
-                        clock.update(progress)
-                        save()
-                        tracker.finish()
-                        display.close()
-                        stop.end(f"{run_dir}: stopped after epoch {epoch}, step {progress.step} of {loader.steps}; the same command goes on from here", display)
-            window = running.read(progress, stop.requested, f"epoch {epoch + 1}")
-            train_values = {
-                "train_loss": progress.loss_sum / progress.num_seen,
-                "train_error": 100.0 * progress.error_sum / progress.num_seen,
-                **method.values(),
+    clock = Clock()
+    name = f"{recipe.method} seed {recipe.seed}"
+    try:
+        with StopSignals() as stop:
+            for epoch in range(progress.epoch, recipe.epochs):
+                batches = loader.rank_batches(epoch)[progress.step :]
+                method.begin_epoch(epoch, torch.cat(batches))
+                model.train()
+                for micro_batches in loader.batches(batches, epoch, recipe.accumulate):
+                    step = epoch * loader.steps + progress.step
+                    global_size = loader.global_size(progress.step)
+                    # Dropout and the like draw from torch's generator: seeded here, a resumed run draws the same.
+                    torch.manual_seed(rng.fold(recipe.seed, STEP, step, rank))
+                    lr = lr_at(step, loader.steps, recipe.epochs, recipe.optim)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    for batch in micro_batches:
+                        with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
+                            with accelerator.autocast():
+                                loss, logits = method.loss(model, batch)
+                            # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
+                            accelerator.backward(loss * (len(batch.labels) * world_size / global_size))
+                        running.add(loss, logits, batch.labels)
+                    if recipe.optim.clip_grad_norm:
+                        accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    if ema:
+                        ema.update(network)
+                    progress.step += 1
+                    # Ranks must agree to stop, so several of them look only where they meet anyway.
+                    if (step + 1) % recipe.tracking.log_every == 0 or (stop.requested and world_size == 1):
+                        window = running.read(progress, stop.requested, f"epoch {epoch + 1}, step {progress.step}")
+                        tracker.log_step(step + 1, {"epoch": epoch + 1, "loss": window.loss, "lr": lr})
+                        facts = f"epoch {epoch + 1}/{recipe.epochs} loss {window.loss:.3f}"
+                        display.advance(name, step + 1, recipe.epochs * loader.steps, facts)
+                        if window.stop and progress.step < loader.steps:
+                            clock.update(progress)
+                            save()
+                            stop.obey(f"{run_dir}: stopped in epoch {epoch + 1} after step {progress.step}", display)
+                window = running.read(progress, stop.requested, f"epoch {epoch + 1}")
+                line = {
+                    "epoch": epoch + 1,
+                    "lr": lr,
+                    "train_loss": progress.loss_sum / progress.num_seen,
+                    "train_error": 100.0 * progress.error_sum / progress.num_seen,
+                    **method.values(),
+                }
+                method.end_epoch()
+                clock.update(progress)
+                images_per_second = progress.num_seen / progress.epoch_seconds
+
+                # Evaluate.
+                figures = score_split(evaluated, choosing_split).score()
+                clock.update(progress)
+                if progress.best is None or figures["top1_error"] < progress.best["top1_error"]:
+                    progress.best = {"epoch": epoch + 1, **figures}
+                    if is_main:
+                        keep_best(run_dir, evaluated, epoch + 1, mean, std, data)
+
+                # Log and save.
+                line |= {"evaluated_on": chosen_on, **figures}
+                line |= {"images_per_second": images_per_second, "seconds": progress.seconds}
+                tracker.log_epoch((epoch + 1) * loader.steps, line)
+                display.say(epoch_line(name, recipe.epochs, line))
+                progress.start_epoch(epoch + 1)
+                last_epoch = progress.epoch == recipe.epochs
+                if last_epoch or window.stop or progress.epoch % recipe.checkpoint.every_epochs == 0:
+                    save()
+                    if is_main:
+                        remove_old_bests(run_dir, progress.best["epoch"])
+                if window.stop and not last_epoch:
+                    stop.obey(f"{run_dir}: stopped after epoch {progress.epoch}", display)
+
+        # The result: the last and the best epoch's weights over the test split.
+        best_model = load_model(best_folder(run_dir, progress.best["epoch"])).to(device)
+        of_last = score_split(evaluated, test_split, keep_probabilities=True)
+        of_best = score_split(best_model, test_split, keep_probabilities=True)
+        clock.update(progress)
+        if is_main:
+            values = {
+                "name": recipe.name,
+                "method": recipe.method,
+                "seed": recipe.seed,
+                "last": {"epoch": recipe.epochs, **of_last.score()},
+                "best": {"epoch": progress.best["epoch"], **of_best.score(), "chosen_on": chosen_on},
+                "seconds": progress.seconds,
+                "num_train": len(data.train),
+                "num_test": len(data.test),
+                "num_classes": data.num_classes,
+                "num_parameters": sum(p.numel() for p in network.parameters()),
+                "num_processes": world_size,
+                **surroundings(device),
             }
-            method.end_epoch()
-            clock.update(progress)
-            images_per_second = progress.num_seen / progress.epoch_seconds
-
-            # Evaluate.
-            figures = predict(evaluated, choosing_split, recipe.batch_size, mean, std, recipe.mixed_precision).score()
-            clock.update(progress)
-            if progress.best is None or figures["top1_error"] < progress.best["top1_error"]:
-                progress.best = {"epoch": epoch + 1, **figures}
-                if is_main:
-                    keep_best(run_dir, evaluated, epoch + 1, mean, std, data)
-
-            # Log and save.
-            line = {"epoch": epoch + 1, "lr": lr, **train_values, "evaluated_on": chosen_on, **figures}
-            line |= {"images_per_second": images_per_second, "seconds": progress.seconds}
-            tracker.log_epoch((epoch + 1) * loader.steps, line)
-            display.say(epoch_line(recipe, line))
-            progress.epoch, progress.step = epoch + 1, 0
-            progress.loss_sum = progress.error_sum = progress.num_seen = progress.epoch_seconds = 0.0
-            last_epoch = epoch + 1 == recipe.epochs
-            if last_epoch or window.stop or (epoch + 1) % recipe.checkpoint.every_epochs == 0:
-                save()
-                if is_main:
-                    remove_old_bests(run_dir, progress.best["epoch"])
-            if window.stop and not last_epoch:
-                tracker.finish()
-                display.close()
-                stop.end(f"{run_dir}: stopped after epoch {epoch + 1}; the same command goes on from here", display)
-
-    # The result: the last and the best epoch's weights over the test split.
-    best_model = load_model(best_folder(run_dir, progress.best["epoch"])).to(device)
-    of_last = predict(evaluated, test_split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities=True)
-    of_best = predict(best_model, test_split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities=True)
-    clock.update(progress)
-    if is_main:
-        values = {
-            "name": recipe.name,
-            "method": recipe.method,
-            "seed": recipe.seed,
-            "last": {"epoch": recipe.epochs, **of_last.score()},
-            "best": {"epoch": progress.best["epoch"], **of_best.score(), "chosen_on": chosen_on},
-            "seconds": progress.seconds,
-            "num_train": len(data.train),
-            "num_test": len(data.test),
-            "num_classes": data.num_classes,
-            "num_parameters": sum(p.numel() for p in network.parameters()),
-            "num_processes": world_size,
-            **surroundings(device),
-        }
-        if data.holdout:
-            values["holdout"] = {"last": {"epoch": recipe.epochs, **figures}, "best": progress.best}
-        write_result(run_dir, evaluated, best_folder(run_dir, progress.best["epoch"]), of_last, of_best, values, mean, std, data)
-    accelerator.wait_for_everyone()
-    tracker.finish()
-    display.close()
+            if data.holdout:
+                of_holdout = score_split(evaluated, choosing_split).score()
+                values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout}, "best": progress.best}
+            save_model(evaluated, run_dir, mean, std, data.image_size, data.class_names)
+            write_result(run_dir, best_folder(run_dir, progress.best["epoch"]), of_last, of_best, values)
+        accelerator.wait_for_everyone()
+    finally:
+        tracker.finish()
+        display.close()
     return Result.read(run_dir)
 
 
 def connect(recipe: Recipe) -> Accelerator:
     """Accelerate's view of the processes, refusing launches that would silently train something else."""
-    right = "launch several processes with `accelerate launch --multi_gpu --num_processes N -m pskd_timm train …`, also without a GPU"
+    right = (
+        "launch several processes with `accelerate launch --multi_gpu --num_processes N -m pskd_timm train …`, "
+        "also without a GPU"
+    )
     if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise InputError(f"this launch asks for several processes but starts one: {right}")
     if recipe.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -262,7 +270,9 @@ def connect(recipe: Recipe) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise InputError(f"this launch starts {os.environ['WORLD_SIZE']} copies that know nothing of each other: {right}")
+        raise InputError(
+            f"this launch starts {os.environ['WORLD_SIZE']} copies that know nothing of each other: {right}"
+        )
     return accelerator
 
 
@@ -277,7 +287,7 @@ def check_batches(recipe: Recipe, num_samples: int, world_size: int):
 def make_network(recipe: Recipe, data: Data) -> nn.Module:
     """The recipe's model with initial weights that depend on the seed alone."""
     torch.manual_seed(rng.fold(recipe.seed, MODEL))
-    return create_model(recipe.model, data.num_classes, tuple(data.train.images.shape[-2:]))
+    return create_model(recipe.model, data.num_classes, data.image_size)
 
 
 def finished(recipe: Recipe) -> bool:
@@ -289,7 +299,8 @@ def finished(recipe: Recipe) -> bool:
     if different := [key for key in here if there.get(key) != here[key]]:
         key = different[0]
         raise InputError(
-            f"{run_dir} holds a run with {key} {there.get(key)!r}, not {here[key]!r}: choose another --output_dir, or --resume never to replace it"
+            f"{run_dir} holds a run with {key} {there.get(key)!r}, not {here[key]!r}: "
+            "choose another --output_dir, or --resume never to replace it"
         )
     return (run_dir / "result.json").is_file()
 
@@ -334,14 +345,16 @@ class RunningSums:
         progress.error_sum += errors
         progress.num_seen += samples
         if loss != loss or loss in (float("inf"), float("-inf")):
-            raise Diverged(f"the loss is {loss} at {where}: a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help")
+            raise Diverged(
+                f"the loss is {loss} at {where}: a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help"
+            )
         return self.Window(loss / max(samples, 1), stops > 0)
 
 
 class Clock:
     """Adds the time since it last looked to a run's seconds, which survive a resume."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self):
         self.last = time.perf_counter()
 
     def update(self, progress: Progress):
@@ -370,18 +383,18 @@ class StopSignals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def end(self, text: str, display: Display):
-        """Say so and end as the signal asks."""
-        display.say(text)
+    def obey(self, where: str, display: Display):
+        """Say where the run stands and end as the signal asks."""
+        display.say(f"{where}; the same command goes on from there")
         if self.requested == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
 
-def epoch_line(recipe: Recipe, line: dict) -> str:
+def epoch_line(name: str, epochs: int, line: dict) -> str:
     """What one line says of an epoch."""
     return (
-        f"{recipe.method} seed {recipe.seed}  epoch {line['epoch']}/{recipe.epochs}  loss {line['train_loss']:.3f}  "
+        f"{name}  epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.3f}  "
         f"{line['evaluated_on']}: error {line['top1_error']:.2f} %  nll {line['nll']:.3f}  ece {line['ece']:.2f} %  "
         f"{line['images_per_second']:,.0f} images/s"
     )
@@ -396,7 +409,7 @@ def keep_best(run_dir: Path, model: nn.Module, epoch: int, mean, std, data: Data
     """Save the weights of `epoch`; earlier bests stay until a checkpoint no longer needs them."""
     partial = run_dir / "checkpoints" / "best-partial"
     shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, partial, mean, std, tuple(data.train.images.shape[-2:]), data.class_names)
+    save_model(model, partial, mean, std, data.image_size, data.class_names)
     checkpoint.publish(partial, best_folder(run_dir, epoch))
 
 
@@ -407,9 +420,8 @@ def remove_old_bests(run_dir: Path, epoch: int):
             shutil.rmtree(folder)
 
 
-def write_result(run_dir: Path, model: nn.Module, best: Path, of_last: Predictions, of_best: Predictions, values: dict, mean, std, data: Data):
-    """Write weights, predictions and, last of all, result.json, which says that the run is finished."""
-    save_model(model, run_dir, mean, std, tuple(data.train.images.shape[-2:]), data.class_names)
+def write_result(run_dir: Path, best: Path, of_last: Predictions, of_best: Predictions, values: dict):
+    """Write predictions, the best epoch's weights and, last of all, result.json, which says that the run is finished."""
     of_last.write(run_dir / "predictions.parquet")
     shutil.copytree(best, run_dir / "best", dirs_exist_ok=True)
     of_best.write(run_dir / "best" / "predictions.parquet")
@@ -421,8 +433,15 @@ def write_result(run_dir: Path, model: nn.Module, best: Path, of_last: Predictio
 def surroundings(device: torch.device) -> dict:
     """Versions of what matters and the hardware, for result.json."""
     packages = ("pskd_timm", "torch", "torchvision", "timm", "accelerate", "datasets")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "hardware": {"device": device.type, "name": hardware, "cpu_count": os.cpu_count(), "threads": torch.get_num_threads()},
+        "hardware": {
+            "device": device.type,
+            "name": hardware,
+            "cpu_count": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
     }

@@ -13,7 +13,9 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    os.environ.update(PSKD_TIMM_CACHE=str(folder / "decoded"), HF_HOME=str(folder / "hf"), MPLCONFIGDIR=str(folder / "mpl"))
+    os.environ.update(
+        PSKD_TIMM_CACHE=str(folder / "decoded"), HF_HOME=str(folder / "hf"), MPLCONFIGDIR=str(folder / "mpl")
+    )
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = folder / "hf" / "datasets"

@@ -18,7 +18,9 @@ def picture(size=(8, 6), mode="RGB", value=100):
 
 
 def section(**settings):
-    return load_recipe("digits", {f"data.{k}": v for k, v in ({"source": None, "gaussian_noise": 0} | settings).items()}).data
+    return load_recipe(
+        "digits", {f"data.{k}": v for k, v in ({"source": None, "gaussian_noise": 0} | settings).items()}
+    ).data
 
 
 def image_folder(root, counts, mode="RGB", size=(8, 6), suffix="png"):
@@ -78,7 +80,9 @@ def saved(folder, columns, features):
 
 
 def test_a_saved_data_set_with_other_columns_and_word_labels(tmp_path):
-    root = saved(tmp_path / "d", {"pic": [picture(), picture()], "kind": ["z", "a"]}, {"pic": Image(), "kind": Value("string")})
+    root = saved(
+        tmp_path / "d", {"pic": [picture(), picture()], "kind": ["z", "a"]}, {"pic": Image(), "kind": Value("string")}
+    )
     with pytest.raises(InputError, match="data.image_column: no column 'image' in the data, it has pic, kind"):
         load_data(section(path=root))
     with pytest.raises(InputError, match="data.label_column: no column 'kin'.*did you mean kind"):
@@ -89,10 +93,16 @@ def test_a_saved_data_set_with_other_columns_and_word_labels(tmp_path):
 
 def test_unlabelled_test_images_and_a_single_class_are_refused(tmp_path):
     pictures = [picture(), picture()]
-    root = saved(tmp_path / "one", {"image": pictures, "label": [0, 0]}, {"image": Image(), "label": ClassLabel(names=["a"])})
+    root = saved(
+        tmp_path / "one", {"image": pictures, "label": [0, 0]}, {"image": Image(), "label": ClassLabel(names=["a"])}
+    )
     with pytest.raises(InputError, match="two classes"):
         load_data(section(path=root))
-    root = saved(tmp_path / "none", {"image": pictures, "label": [0, -1]}, {"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    root = saved(
+        tmp_path / "none",
+        {"image": pictures, "label": [0, -1]},
+        {"image": Image(), "label": ClassLabel(names=["a", "b"])},
+    )
     with pytest.raises(InputError, match="labelled 0 … 1"):
         load_data(section(path=root))
 
@@ -101,7 +111,10 @@ def test_unlabelled_test_images_and_a_single_class_are_refused(tmp_path):
     ("settings", "says"),
     [
         ({"path": "nowhere"}, "data.path: no folder nowhere"),
-        ({"source": "digits", "train_split": "trian"}, "data.train_split: no split 'trian' in the data, it has train, test"),
+        (
+            {"source": "digits", "train_split": "trian"},
+            "data.train_split: no split 'trian' in the data, it has train, test",
+        ),
         ({"source": "cifra100"}, "did you mean cifar100"),
     ],
 )
@@ -153,7 +166,9 @@ def test_label_noise_flips_the_stated_share_to_other_classes_evenly():
 
 def test_gaussian_noise_is_fixed_per_sample_has_its_deviation_and_spares_the_clean_copy(tmp_path):
     grey = [Pictures.new("RGB", (32, 32), (128, 128, 128))] * 20
-    root = saved(tmp_path / "d", {"image": grey, "label": [0, 1] * 10}, {"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    root = saved(
+        tmp_path / "d", {"image": grey, "label": [0, 1] * 10}, {"image": Image(), "label": ClassLabel(names=["a", "b"])}
+    )
     noisy = load_data(section(path=root, gaussian_noise=0.1))
     pixels = noisy.train.images.float()
     assert pixels.mean() == pytest.approx(128, abs=0.5) and pixels.std() == pytest.approx(25.5, rel=0.02)
@@ -188,7 +203,18 @@ def test_a_crop_moves_an_image_by_at_most_its_padding():
 
 def loader(world_size=1, rank=0, partners=True, batch_size=32):
     data = load_data(section(source="digits", limit_train=90))
-    return ResidentLoader(data.train, 10, batch_size, Augment(crop_padding=2, hflip=0.5), [0.5] * 3, [0.5] * 3, 3, rank, world_size, partners)
+    return ResidentLoader(
+        data.train,
+        10,
+        batch_size,
+        Augment(crop_padding=2, hflip=0.5),
+        [0.5] * 3,
+        [0.5] * 3,
+        3,
+        rank,
+        world_size,
+        partners,
+    )
 
 
 def test_a_samples_view_depends_on_seed_epoch_and_sample_alone():
@@ -202,7 +228,12 @@ def test_a_samples_view_depends_on_seed_epoch_and_sample_alone():
                 assert torch.equal(view[0], expected[0]) and torch.equal(view[1], expected[1])
     assert len(alone) == 90
     one = loader()
-    other_epoch = {int(i): image for micro in one.batches(one.rank_batches(5), 5) for b in micro for i, image in zip(b.index, b.images, strict=True)}
+    other_epoch = {
+        int(i): image
+        for micro in one.batches(one.rank_batches(5), 5)
+        for b in micro
+        for i, image in zip(b.index, b.images, strict=True)
+    }
     assert any(not torch.equal(other_epoch[sample], alone[sample][0]) for sample in alone)
 
 

@@ -38,7 +38,9 @@ class Echo(nn.Module):
 
 
 def batch_of(z, labels, index, partners=None):
-    return Batch(torch.tensor(z), torch.tensor(labels), torch.tensor(index), None if partners is None else torch.tensor(partners))
+    return Batch(
+        torch.tensor(z), torch.tensor(labels), torch.tensor(index), None if partners is None else torch.tensor(partners)
+    )
 
 
 def ready(method):
@@ -105,7 +107,9 @@ def test_tfkd_with_a_trained_teacher_is_the_released_formula(problem):
     teacher.forward = lambda x: torch.flip(x, [1])
     kl_el = kl(softmax(z[:, ::-1] / 6), softmax(z / 6)) / K
     expected = 0.05 * cross_entropy(one_hot(labels), z) + 0.95 * 50 * 36 * kl_el
-    assert loss_of(TFKD(teacher, alpha=0.95, temperature=6, multiplier=50), z, labels) == pytest.approx(expected, rel=1e-12)
+    assert loss_of(TFKD(teacher, alpha=0.95, temperature=6, multiplier=50), z, labels) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_tfkd_refuses_a_teacher_of_other_classes():

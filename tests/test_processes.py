@@ -25,7 +25,15 @@ def free_port():
 
 def launch(processes, *command):
     """`accelerate launch` as the README shows it; on one process plain python."""
-    several = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--main_process_port", str(free_port())]
+    several = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        str(free_port()),
+    ]
     command = [sys.executable, *(several if processes > 1 else []), *map(str, command)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -86,7 +94,20 @@ def test_the_final_store_of_two_processes_is_that_of_one(runs):
 
 @pytest.mark.parametrize("options", [["--cpu", "--num_processes", "2"], ["--num_processes", "2"]])
 def test_a_launch_that_would_run_one_process_instead_of_two_is_refused(tmp_path, options):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "pskd_timm", "train", "digits", "--epochs", "1", "--output_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *options,
+        "-m",
+        "pskd_timm",
+        "train",
+        "digits",
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
     environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "WORLD_SIZE")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode != 0

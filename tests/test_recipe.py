@@ -63,7 +63,10 @@ def test_a_bad_setting_is_refused_in_one_line_that_names_it(overrides, says):
         ("- epochs\n", "mapping"),
         ("epochs: 1\nmodel: {name: resnet18}\n", "data is missing"),
         ("epochs: 1\nmodel: {name: resnet18}\ndata: {}\n", "name a data set"),
-        ("epochs: 1\nmodel: {name: resnet18}\ndata: {source: digits, sise: 3}\n", "data.sise.*did you mean data.source|data.sise"),
+        (
+            "epochs: 1\nmodel: {name: resnet18}\ndata: {source: digits, sise: 3}\n",
+            "data.sise.*did you mean data.source|data.sise",
+        ),
         ("epochs: 1\nmodel:\ndata: {source: digits}\n", "model should be"),
     ],
 )
@@ -97,7 +100,10 @@ def test_a_resolved_recipe_written_to_yaml_and_read_again_is_the_same(tmp_path):
 
 
 def test_recipe_and_command_line_import_neither_torch_nor_timm():
-    code = "import sys, pskd_timm.cli, pskd_timm; pskd_timm.cli.main(['train', 'digits', '--epochs', 'x']); print({'torch', 'timm', 'datasets'} & set(sys.modules))"
+    code = (
+        "import sys, pskd_timm.cli; pskd_timm.cli.main(['train', 'digits', '--epochs', 'x']);"
+        "print({'torch', 'timm', 'datasets'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "set()" and "epochs" in done.stderr
 
@@ -119,14 +125,23 @@ LAYERS = [
 ]
 
 
+def imported_rooms(path):
+    """The rooms of the package that a file imports, by `from .room` or `from pskd_timm.room`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = parts[: len(parts) - node.level] if node.level else ()
+            words = (node.module or "").split(".")
+            if not node.level and words[0] == "pskd_timm":
+                words = words[1:]
+            elif not node.level:
+                continue
+            yield from [base[0]] if base else [words[0]] if words and words[0] else [alias.name for alias in node.names]
+
+
 def test_imports_point_one_way():
     level = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
     for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level and len(parts) - node.level >= 0:
-                base = parts[: len(parts) - node.level]
-                names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-                target = base[0] if base else names[0]
-                if target in level and target != parts[0]:
-                    assert level[target] <= level[parts[0]], f"{path} imports {target}"
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for target in imported_rooms(path):
+            assert level.get(target, 0) <= level[room], f"{path} imports {target}"

@@ -34,7 +34,11 @@ def test_uniform_integers_and_normal_draws_have_their_distributions():
 def test_draws_of_neighbouring_seeds_epochs_and_samples_are_uncorrelated():
     counters = torch.arange(50_000)
     base = rng.uniform(rng.fold(0, 0), counters)
-    for other in (rng.uniform(rng.fold(0, 1), counters), rng.uniform(rng.fold(1, 0), counters), rng.uniform(rng.fold(0, 0), counters + 1)):
+    for other in (
+        rng.uniform(rng.fold(0, 1), counters),
+        rng.uniform(rng.fold(1, 0), counters),
+        rng.uniform(rng.fold(0, 0), counters + 1),
+    ):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.02
     assert rng.fold(1, 0) != rng.fold(0, 1)
 

@@ -65,7 +65,11 @@ def train_all(folder: Path):
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     for method in METHODS:
-        recipe = load_recipe("digits", json.loads((folder / "settings.json").read_text()) | {"method": method, "output_dir": str(folder / f"on{world_size}")})
+        recipe = load_recipe(
+            "digits",
+            json.loads((folder / "settings.json").read_text())
+            | {"method": method, "output_dir": str(folder / f"on{world_size}")},
+        )
         result = train(recipe)
         assert newest(result.run_dir)
 

@@ -73,7 +73,9 @@ def _decode(table: Table, image_size: int | None, progress) -> Tensor:
             for offset, image in enumerate(chunk):
                 if image.shape != images.shape[1:]:
                     first, this = ("×".join(map(str, s[:2])) for s in (images.shape[1:], image.shape))
-                    raise InputError(f"data: images differ in size ({first}, and {this} at sample {start + offset}): set data.image_size")
+                    raise InputError(
+                        f"data: images differ in size ({first}, and {this} at sample {start + offset}): set data.image_size"
+                    )
                 images[start + offset] = image
             if progress:
                 progress(min(start + CHUNK, total), total)

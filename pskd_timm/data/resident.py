@@ -17,7 +17,19 @@ ANCHOR, PARTNER = 2, 3  # streams of augmentation draws, so that a partner's vie
 class ResidentLoader:
     """This rank's training batches of an epoch, as a function of (seed, epoch); `partners` fills `partner_images` too."""
 
-    def __init__(self, split: Split, num_classes: int, batch_size: int, section: Augment, mean, std, seed: int, rank: int, world_size: int, partners: bool):
+    def __init__(
+        self,
+        split: Split,
+        num_classes: int,
+        batch_size: int,
+        section: Augment,
+        mean,
+        std,
+        seed: int,
+        rank: int,
+        world_size: int,
+        partners: bool,
+    ):
         self.split, self.batch_size, self.section, self.seed = split, batch_size, section, seed
         self.rank, self.world_size = rank, world_size
         device = split.images.device
@@ -31,7 +43,9 @@ class ResidentLoader:
 
     def rank_batches(self, epoch: int) -> list[Tensor]:
         """The sample ids (CPU) of each of this rank's batches of the epoch."""
-        return order.rank_batches(order.epoch_order(len(self.split), self.seed, epoch), self.batch_size, self.rank, self.world_size)
+        return order.rank_batches(
+            order.epoch_order(len(self.split), self.seed, epoch), self.batch_size, self.rank, self.world_size
+        )
 
     def global_size(self, step: int) -> int:
         """Samples of global batch `step` over all ranks."""
@@ -61,7 +75,9 @@ class ResidentLoader:
         return normalize(images, self.mean, self.std)
 
 
-def eval_batches(split: Split, batch_size: int, mean, std, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(
+    split: Split, batch_size: int, mean, std, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's contiguous part of `split` in order, as normalised images and labels; no padding, no repeats."""
     device = split.images.device
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)

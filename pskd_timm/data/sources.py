@@ -90,7 +90,9 @@ def _digits() -> dict:
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None].repeat(3, axis=3)
-    parts = train_test_split(images, digits.target, test_size=SOURCES["digits"].num_test, stratify=digits.target, random_state=0)
+    parts = train_test_split(
+        images, digits.target, test_size=SOURCES["digits"].num_test, stratify=digits.target, random_state=0
+    )
     features = Features({"image": Array3D((8, 8, 3), "uint8"), "label": ClassLabel(names=[str(d) for d in range(10)])})
 
     def table(images, labels):
@@ -124,9 +126,9 @@ def _from_hub(hub_id: str) -> dict:
     try:
         return datasets.load_dataset(hub_id)
     except Exception as error:  # the library raises whatever its readers raise
-        hint = nearest(hub_id, SOURCES)
+        hint = nearest(hub_id, SOURCES) or " (data.path reads a local folder)"
         raise InputError(
-            f"data.source: {hub_id!r} cannot be had from the Hugging Face hub{hint or ' (data.path reads a local folder)'}: {_first_line(error)}"
+            f"data.source: {hub_id!r} cannot be had from the Hugging Face hub{hint}: {_first_line(error)}"
         ) from None
 
 
@@ -138,7 +140,8 @@ def _test_split(splits: dict, section: DataSection) -> str:
     if name := next((name for name in TEST_SPLITS if name in splits), None):
         return name
     raise InputError(
-        f"data: no test split among {', '.join(splits)}: name one with data.test_split, or set data.test_fraction 0.2 to set part of the training split aside"
+        f"data: no test split among {', '.join(splits)}: name one with data.test_split, "
+        "or take part of the training split with data.test_fraction 0.2"
     )
 
 
@@ -154,5 +157,6 @@ def _checked(dataset, section: DataSection) -> Table:
     label_column = section.label_column or (source.label_column if source else "label")
     for setting, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in dataset.column_names:
-            raise InputError(f"data.{setting}: no column {column!r} in the data, it has {', '.join(dataset.column_names)}{nearest(column, dataset.column_names)}")
+            there, hint = ", ".join(dataset.column_names), nearest(column, dataset.column_names)
+            raise InputError(f"data.{setting}: no column {column!r} in the data, it has {there}{hint}")
     return Table(dataset, image_column, label_column)

@@ -47,6 +47,11 @@ class Data:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return tuple(self.train.images.shape[-2:])
+
 
 def load_data(section: DataSection, progress=None) -> Data:
     """Open, decode (or map the cached images) and split as the data section of a recipe says; all on the CPU."""
@@ -63,8 +68,9 @@ def load_data(section: DataSection, progress=None) -> Data:
         images = decoded(table, section.image_size, cache_folder(section.cache_dir), report)
         parts.append(Split(images, labels, torch.arange(len(labels))))
     train, test = parts
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise InputError(f"data: training images are {list(train.images.shape[1:])}, test images {list(test.images.shape[1:])}: set data.image_size")
+    of_train, of_test = ("×".join(map(str, split.images.shape[2:])) for split in parts)
+    if of_train != of_test:
+        raise InputError(f"data: training images are {of_train}, test images {of_test}: set data.image_size")
     train = _with_noise(_limited(train, section.limit_train, section.seed), section, 0)
     test = _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
     train, holdout = _held_out(train, section)
@@ -85,7 +91,9 @@ def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
 def stratified(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """Positions (sorted) of `fraction` of each class, rounded per class, as a function of `seed`."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(rng.fold(seed, HOLDOUT)))
-    chosen = [rows[: round(fraction * len(rows))] for rows in (shuffled[labels[shuffled] == k] for k in labels.unique())]
+    chosen = [
+        rows[: round(fraction * len(rows))] for rows in (shuffled[labels[shuffled] == k] for k in labels.unique())
+    ]
     return torch.cat(chosen).sort().values
 
 
@@ -126,6 +134,8 @@ def _held_out(train: Split, section: DataSection) -> tuple[Split, Split | None]:
         return train, None
     held = stratified(train.labels, section.holdout_fraction, section.seed)
     if len(held) == 0 or len(held) == len(train):
-        raise InputError(f"data.holdout_fraction {section.holdout_fraction} leaves {len(held)} of {len(train)} samples held out")
+        raise InputError(
+            f"data.holdout_fraction {section.holdout_fraction} leaves {len(held)} of {len(train)} samples held out"
+        )
     kept = torch.ones(len(train), dtype=torch.bool).index_fill(0, held, False)
     return train.take(kept.nonzero().squeeze(1)), train.take(held)

@@ -8,7 +8,7 @@ from timm.layers import ClassifierHead, create_conv2d
 from timm.models import build_model_with_cfg
 from torch import Tensor
 
-from pskd_timm.models.recompute import recompute
+from .recompute import recompute
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -72,6 +72,8 @@ class CifarNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        # timm 1.0.20 makes the new classifier on the CPU in float32.
+        self.head.to(self.stem.conv.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.norm(self.stages(self.stem(x)))
@@ -114,9 +116,7 @@ def norm_act(num_features: int) -> nn.Sequential:
 
 def conv_bn(in_chs: int, out_chs: int, stride: int) -> nn.Sequential:
     """A shortcut for changed shapes: 1×1 convolution and batch norm."""
-    return nn.Sequential(
-        OrderedDict(conv=create_conv2d(in_chs, out_chs, 1, stride=stride), bn=nn.BatchNorm2d(out_chs))
-    )
+    return nn.Sequential(OrderedDict(conv=create_conv2d(in_chs, out_chs, 1, stride=stride), bn=nn.BatchNorm2d(out_chs)))
 
 
 def last_name(module: nn.Module) -> str:

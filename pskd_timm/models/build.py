@@ -45,9 +45,13 @@ def _try(model: nn.Module, name: str, num_classes: int, image_size: tuple[int, i
         with torch.no_grad():
             shape = tuple(model.eval()(torch.zeros(1, 3, *image_size)).shape)
     except Exception as error:  # each model raises what it likes
-        raise InputError(f"model {name} does not take {image_size[0]}×{image_size[1]} images (data.image_size): {_first_line(error)}") from None
+        raise InputError(
+            f"model {name} does not take {image_size[0]}×{image_size[1]} images (data.image_size): {_first_line(error)}"
+        ) from None
     if shape != (1, num_classes):
-        raise InputError(f"model {name} returns {list(shape)} for one image, not [1, {num_classes}]: it is no classifier")
+        raise InputError(
+            f"model {name} returns {list(shape)} for one image, not [1, {num_classes}]: it is no classifier"
+        )
     model.train(training)
 
 
@@ -75,7 +79,9 @@ def load_model(folder: str | Path) -> nn.Module:
     """The model in a run's or a checkpoint's folder, with its weights, on the CPU. Raises InputError if it is none."""
     folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise InputError(f"{folder}: no model here (a finished run or a checkpoint has config.json and model.safetensors)")
+        raise InputError(
+            f"{folder}: no model here (a finished run or a checkpoint has config.json and model.safetensors)"
+        )
     try:
         return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
     except Exception as error:  # each model raises what it likes

@@ -8,7 +8,7 @@ from timm.layers import create_conv2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from pskd_timm.models.base import CifarNet, build, cifar_cfg, make_stages, make_stem
+from .base import CifarNet, build, cifar_cfg, make_stages, make_stem
 
 
 class PreActBasic(nn.Module):

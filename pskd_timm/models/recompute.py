@@ -15,9 +15,7 @@ def recompute(block: nn.Module, *inputs: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # The compiler recomputes pure operations only, so nothing is updated twice, and it traces no contexts.
         return checkpoint(block, *inputs, use_reentrant=False)
-    return checkpoint(
-        block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
-    )
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
 
 
 @contextmanager

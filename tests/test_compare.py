@@ -1,0 +1,213 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from pskd_timm import METHODS, InputError, compare
+from pskd_timm.cli import main
+from pskd_timm.metrics import METRICS
+from pskd_timm.report import COLUMNS, markdown_table, summary
+
+QUICK = ["--epochs", "1", "--data.limit_train", "100", "--data.limit_test", "60", "--model.kwargs.width", "4"]
+
+
+def cli(*words, cwd=None):
+    command = [sys.executable, "-m", "pskd_timm", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared")
+    return folder, cli("compare", "digits", *QUICK, "--output_dir", folder, "--jobs", "2", "--seeds", "0", "1")
+
+
+def test_compare_trains_every_method_and_seed_and_writes_table_and_picture(compared):
+    folder, done = compared
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(folder / "comparison.csv")
+    assert list(table.columns) == COLUMNS == ["method", "seed", "status", *METRICS, "seconds"]
+    assert list(zip(table.method, table.seed, strict=True)) == [(method, seed) for method in METHODS for seed in (0, 1)]
+    assert set(table.status) == {"finished"} and table[list(METRICS)].notna().all(axis=None)
+    assert all((folder / method / f"seed{seed}" / "result.json").is_file() for method in METHODS for seed in (0, 1))
+    for name in ("comparison.csv", "comparison.md", "comparison.png"):
+        assert str(folder / name) in done.stdout
+    with Image.open(folder / "comparison.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1_000_000)) > 100
+    for word in ("Baseline", "Label smoothing", "CS-KD", "TF-KD", "PS-KD", "E-AURC", "seconds"):
+        assert word in done.stdout and (word in (folder / "comparison.md").read_text())
+
+
+def test_a_second_compare_retrains_nothing_and_prints_the_same_table(compared):
+    folder, first = compared
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    again = cli("compare", "digits", *QUICK, "--output_dir", folder, "--seeds", "0", "1")
+    assert "10 finished before" in again.stdout
+    assert again.stdout[again.stdout.index("┏") :] == first.stdout[first.stdout.index("┏") :]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")} == before
+
+
+def test_a_failed_run_is_told_in_the_table_and_does_not_hide_the_others(tmp_path):
+    options = ["--methods", "baseline", "tfkd", "--tfkd.teacher", tmp_path / "nowhere", "--output_dir", tmp_path]
+    done = cli("compare", "digits", *QUICK, *options)
+    assert done.returncode == 1
+    table = pd.read_csv(tmp_path / "comparison.csv")
+    assert table.status[0] == "finished" and "no model here" in table.status[1]
+    assert "no model here" in re.sub(r"\s*[│\n]\s*", " ", done.stdout)
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_table_gives_mean_and_sample_deviation_and_marks_the_lowest():
+    rows = [("baseline", 0, 4.0), ("baseline", 1, 6.0), ("pskd", 0, 3.0), ("pskd", 1, 3.5)]
+    table = pd.DataFrame(
+        [
+            {"method": m, "seed": s, "status": "finished", "seconds": 1.0, **dict.fromkeys(METRICS, v)}
+            for m, s, v in rows
+        ]
+    )
+    cell = summary(table)["baseline"]["nll"]
+    assert (cell.mean, cell.std, cell.n, cell.best) == (5.0, pytest.approx(np.std([4, 6], ddof=1)), 2, False)
+    assert str(cell) == "5.00 ± 1.41" and summary(table)["pskd"]["nll"].best
+    assert "| PS-KD | 2 | **3.25 ± 0.35** |" in markdown_table(table)
+
+
+def test_a_table_without_a_finished_run_still_tells_the_failures():
+    rows = pd.DataFrame([{"method": "pskd", "seed": 0, "status": "failed: no"}], columns=COLUMNS)
+    assert summary(rows) == {} and "| PS-KD | seed 0 | failed: no |" in markdown_table(rows)
+
+
+def test_compare_refuses_unknown_methods_and_being_launched_in_several_processes(tiny, monkeypatch):
+    with pytest.raises(InputError, match="unknown method 'psdk'.*pskd"):
+        compare(tiny(), methods=["psdk"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--jobs"):
+        compare(tiny())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "digits", "--optim.lrr", "3"], "did you mean optim.lr?"),
+        (["train", "digits", "--model.nam=resnet18"], "did you mean model.name"),
+        (["train", "digits", "--epochs", "many"], "epochs should be a valid integer"),
+        (["train", "digits", "--epochs", "0"], "greater than or equal to 1"),
+        (["train", "digits", "--model.name", "resnet19"], "timm has no model 'resnet19'"),
+        (["train", "digits", "--method", "kd"], "'pskd'"),
+        (["train", "digits", "more"], "unexpected argument 'more'"),
+        (["train", "digits", "--model.kwargs.width"], "needs a value"),
+        (["train", "nothing.yaml"], "no recipe 'nothing.yaml'"),
+        (["train"], "RECIPE"),
+        (["fly"], "invalid choice"),
+        ([], "COMMAND"),
+        (["compare", "digits", "--jobs", "0"], "--jobs must be at least 1"),
+        (["compare", "digits", "--seeds", "x"], "--seeds"),
+        (["compare", "digits", "--seeds", "-1"], "seed"),
+        (["evaluate", "nowhere"], "no run here"),
+        (["show", "digits", "--data.holdout_fraction", "1"], "less than 1"),
+        (["train", "custom"], "data.path: no folder my_images"),
+        (["train", "digits", "--output_dir", "/proc/no"], "cannot be written"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(words, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("pskd-timm: ") and error.count("\n") <= 2
+
+
+def test_show_prints_values_with_their_sources_and_the_cost_before_any_training(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "cifar100/preact_resnet18", "--seed", "3"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"seed +│ 3 +│ command line", text) and re.search(
+        r"optim.lr +│ 0.1 +│ .*preact_resnet18.yaml", text
+    )
+    assert re.search(r"optim.clip_grad_norm +│ None +│ default", text)
+    assert "391 an epoch × 300 epochs = 117,300" in text
+    # 50 000 × 100 × 2 bytes; with several ranks home and working copy, each 1/W of it.
+    assert "prediction store per rank: 1 rank 10.0 MB, 2 ranks 10.0 MB, 8 ranks 2.5 MB" in text
+    assert "data in memory: 184.3 MB" in text  # 60 000 × 3 × 32 × 32
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_finds_the_recorded_figures_again_from_another_folder(compared, capsys, tmp_path, monkeypatch):
+    folder, _ = compared
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(folder / "pskd" / "seed1")]) == 0
+    assert capsys.readouterr().out.count("equal to result.json") == 2
+
+
+def test_train_through_the_command_line_tells_last_and_best(tmp_path):
+    done = cli("train", "digits", *QUICK, "--method=baseline", "--output_dir", tmp_path, "--quiet")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 3, done.stdout + done.stderr
+    assert (
+        lines[0].startswith("last epoch 1: ")
+        and "(best on test)" in lines[1]
+        and lines[2] == f"wrote {tmp_path / 'baseline' / 'seed0'}"
+    )
+
+
+def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_model(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 6)):
+        for name, level in (("dark", 60), ("bright", 190)):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.normal(level, 30, size=(20 + i, 24, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pictures" / split / name / f"{i}.jpg")
+    options = [
+        "--data.path",
+        "pictures",
+        "--data.image_size",
+        "32",
+        "--model.name",
+        "test_efficientnet",
+        "--epochs",
+        "2",
+        "--batch_size",
+        "8",
+    ]
+    done = cli(
+        "compare", "custom", *options, "--methods", "baseline", "pskd", "--tracking.wandb", "disabled", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(pd.read_csv(tmp_path / "runs" / "custom" / "comparison.csv")) == 2
+
+
+def test_runs_go_on_after_compare_was_interrupted(tmp_path):
+    import signal
+    import time
+
+    command = [
+        sys.executable,
+        "-m",
+        "pskd_timm",
+        "compare",
+        "digits",
+        "--epochs",
+        "60",
+        "--methods",
+        "baseline",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not lines.is_file() or lines.read_text().count("\n") < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 130 and "the same command goes on from there" in output and "Traceback" not in output
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0
+    assert "going on after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
+    assert lines.read_text().count("\n") == 60

@@ -1,0 +1,100 @@
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pskd_timm.cli import make_parser
+from pskd_timm.recipe import load_recipe, shipped_recipes
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands():
+    words = [shlex.split(line) for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line[line.index(start) + 1 :] for line in words for start in ("pskd-timm", "pskd_timm") if start in line]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_of_the_readme_parses_and_names_a_recipe_that_is_there(words):
+    arguments, rest = make_parser().parse_known_args(words)
+    assert not rest
+    name = arguments.recipe.removeprefix("recipes/").removesuffix(".yaml")
+    assert name in shipped_recipes() or name == "RECIPE"
+
+
+def test_the_readmes_first_commands_are_the_set_up():
+    first, second = (block.strip() for block in blocks("bash")[:2])
+    assert first == "pip install -e . && pskd-timm compare recipes/digits.yaml"
+    assert second == "pip install -e '.[test]' && pytest"
+    assert second.replace("install", "install -q") in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_loop_of_ones_own_in_the_readme_runs_and_learns():
+    torch.manual_seed(0)
+    labels = torch.arange(100) % 10
+    images = torch.eye(10)[labels] + 0.1 * torch.randn(100, 10)
+    model = torch.nn.Linear(10, 10)
+    scope = {
+        "torch": torch,
+        "images": images,
+        "labels": labels,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), 5.0),
+    }
+    exec(blocks("python")[0], scope)
+    assert scope["pskd"].store.gather().argmax(1).eq(labels).float().mean() > 0.9
+
+
+def test_accelerates_configuration_is_one_process_that_the_command_line_overrides():
+    config = yaml.safe_load((ROOT / "accelerate_config.yaml").read_text())
+    assert config["distributed_type"] == "NO" and config["num_processes"] == 1
+
+
+def test_a_wheel_holds_the_recipes_and_shows_them_from_any_folder(tmp_path):
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    wheel = next(tmp_path.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path / "site")
+    shipped = {
+        path.relative_to(tmp_path / "site/pskd_timm/recipes").with_suffix("").as_posix()
+        for path in (tmp_path / "site/pskd_timm/recipes").rglob("*.yaml")
+    }
+    assert shipped == set(shipped_recipes())
+    code = "import pskd_timm.recipe as r; print(r.__file__, r.load_recipe('digits').data.source)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "site")
+    assert done.stdout.split() == [str(tmp_path / "site/pskd_timm/recipe.py"), "digits"], done.stderr
+
+
+def test_the_code_is_ruffs():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_digits_recipe_chooses_on_held_out_training_data_and_says_so():
+    from pskd_timm.recipe import find_recipe
+
+    assert "held-out part of the training data" in find_recipe("digits").read_text().replace("\n# ", " ")
+    assert load_recipe("digits").data.gaussian_noise > 0
