@@ -83,8 +83,7 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
         return Result.read(run_dir)
 
     # Build. Nothing is written before all of it stands.
-    with accelerator.local_main_process_first():
-        data = load_data(recipe.data, display.advance)
+    data = load_data(recipe.data, display.advance)
     check_batches(recipe, len(data.train), world_size)
     model = make_network(recipe, data).to(device)
     if recipe.model.channels_last:
@@ -261,14 +260,17 @@ def connect(recipe: Recipe) -> Accelerator:
         torch.set_num_threads(recipe.threads)
     # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=recipe.mixed_precision,
-        step_scheduler_with_optimizer=False,
-        log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
-        # Running statistics matter in evaluation only; they are brought together there (ranks.py).
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=recipe.mixed_precision,
+            step_scheduler_with_optimizer=False,
+            log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
+            # Running statistics matter in evaluation only; they are brought together there (ranks.py).
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise InputError(f"the processes cannot be connected: {str(error).splitlines()[0]}: {right}") from None
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise InputError(
             f"this launch starts {os.environ['WORLD_SIZE']} copies that know nothing of each other: {right}"

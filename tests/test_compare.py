@@ -185,19 +185,8 @@ def test_runs_go_on_after_compare_was_interrupted(tmp_path):
     import signal
     import time
 
-    command = [
-        sys.executable,
-        "-m",
-        "pskd_timm",
-        "compare",
-        "digits",
-        "--epochs",
-        "60",
-        "--methods",
-        "baseline",
-        "--output_dir",
-        str(tmp_path),
-    ]
+    options = ["--epochs", "60", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 100

@@ -226,6 +226,13 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tiny, tmp_
     assert not (tmp_path / "runs").exists()
 
 
+def test_copies_that_know_nothing_of_each_other_are_refused(tiny, monkeypatch):
+    train(tiny(epochs=1))  # this process is connected to no other
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 copies that know nothing of each other: .*--multi_gpu"):
+        train(tiny(epochs=1, seed=1))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(tiny):
     with pytest.raises(Diverged, match=r"the loss is (nan|inf) at epoch \d"):
         train(tiny(optim__lr=1e9, epochs=5))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -34,22 +35,24 @@ def decoded(table: Table, image_size: int | None, folder: Path, progress=None) -
     key = f"{VERSION} {table.dataset._fingerprint} {table.image_column} {image_size}"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if not path.is_file():
-        images = _decode(table, image_size, progress)
-        _save(images, path)
-        return images
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Several runs or processes may start at once: one decodes, the others wait for its file.
+            with FileLock(f"{path}.lock"):
+                if not path.is_file():
+                    _save(_decode(table, image_size, progress), path)
+        except OSError as error:
+            print(f"pskd-timm: decoded images cannot be kept for the next run: {error}", flush=True)
+            return _decode(table, image_size, progress)
     with safe_open(path, "pt") as file:
         return file.get_tensor("images")
 
 
 def _save(images: Tensor, path: Path):
-    """Write whole or not at all; a cache that cannot be written costs time, not the run."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            save_file({"images": images}, Path(temporary) / path.name)
-            os.replace(Path(temporary) / path.name, path)
-    except OSError as error:
-        print(f"pskd-timm: decoded images are not kept for the next run: {error}", flush=True)
+    """Write whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        save_file({"images": images}, Path(temporary) / path.name)
+        os.replace(Path(temporary) / path.name, path)
 
 
 def _decode(table: Table, image_size: int | None, progress) -> Tensor:
