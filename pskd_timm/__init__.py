@@ -13,6 +13,7 @@ _HOMES = {
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "score": "metrics",
+    "convert_checkpoint": "models.convert",
     "PredictionStore": "store",
     "METHODS": "methods",
     "PSKD": "methods",

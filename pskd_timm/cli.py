@@ -5,7 +5,7 @@ import os
 import sys
 
 from . import __version__
-from .recipe import METHOD_SECTIONS, InputError, Recipe, load_recipe, nearest, settings, shipped_recipes
+from .recipe import METHOD_SECTIONS, InputError, Recipe, lay_over, load_recipe, nearest, settings, shipped_recipes
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -61,10 +61,13 @@ def make_parser() -> Parser:
     show = command("show", "print a recipe, where each value comes from, and what the run will cost", run_show)
     add_settings(show)
     evaluate = command(
-        "evaluate", "score a finished run's weights on its test split again", run_evaluate, takes_recipe=False
+        "evaluate", "score a finished run's weights, or those in a file", run_evaluate, takes_recipe=False
     )
-    evaluate.add_argument("run_dir", metavar="RUN", help="folder of a finished run")
-    add_settings(evaluate, only=("data.path", "data.cache_dir", "batch_size", "threads"))
+    evaluate.add_argument(
+        "run_or_recipe", metavar="RUN", nargs="?", help="a finished run; with --checkpoint a recipe, or nothing"
+    )
+    evaluate.add_argument("--checkpoint", metavar="FILE", help="weights, or a checkpoint of the PS-KD authors' code")
+    add_settings(evaluate)
     command("models", "list this package's networks", run_models, takes_recipe=False)
     return parser
 
@@ -159,9 +162,18 @@ def run_show(arguments, rest):
 
 def run_evaluate(arguments, rest):
     given = overrides(arguments, rest)
+    if arguments.checkpoint:
+        name = arguments.run_or_recipe
+        recipe = load_recipe(name, given) if name else lay_over({"epochs": 1}, given, "command line", "evaluate")
+        from .evaluate import evaluate_checkpoint
+
+        print(figures(evaluate_checkpoint(arguments.checkpoint, recipe)))
+        return DONE
+    if not arguments.run_or_recipe:
+        raise InputError("evaluate needs a finished run's folder, or --checkpoint FILE")
     from .evaluate import evaluate
 
-    for which, found in evaluate(arguments.run_dir, given).items():
+    for which, found in evaluate(arguments.run_or_recipe, given).items():
         recorded = found.pop("recorded")
         agrees = "equal to result.json" if recorded == found else f"result.json has: {figures(recorded)}"
         print(f"{which}: {figures(found)} ({agrees})")
@@ -169,11 +181,11 @@ def run_evaluate(arguments, rest):
 
 
 def run_models(arguments, rest):
-    import timm
+    from rich.console import Console
 
-    from . import models  # noqa: F401  (registers them)
+    from .show import models_table
 
-    print("\n".join(timm.list_models("cifar_*")))
+    Console(width=None if sys.stdout.isatty() else 140).print(models_table())
     return DONE
 
 
@@ -193,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         arguments, rest = make_parser().parse_known_args(argv)
-        if rest and "recipe" not in arguments:
+        if rest and arguments.command == "models":
             raise InputError(f"unknown option {rest[0]}")
         return arguments.run(arguments, rest)
     except InputError as error:

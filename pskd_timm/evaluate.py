@@ -12,8 +12,9 @@ from . import metrics, ranks
 from .data import Split, eval_batches, load_data
 from .losses import at_least_float32
 from .metrics import Outcomes
-from .models.build import load_model
+from .models.build import check_name, create_model, load_model
 from .recipe import InputError, Recipe, load_recipe
+from .released import load_weights
 
 
 @dataclass
@@ -107,19 +108,32 @@ def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) 
     if not (run_dir / "result.json").is_file():
         raise InputError(f"{run_dir}: the run is not finished (no result.json); the same train command goes on with it")
     recorded = json.loads((run_dir / "result.json").read_text())
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     data = load_data(recipe.data, progress)
     found = {}
     for which, folder in (("last", run_dir), ("best", run_dir / "best")):
-        model = load_model(folder).to(device)
-        if recipe.model.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        model = load_model(folder)
         if model.num_classes != data.num_classes:
             raise InputError(f"{folder}: the model has {model.num_classes} classes, the data {data.num_classes}")
-        found[which] = predict(
-            model, data.test.to(device), recipe.batch_size, *normalisation(model, recipe), recipe.mixed_precision
-        ).score()
+        found[which] = _score(model, data.test, recipe)
         found[which]["recorded"] = {name: recorded[which][name] for name in metrics.METRICS}
     return found
+
+
+def evaluate_checkpoint(path: str | Path, recipe: Recipe, progress=None) -> dict[str, float]:
+    """The six figures, on the recipe's test split, of its model with a file's weights (see released.py)."""
+    check_name(recipe.model.name)
+    data = load_data(recipe.data, progress)
+    model = create_model(recipe.model, data.num_classes, data.image_size)
+    load_weights(path, model)
+    return _score(model, data.test, recipe)
+
+
+def _score(model: nn.Module, split: Split, recipe: Recipe) -> dict[str, float]:
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device)
+    if recipe.model.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    normalise = normalisation(model, recipe)
+    return predict(model, split.to(device), recipe.batch_size, *normalise, recipe.mixed_precision).score()

@@ -81,6 +81,8 @@ class Model(Section):
     """Any timm model, this package's cifar_* networks among them (`pskd-timm models` lists those)."""
     pretrained: bool = False
     """Start from timm's pretrained weights."""
+    small_input: bool = False
+    """Replace the large stem of an ImageNet network (resnet, densenet, convnext, efficientnet) by one of stride 1."""
     kwargs: dict[str, Any] = {}
     """Further arguments of the model, as `timm.create_model` takes them: {drop_rate: 0.1}."""
     channels_last: bool = False
@@ -200,6 +202,8 @@ class Recipe(Section):
     """CPU threads of torch; one is often fastest for small networks. By default torch's own choice."""
     output_dir: str | None = None
     """Root of the run folders <method>/seed<seed>; by default runs/<name>."""
+    init_from: str | None = None
+    """File to start from: weights (.pth, .safetensors), or a checkpoint of the PS-KD authors' code, which is continued."""
     resume: Literal["auto", "never"] = "auto"
     """Go on from the run folder's newest checkpoint where there is one, or start anew and delete what is there."""
     data: Data
@@ -366,23 +370,29 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     Raises InputError that names the setting, what is wrong with it and where it came from.
     """
     path = find_recipe(str(name))
-    written = read_yaml(path)
+    return lay_over(read_yaml(path), overrides, str(path), default_name(path))
+
+
+def default_name(path: Path) -> str:
+    """What the runs of a recipe file are filed under, where it does not say."""
+    if path.resolve().is_relative_to(SHIPPED.resolve()):
+        return "-".join(path.resolve().relative_to(SHIPPED.resolve()).with_suffix("").parts)
+    return path.stem
+
+
+def lay_over(written: dict, overrides: dict[str, Any] | None, origin: str, name: str) -> Recipe:
+    """The recipe of the settings `written` in `origin` with `overrides` by dotted name laid over them."""
     flat = flatten(written)
-    sources = dict.fromkeys(flat, str(path))
+    sources = dict.fromkeys(flat, origin)
     for key, value in (overrides or {}).items():
         _override(flat, key, _value(value))
         parent = key.rpartition(".")[0]
         sources[parent if key not in settings() and parent in settings() else key] = "command line"
     tree: dict[str, Any] = {key: {} for key, value in written.items() if value == {} and key in sections()}
     for key, value in flat.items():
-        section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
-    tree.setdefault("name", path.stem if path.parent.name in ("recipes", "") else f"{path.parent.name}-{path.stem}")
-    return build_recipe(tree, sources, str(path))
-
-
-def build_recipe(tree: dict[str, Any], sources: dict[str, str], origin: str) -> Recipe:
-    """A validated recipe from nested settings; `sources` says where each came from, `origin` where the rest did."""
+        section, _, setting = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[setting] = value
+    tree.setdefault("name", name)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

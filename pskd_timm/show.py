@@ -1,7 +1,7 @@
 """What a recipe says, where each value comes from, and what the run will cost, before any training."""
 
 from .data.sources import Sizes, known_sizes, open_tables
-from .recipe import InputError, Recipe, flatten
+from .recipe import InputError, Recipe, flatten, load_recipe, shipped_recipes
 
 
 def sources_table(recipe: Recipe):
@@ -23,6 +23,25 @@ def sources_table(recipe: Recipe):
         if not other_method:
             source = recipe.source_of(key)
             table.add_row(key, str(value), source, style="dim" if source == "default" else None)
+    return table
+
+
+def models_table():
+    """A rich table of this package's networks and the paper's: parameters, MACs, the paper's name, the recipe."""
+    import timm
+    from rich.table import Table
+
+    from .models import PAPER_NAMES
+    from .models.count import parameters_and_macs
+
+    recipes = {load_recipe(name).model.name: name for name in shipped_recipes()}
+    title = "parameters and multiply-adds of one image, 100 classes (ImageNet's networks: 1000)"
+    table = Table(title=title, title_justify="left")
+    for header in ("model", "parameters", "MACs", "in the paper", "recipe"):
+        table.add_column(header, justify="right" if header in ("parameters", "MACs") else "left", no_wrap=True)
+    for name in dict.fromkeys([*timm.list_models("cifar_*"), *PAPER_NAMES]):
+        parameters, macs = parameters_and_macs(name, 100 if name.startswith("cifar_") else 1000)
+        table.add_row(name, f"{parameters:,}", f"{macs:,}", PAPER_NAMES.get(name, ""), recipes.get(name, ""))
     return table
 
 

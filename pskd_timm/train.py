@@ -30,6 +30,7 @@ from .optim import lr_at, make_optimizer
 from .order import num_batches
 from .progress import Display
 from .recipe import InputError, Recipe
+from .released import start_from
 from .tracking import Tracker, read_lines
 
 MODEL, STEP = 10, 11  # streams of random numbers: initial weights, and what a step draws (dropout)
@@ -129,6 +130,9 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
         if accelerator.scaler and progress.scaler:
             accelerator.scaler.load_state_dict(progress.scaler)
         display.say(f"{run_dir}: going on after epoch {progress.epoch}, step {progress.step} of {loader.steps}")
+    elif recipe.init_from:
+        progress = start_from(recipe.init_from, network, optimizer, method.store, recipe.epochs)
+        display.say(f"{run_dir}: starting from {recipe.init_from} after epoch {progress.epoch}")
     tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
     tracker.forget_after(progress.epoch, progress.step)
 

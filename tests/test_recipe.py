@@ -117,7 +117,7 @@ def test_public_names_are_functions_even_after_their_modules_were_imported():
 
 LAYERS = [
     {"recipe", "rng", "order", "batch", "losses", "metrics", "augment", "ranks", "store", "models", "progress"},
-    {"methods", "data", "optim", "tracking", "checkpoint", "evaluate"},
+    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate"},
     {"train"},
     {"compare", "report", "show", "bench"},
     {"cli"},

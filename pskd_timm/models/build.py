@@ -1,15 +1,17 @@
 """Any timm model from a recipe, to a folder that timm can load, and back."""
 
+import json
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..recipe import InputError, nearest
 from ..recipe import Model as ModelSection
+from .small_input import small_input
 
 
 def check_name(name: str):
@@ -28,6 +30,12 @@ def create_model(section: ModelSection, num_classes: int, image_size: tuple[int,
         model = timm.create_model(section.name, pretrained=section.pretrained, **arguments)
     except Exception as error:  # each model raises what it likes
         raise InputError(f"model {section.name} cannot be made with {arguments}: {_first_line(error)}") from None
+    if section.small_input:
+        try:
+            model = small_input(model)
+        except ValueError as error:
+            raise InputError(f"model.small_input: {error}") from None
+    model.has_small_input = section.small_input
     # What `create_model` was given, for the config.json that loads the model again.
     model.creation_arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
     _try(model, section.name, num_classes, image_size)
@@ -63,7 +71,7 @@ def save_model(model: nn.Module, folder: Path, mean, std, image_size: tuple[int,
     """Write model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
     seen = {"mean": tuple(mean), "std": tuple(std), "input_size": (3, *image_size), "crop_pct": 1.0}
     model.pretrained_cfg = {**model.pretrained_cfg, **seen}
-    config = {"num_classes": len(class_names), "label_names": class_names}
+    config = {"num_classes": len(class_names), "label_names": class_names, "small_input": model.has_small_input}
     folder.mkdir(parents=True, exist_ok=True)
     # timm's save_for_hf would write both, but refuses weights in channels_last.
     save_file(contiguous_state(model), folder / "model.safetensors")
@@ -76,13 +84,19 @@ def contiguous_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """The model in a run's or a checkpoint's folder, with its weights, on the CPU. Raises InputError if it is none."""
+    """The model in a run's folder, with its weights, on the CPU. Raises InputError if there is none."""
     folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise InputError(
             f"{folder}: no model here (a finished run or a checkpoint has config.json and model.safetensors)"
         )
     try:
-        return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
+        config = json.loads((folder / "config.json").read_text())
+        if not config.get("small_input"):
+            return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
+        # timm builds the large stem, so the small one takes its place before the weights come.
+        model = small_input(timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model
     except Exception as error:  # each model raises what it likes
         raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None

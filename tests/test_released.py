@@ -1,0 +1,182 @@
+"""Files of the PS-KD authors' released code, written here by a small network of that code's layout."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from test_convert import OldPreActBlock, OldResNet
+from torch import nn
+
+from pskd_timm import InputError, convert_checkpoint, load_recipe, train
+from pskd_timm.checkpoint import newest
+from pskd_timm.cli import main
+from pskd_timm.data import load_data
+from pskd_timm.released import read_file
+
+N = 60
+
+
+def old_network():
+    network = OldResNet(OldPreActBlock, 1, [2, 2, 2, 2])
+    network.linear = nn.Linear(512, 10)
+    return network
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def make(**overrides):
+        settings = {
+            "epochs": 4,
+            "batch_size": 20,
+            "data.limit_train": N,
+            "data.limit_test": 50,
+            "model.name": "cifar_preact_resnet18",
+            "model.kwargs": {},
+            "output_dir": str(tmp_path / "runs"),
+            "tracking.log_every": 1,
+            "pskd.store_dtype": "float32",
+        }
+        return load_recipe("digits", settings | overrides)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def released():
+    """A checkpoint dictionary after two epochs of the old code's network, as its training script writes it."""
+    torch.manual_seed(0)
+    network = nn.DataParallel(old_network())
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, nesterov=True)
+    network(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    predictions = torch.rand(N, 10).softmax(1)
+    predictions[7] = 0
+    return {
+        "net": network.state_dict(),
+        "epoch": 1,
+        "best_acc": np.float64(33.0),
+        "accuracy": 33.0,
+        "alpha_t": 0.4,
+        "optimizer": optimizer.state_dict(),
+        "prev_predictions": predictions,
+    }
+
+
+@pytest.fixture
+def file(released, tmp_path):
+    torch.save(released, tmp_path / "old.pth")
+    return tmp_path / "old.pth"
+
+
+def test_a_released_file_is_continued_with_weights_momentum_predictions_and_epoch(file, released, recipe, monkeypatch):
+    import sys
+
+    seen = {}
+    original = sys.modules["pskd_timm.train"].start_from
+
+    def look(path, model, optimizer, store, epochs):
+        progress = original(path, model, optimizer, store, epochs)
+        seen.update(table=store.gather(), weights={k: v.clone() for k, v in model.state_dict().items()})
+        seen.update(momentum={n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()})
+        return progress
+
+    monkeypatch.setattr(sys.modules["pskd_timm.train"], "start_from", look)
+    result = train(recipe(init_from=str(file)))
+    assert [line["epoch"] for line in result.history] == [3, 4]
+    assert [line["alpha"] for line in result.history] == pytest.approx([0.8 * 3 / 4, 0.8])
+    known = torch.arange(N) != 7
+    torch.testing.assert_close(seen["table"][known], released["prev_predictions"][known])
+    assert seen["table"][7].max() == 1  # never seen: its one-hot label
+    model = timm.create_model("cifar_preact_resnet18", num_classes=10)
+    for name, tensor in convert_checkpoint(released, model).items():
+        assert torch.equal(seen["weights"][name], tensor)
+    # The optimizer numbers parameters as the file orders its weights: the momentum beside each weight has its shape.
+    names = [name for name in released["net"] if "running" not in name and "batches" not in name]
+    converted = dict(zip(names, [n for n in convert_checkpoint(released, model) if n in seen["momentum"]], strict=True))
+    for number, name in enumerate(names):
+        buffer = released["optimizer"]["state"][number]["momentum_buffer"]
+        assert torch.equal(seen["momentum"][converted[name]], buffer)
+    assert newest(result.run_dir)
+
+
+def test_evaluate_scores_a_released_file_as_the_old_network_would(file, released, recipe, capsys):
+    data = load_data(recipe().data)
+    network = old_network().eval()
+    network.load_state_dict({name.removeprefix("module."): tensor for name, tensor in released["net"].items()})
+    mean, std = (torch.tensor(values)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
+    with torch.no_grad():
+        logits = network((data.test.images / 255 - mean) / std)
+    nll = nn.functional.cross_entropy(logits, data.test.labels).item()
+    options = ["--data.limit_train", str(N), "--data.limit_test", "50", "--data.gaussian_noise", "0.65"]
+    command = [
+        "evaluate",
+        "--checkpoint",
+        str(file),
+        "--model.name",
+        "cifar_preact_resnet18",
+        "--data.source",
+        "digits",
+    ]
+    assert main([*command, *options]) == 0
+    assert f"nll {nll:.4f}" in capsys.readouterr().out
+
+
+def test_bare_weights_are_a_start_at_the_first_epoch(released, recipe, tmp_path):
+    torch.save(released["net"], tmp_path / "bare.pth")
+    assert [line["epoch"] for line in train(recipe(epochs=1, init_from=str(tmp_path / "bare.pth"))).history] == [1]
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("this code must not run",)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (Payload(), "would run code"),
+        (b"no checkpoint", "no checkpoint that can be read"),
+        ([1, 2], "a dictionary of weights, this is list"),
+        ({"net": {"linear.weight": torch.zeros(3, 3)}}, "does not fit the model"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_in_a_line(content, says, recipe, tmp_path, capsys):
+    path = tmp_path / "bad.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=says) as error:
+        train(recipe(init_from=str(path)))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"epochs": 2}, "has done 2 epochs already"),
+        ({"data.limit_train": 40}, r"predictions \[60, 10\], this run needs \[40, 10\]"),
+    ],
+)
+def test_a_released_file_that_does_not_fit_the_run_is_refused(file, recipe, overrides, says):
+    with pytest.raises(InputError, match=says):
+        train(recipe(init_from=str(file), **overrides))
+
+
+def test_numpy_predictions_are_read_too(released, tmp_path):
+    torch.save(released | {"prev_predictions": released["prev_predictions"].numpy()}, tmp_path / "old.pth")
+    assert read_file(tmp_path / "old.pth")["prev_predictions"].shape == (N, 10)
+
+
+def test_a_network_with_a_small_stem_is_trained_saved_loaded_and_evaluated(recipe):
+    from pskd_timm import evaluate
+    from pskd_timm.metrics import METRICS
+
+    settings = {"model.name": "resnet18", "model.small_input": "true", "epochs": 1, "method": "baseline"}
+    result = train(recipe(**settings))
+    found = evaluate(result.run_dir)["last"]
+    assert {name: found[name] for name in METRICS} == found["recorded"]
+    with pytest.raises(InputError, match="small_input does not know the stem"):
+        train(recipe(**settings | {"model.name": "cifar_preact_resnet_tiny", "seed": 1}))
