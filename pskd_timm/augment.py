@@ -5,9 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import rng
+from .recipe import Augment
 
 # One number for each thing that is drawn: a new draw takes a new number and leaves the others' values alone.
-TOP, LEFT, FLIP = range(3)
+TOP, LEFT, FLIP, JITTER_ORDER, BRIGHTNESS, CONTRAST, SATURATION, LIGHTING, RESIZED_CROP = range(9)
+
+GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601)
+ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+# Principal components of ImageNet's colours in units of the pixel range (Krizhevsky et al., NIPS 2012).
+PCA_VALUES = (0.2175, 0.0188, 0.0045)
+PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
@@ -23,16 +30,55 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Float images from uint8 `images` [B, C, H, W]; `mean` and `std` [C] are in units of the pixel range, as timm's."""
+    """Float images from `images` [B, C, H, W] of 0 … 255; `mean` and `std` [C] are in units of the pixel range."""
     return (images.float() - 255.0 * mean[:, None, None]) / (255.0 * std[:, None, None])
 
 
-def augment(images: Tensor, index: Tensor, key: int, padding: int, hflip: float) -> Tensor:
-    """Random crop and horizontal flip of uint8 `images` [B, C, H, W] of the samples `index` [B]; `key` names the epoch."""
-    if padding:
-        top = rng.integers(rng.fold(key, TOP), index, 2 * padding + 1)
-        left = rng.integers(rng.fold(key, LEFT), index, 2 * padding + 1)
-        images = crop(images, top, left, padding)
-    if hflip:
-        images = flip(images, rng.uniform(rng.fold(key, FLIP), index) < hflip)
+def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """`factor` [B] parts of `images` and 1 − factor of `other`."""
+    return torch.lerp(other.expand_as(images), images, factor[:, None, None, None])
+
+
+def grey(images: Tensor) -> Tensor:
+    """The grey picture [B, 1, H, W] of RGB `images` [B, 3, H, W]."""
+    return (images * images.new_tensor(GREY)[:, None, None]).sum(dim=1, keepdim=True)
+
+
+def color_jitter(images: Tensor, factors: Tensor, turn: Tensor) -> Tensor:
+    """Brightness, contrast and saturation of float `images` [B, 3, H, W] times `factors` [B, 3], in the order ORDERS[turn] [B].
+
+    Brightness blends with black, contrast with the picture's mean grey, saturation with its grey picture.
+    """
+    steps = torch.tensor(ORDERS, device=images.device)[turn]
+    for place in range(3):
+        bases = (torch.zeros_like(images[:, :1]), grey(images).mean(dim=(2, 3), keepdim=True), grey(images))
+        changed = [blend(images, base, factors[:, i]) for i, base in enumerate(bases)]
+        step = steps[:, place, None, None, None]
+        images = torch.where(step == 0, changed[0], torch.where(step == 1, changed[1], changed[2]))
     return images
+
+
+def lighting(images: Tensor, alpha: Tensor) -> Tensor:
+    """Float `images` [B, 3, H, W] of 0 … 255 moved along ImageNet's principal colours by `alpha` [B, 3] (AlexNet's noise)."""
+    values, vectors = images.new_tensor(PCA_VALUES), images.new_tensor(PCA_VECTORS)
+    return images + 255.0 * ((alpha * values) @ vectors.T)[:, :, None, None]
+
+
+def augment(images: Tensor, index: Tensor, key: int, section: Augment, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalised images of the samples `index` [B] from uint8 `images` [B, 3, H, W], as the section says; `key` names the epoch.
+
+    Crop and flip on uint8, then colour jitter, lighting and normalisation in float32, nothing clipped in between.
+    """
+    if section.crop_padding:
+        top, left = (rng.integers(rng.fold(key, draw), index, 2 * section.crop_padding + 1) for draw in (TOP, LEFT))
+        images = crop(images, top, left, section.crop_padding)
+    if section.hflip:
+        images = flip(images, rng.uniform(rng.fold(key, FLIP), index) < section.hflip)
+    if section.color_jitter:
+        draws = [rng.uniform(rng.fold(key, draw), index) for draw in (BRIGHTNESS, CONTRAST, SATURATION)]
+        factors = 1.0 + section.color_jitter * (2.0 * torch.stack(draws, dim=1) - 1.0)
+        images = color_jitter(images.float(), factors, rng.integers(rng.fold(key, JITTER_ORDER), index, len(ORDERS)))
+    if section.lighting:
+        alpha = [rng.normal(rng.fold(key, LIGHTING, component), index) for component in range(3)]
+        images = lighting(images.float(), section.lighting * torch.stack(alpha, dim=1))
+    return normalize(images, mean, std)

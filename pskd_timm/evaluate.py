@@ -71,7 +71,7 @@ def predict(
         each.append(metrics.outcomes(probabilities, labels)._replace(nll=nll))
         if keep_probabilities:
             kept.append(probabilities)
-    device = split.images.device
+    device = split.labels.device
     empty = Outcomes(
         *(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64))
     )
@@ -108,7 +108,7 @@ def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) 
     if not (run_dir / "result.json").is_file():
         raise InputError(f"{run_dir}: the run is not finished (no result.json); the same train command goes on with it")
     recorded = json.loads((run_dir / "result.json").read_text())
-    data = load_data(recipe.data, progress)
+    data = load_data(recipe.data, recipe.augment, progress)
     found = {}
     for which, folder in (("last", run_dir), ("best", run_dir / "best")):
         model = load_model(folder)
@@ -122,7 +122,7 @@ def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) 
 def evaluate_checkpoint(path: str | Path, recipe: Recipe, progress=None) -> dict[str, float]:
     """The six figures, on the recipe's test split, of its model with a file's weights (see released.py)."""
     check_name(recipe.model.name)
-    data = load_data(recipe.data, progress)
+    data = load_data(recipe.data, recipe.augment, progress)
     model = create_model(recipe.model, data.num_classes, data.image_size)
     load_weights(path, model)
     return _score(model, data.test, recipe)

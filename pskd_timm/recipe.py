@@ -19,6 +19,7 @@ class Section(BaseModel):
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Area = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 # YAML 1.1 reads a bare `no` as false.
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
@@ -41,6 +42,12 @@ class Data(Section):
     """Part of the training split to set aside as the test split, where the data set has none."""
     image_size: Annotated[int, Field(ge=4)] | None = None
     """Height and width in pixels: the shorter side is resized, the centre kept; by default the size all images have."""
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Test images: the part of the resized shorter side that the centre keeps (0.875: 224 of 256 pixels)."""
+    loading: Literal["resident", "streaming"] = "resident"
+    """`resident`: all images decoded once and kept in memory; `streaming`: decoded for every batch by `workers` processes."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that decode for each rank when streaming; by default one for each core, eight at most."""
     limit_train: Count | None = None
     """Train on so many samples only, taken evenly from all classes."""
     limit_test: Count | None = None
@@ -62,14 +69,26 @@ class Data(Section):
             raise ValueError(
                 "name a data set: `source` (digits, cifar10, cifar100 or a hub id) or `path` (a local folder)"
             )
+        if self.loading == "streaming" and self.image_size is None:
+            raise ValueError("loading streaming needs image_size")
+        if self.loading == "streaming" and self.gaussian_noise:
+            raise ValueError("gaussian_noise needs loading resident")
+        if self.crop_pct < 1 and self.image_size is None:
+            raise ValueError("crop_pct needs image_size")
         return self
 
 
 class Augment(Section):
+    random_resized_crop: Annotated[list[Area], Field(min_length=2, max_length=2)] | None = None
+    """Range of the area of a random box resized to the image's size, [0.08, 1] on ImageNet (ratio 3/4 … 4/3; streaming only)."""
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Random crop of the image's own size after padding by so many zero pixels a side; 0 turns it off."""
     hflip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Probability of mirroring an image left–right."""
+    color_jitter: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Brightness, contrast and saturation are scaled by up to 1 ± this, in random order."""
+    lighting: NonNegative = 0.0
+    """Standard deviation of the noise along ImageNet's principal colours (0.1 in the AlexNet way)."""
     mean: list[float] | None = None
     """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
     std: list[Positive] | None = None
@@ -227,6 +246,8 @@ class Recipe(Section):
             raise ValueError(
                 f"optim.milestones {late} lie beyond the last of {self.epochs} epochs; below 1 they are parts of the run"
             )
+        if self.augment.random_resized_crop and self.data.loading != "streaming":
+            raise ValueError("augment.random_resized_crop needs data.loading streaming; augment.crop_padding does not")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}")
         if self.accumulate > self.batch_size:
@@ -254,7 +275,7 @@ class Recipe(Section):
 
 
 METHOD_SECTIONS = ("baseline", "label_smoothing", "cskd", "tfkd", "pskd")
-_NO_OUTCOME = {"name", "output_dir", "resume", "threads", "data.cache_dir"}
+_NO_OUTCOME = {"name", "output_dir", "resume", "threads", "data.cache_dir", "data.workers"}
 
 
 def sections() -> dict[str, type[Section]]:

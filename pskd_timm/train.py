@@ -22,7 +22,7 @@ from torch import nn
 
 from . import checkpoint, rng
 from .checkpoint import Progress
-from .data import Data, ResidentLoader, load_data
+from .data import Data, Loader, load_data
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .methods import METHODS
 from .models.build import check_name, create_model, load_model, save_model
@@ -84,7 +84,7 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
         return Result.read(run_dir)
 
     # Build. Nothing is written before all of it stands.
-    data = load_data(recipe.data, display.advance)
+    data = load_data(recipe.data, recipe.augment, display.advance)
     check_batches(recipe, len(data.train), world_size)
     model = make_network(recipe, data).to(device)
     if recipe.model.channels_last:
@@ -105,9 +105,10 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
         device=device,
         labels=train_split.labels,
     )
-    loader = ResidentLoader(
+    loader = Loader(
         train_split,
         data.num_classes,
+        recipe.epochs,
         recipe.batch_size,
         recipe.augment,
         mean,

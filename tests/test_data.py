@@ -1,20 +1,30 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tv
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as Pictures
+from scipy import stats
 
 from pskd_timm import InputError, load_recipe, rng
-from pskd_timm.augment import FLIP, LEFT, TOP, augment, crop, normalize
-from pskd_timm.data import ResidentLoader, load_data
+from pskd_timm.augment import FLIP, LEFT, ORDERS, PCA_VALUES, PCA_VECTORS, TOP, augment, color_jitter, crop, lighting
+from pskd_timm.data import Loader, eval_batches
+from pskd_timm.data import load_data as load
+from pskd_timm.data.decode import open_image
 from pskd_timm.data.split import class_balanced, flip_labels
+from pskd_timm.data.streaming import _Pictures, resized_crop_box
 from pskd_timm.recipe import Augment
 
 
 def picture(size=(8, 6), mode="RGB", value=100):
     bands = {"RGB": (value, 50, 200), "L": value, "RGBA": (value, 50, 200, 128)}
     return Pictures.new(mode, size, bands[mode])
+
+
+def load_data(section, augment=None):
+    return load(section, augment or Augment())
 
 
 def section(**settings):
@@ -178,19 +188,166 @@ def test_gaussian_noise_is_fixed_per_sample_has_its_deviation_and_spares_the_cle
     assert torch.equal(load_data(section(path=root)).train.images.unique(), torch.tensor([128], dtype=torch.uint8))
 
 
+MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+
+
+def random_images(count=16, height=10, width=12):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
 def test_crop_flip_and_normalise_equal_torchvisions_on_each_image():
-    images = torch.randint(0, 256, (16, 3, 10, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    index, key = torch.arange(100, 116), 7
-    found = augment(images, index, key, padding=2, hflip=0.5)
+    images, index, key = random_images(), torch.arange(100, 116), 7
+    found = augment(images, index, key, Augment(crop_padding=2, hflip=0.5), MEAN, STD)
     top, left = (rng.integers(rng.fold(key, draw), index, 5) for draw in (TOP, LEFT))
     mirrored = rng.uniform(rng.fold(key, FLIP), index) < 0.5
     assert {0, 4} <= set(top.tolist()) and mirrored.any() and not mirrored.all()
     for i in range(16):
         expected = tv.crop(tv.pad(images[i], [2]), int(top[i]), int(left[i]), 10, 12)
-        assert torch.equal(found[i], tv.hflip(expected) if mirrored[i] else expected)
-    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
-    expected = tv.normalize(images / 255, mean, std)
-    torch.testing.assert_close(normalize(images, mean, std), expected, rtol=1e-5, atol=1e-5)
+        expected = tv.normalize((tv.hflip(expected) if mirrored[i] else expected) / 255, MEAN, STD)
+        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("turn", range(6))
+def test_colour_jitter_equals_torchvisions_adjustments_in_the_same_order(turn):
+    # Factors below 1 stay inside the range of pixels, where torchvision does not clip.
+    images, factors = (
+        random_images(4).float(),
+        torch.tensor([[0.7, 0.8, 0.9], [0.6, 1.0, 0.5], [1.0, 0.3, 1.0], [0.9, 0.9, 0.9]]),
+    )
+    found = color_jitter(images, factors, torch.full((4,), turn))
+    adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+    for i in range(4):
+        expected = images[i] / 255
+        for step in ORDERS[turn]:
+            expected = adjust[step](expected, float(factors[i, step]))
+        # torchvision's grey has 0.2989 for red.
+        torch.testing.assert_close(found[i] / 255, expected, rtol=0, atol=3e-4)
+
+
+def test_lighting_moves_every_pixel_along_imagenets_principal_colours():
+    images, alpha = random_images(2).float(), torch.tensor([[0.1, 0.0, 0.0], [0.0, 0.2, -0.1]])
+    moved = (lighting(images, alpha) - images) / 255
+    first = 0.1 * 0.2175 * np.array([-0.5675, -0.5808, -0.5836])
+    second = 0.2 * 0.0188 * np.array([0.7192, -0.0045, -0.6948]) - 0.1 * 0.0045 * np.array([0.4009, -0.8140, 0.4203])
+    for i, shift in enumerate((first, second)):
+        assert moved[i].mean(dim=(1, 2)).numpy() == pytest.approx(shift, abs=1e-5)
+        assert moved[i].std(dim=(1, 2)).max() < 1e-4
+
+
+def test_jitter_and_lighting_are_drawn_for_each_sample_from_their_ranges():
+    index = torch.arange(4000)
+    images = torch.full((4000, 3, 2, 2), 100, dtype=torch.uint8)
+    zero, one = torch.zeros(3), torch.ones(3)
+    jittered = 255 * augment(images, index, 5, Augment(color_jitter=0.4), zero, one)[:, 0, 0, 0]
+    assert (jittered.min(), jittered.max()) == (pytest.approx(60, abs=0.2), pytest.approx(140, abs=0.2))
+    lit = (255 * augment(images, index, 5, Augment(lighting=0.1), zero, one)[:, :, 0, 0] - 100) / 255
+    vectors, values = np.array(PCA_VECTORS), np.array(PCA_VALUES)
+    covariance = vectors @ np.diag((0.1 * values) ** 2) @ vectors.T
+    assert np.cov(lit.numpy().T) == pytest.approx(covariance, rel=0.1)
+
+
+def photographs(root, count=8, size=(90, 70)):
+    """A folder of smooth JPEG pictures of two classes, and the HF data set's section for it."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+                pixels = np.stack([x, y, (x + y) / 2], axis=2) * (150 + 10 * i) + (30 if name == "a" else 0)
+                Pictures.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.jpg", quality=95)
+    return section(path=str(root), image_size=32, loading="streaming", workers=0)
+
+
+STREAMED = Augment(random_resized_crop=[0.2, 1.0], hflip=0.5)
+
+
+def streamed_views(data, rank=0, world_size=1, workers=0, epochs=(0, 1), first_batch=0, partners=True):
+    """Sample → (image, partner) for each epoch."""
+    split = replace(data.train, workers=workers)
+    one = Loader(split, 2, 2, 5, STREAMED, [0.5] * 3, [0.5] * 3, 3, rank, world_size, partners)
+    found = {}
+    for epoch in epochs:
+        ids = one.rank_batches(epoch)[first_batch:]
+        first_batch = 0
+        for batch in (b for micro in one.batches(ids, epoch, 2) for b in micro):
+            for row, sample in enumerate(batch.index.tolist()):
+                assert (epoch, sample) not in found
+                found[epoch, sample] = torch.stack([batch.images[row], batch.partner_images[row]])
+    return found
+
+
+def test_a_streamed_view_depends_on_seed_epoch_and_sample_alone_not_on_workers_ranks_or_where_it_starts(tmp_path):
+    data = load_data(photographs(tmp_path), STREAMED)
+    alone = streamed_views(data)
+    assert len(alone) == 2 * 16
+    others = [streamed_views(data, workers=2), streamed_views(data, epochs=(1,)), streamed_views(data, first_batch=2)]
+    others += [streamed_views(data, rank, 2, workers=rank) for rank in (0, 1)]
+    assert [len(found) for found in others] == [32, 16, 22, 18, 12]  # two ranks leave out the last batch of one
+    for found in others:
+        assert all(torch.equal(view, alone[key]) for key, view in found.items())
+    assert not torch.equal(alone[0, 3], alone[1, 3])
+
+
+def test_a_random_resized_crop_is_torchvisions_of_the_same_box(tmp_path):
+    data = load_data(photographs(tmp_path, size=(90, 70)), STREAMED)
+    draws = np.random.default_rng(0).random((200, 10, 4)).tolist()
+    with Pictures.open(tmp_path / "train" / "a" / "3.jpg") as original:
+        for row in draws[:20]:
+            left, top, right, bottom = resized_crop_box(90, 70, (0.2, 1.0), row)
+            expected = tv.resized_crop(original, top, left, bottom - top, right - left, [32, 32])
+            found = _Pictures(data.train)._crop(
+                {"path": str(tmp_path / "train" / "a" / "3.jpg"), "bytes": None}, 3, row
+            )
+            assert np.abs(found.astype(float) - np.asarray(expected, dtype=float)).mean() < 2
+
+
+def test_random_boxes_have_torchvisions_distribution_of_areas_ratios_and_places():
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    picture = torch.zeros(3, 70, 90)
+    theirs = np.array([RandomResizedCrop.get_params(picture, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
+    draws = np.random.default_rng(0).random((3000, 10, 4)).tolist()
+    boxes = np.array([resized_crop_box(90, 70, (0.08, 1.0), row) for row in draws])
+    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1)
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 0.001
+
+
+def test_a_large_jpeg_decoded_at_a_reduced_scale_shows_the_same_crop(tmp_path):
+    photographs(tmp_path, count=1, size=(640, 480))
+    path = str(tmp_path / "train" / "a" / "0.jpg")
+    box = (100, 50, 500, 450)
+    small, scaled = open_image({"path": path, "bytes": None}, 0, lambda size: (box, 50))
+    assert small.size == (80, 60)  # an eighth: 400 pixels of box for 50
+    found = np.asarray(small.resize((50, 50), Pictures.Resampling.BILINEAR, box=scaled), dtype=float)
+    with Pictures.open(path) as whole:
+        expected = np.asarray(whole.resize((50, 50), Pictures.Resampling.BILINEAR, box=box), dtype=float)
+    assert np.abs(found - expected).mean() < 2
+
+
+def test_streamed_test_images_are_resized_and_centre_cropped_as_resident_ones(tmp_path):
+    streamed = photographs(tmp_path).model_copy(update={"crop_pct": 0.8})
+    data = load_data(streamed)
+    resident = load_data(streamed.model_copy(update={"loading": "resident"}))
+    pairs = zip(
+        eval_batches(data.test, 5, [0] * 3, [1] * 3), eval_batches(resident.test, 5, [0] * 3, [1] * 3), strict=True
+    )
+    for (images, labels), (expected, expected_labels) in pairs:
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+    with Pictures.open(tmp_path / "test" / "a" / "0.jpg") as picture:  # 90×70: 40/70 of it, then the middle 32 pixels
+        expected = tv.center_crop(picture.resize((51, 40), Pictures.Resampling.BICUBIC), [32, 32])
+    first = (255 * next(eval_batches(data.test, 1, [0] * 3, [1] * 3))[0][0]).round()
+    assert (first - tv.pil_to_tensor(expected)).abs().mean() < 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_streamed_image_is_named_in_one_line(tmp_path, workers):
+    data = load_data(photographs(tmp_path), STREAMED)
+    (tmp_path / "train" / "b" / "5.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"^data: image 13 \(.*5\.jpg\) cannot be decoded: .*$"):
+        streamed_views(data, workers=workers)
 
 
 def test_a_crop_moves_an_image_by_at_most_its_padding():
@@ -203,9 +360,10 @@ def test_a_crop_moves_an_image_by_at_most_its_padding():
 
 def loader(world_size=1, rank=0, partners=True, batch_size=32):
     data = load_data(section(source="digits", limit_train=90))
-    return ResidentLoader(
+    return Loader(
         data.train,
         10,
+        6,
         batch_size,
         Augment(crop_padding=2, hflip=0.5),
         [0.5] * 3,
@@ -238,4 +396,5 @@ def test_a_samples_view_depends_on_seed_epoch_and_sample_alone():
 
 
 def test_only_methods_that_ask_for_partners_pay_for_them():
-    assert loader(partners=False).batch(torch.arange(3), 0).partner_images is None
+    one = loader(partners=False)
+    assert next(one.batches(one.rank_batches(0), 0))[0].partner_images is None

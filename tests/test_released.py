@@ -100,7 +100,7 @@ def test_a_released_file_is_continued_with_weights_momentum_predictions_and_epoc
 
 
 def test_evaluate_scores_a_released_file_as_the_old_network_would(file, released, recipe, capsys):
-    data = load_data(recipe().data)
+    data = load_data(recipe().data, recipe().augment)
     network = old_network().eval()
     network.load_state_dict({name.removeprefix("module."): tensor for name, tensor in released["net"].items()})
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))

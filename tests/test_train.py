@@ -162,7 +162,7 @@ def test_timm_loads_a_finished_runs_network_with_the_same_outputs(finished):
     model = timm.create_model(f"local-dir:{result.run_dir}", pretrained=True).eval()
     config = model.pretrained_cfg
     assert config["input_size"] == (3, 8, 8) or tuple(config["input_size"]) == (3, 8, 8)
-    images = load_data(recipe.data).test.images / 255
+    images = load_data(recipe.data, recipe.augment).test.images / 255
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     with torch.no_grad():
         probabilities = model((images - mean) / std).softmax(1)

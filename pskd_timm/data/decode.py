@@ -27,12 +27,12 @@ def cache_folder(setting: str | None) -> Path:
     return Path(setting or os.environ.get("PSKD_TIMM_CACHE") or Path.home() / ".cache" / "pskd_timm").expanduser()
 
 
-def decoded(table: Table, image_size: int | None, folder: Path, progress=None) -> Tensor:
-    """The images of `table` as uint8 [N, 3, H, W], from `folder` where they were decoded before.
+def decoded(table: Table, image_size: int | None, crop_pct: float, folder: Path, progress=None) -> Tensor:
+    """The images of `table` as uint8 [N, 3, H, W], from `folder` where they were decoded before (see `fit` for their size).
 
     `progress(done, total)` is called now and then while decoding.
     """
-    key = f"{VERSION} {table.dataset._fingerprint} {table.image_column} {image_size}"
+    key = f"{VERSION} {table.dataset._fingerprint} {table.image_column} {image_size} {crop_pct}"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
     if not path.is_file():
         try:
@@ -40,10 +40,10 @@ def decoded(table: Table, image_size: int | None, folder: Path, progress=None) -
             # Several runs or processes may start at once: one decodes, the others wait for its file.
             with FileLock(f"{path}.lock"):
                 if not path.is_file():
-                    _save(_decode(table, image_size, progress), path)
+                    _save(_decode(table, image_size, crop_pct, progress), path)
         except OSError as error:
             print(f"pskd-timm: decoded images cannot be kept for the next run: {error}", flush=True)
-            return _decode(table, image_size, progress)
+            return _decode(table, image_size, crop_pct, progress)
     with safe_open(path, "pt") as file:
         return file.get_tensor("images")
 
@@ -55,13 +55,18 @@ def _save(images: Tensor, path: Path):
         os.replace(Path(temporary) / path.name, path)
 
 
-def _decode(table: Table, image_size: int | None, progress) -> Tensor:
+def undecoded(table: Table):
+    """The table's images as an HF `Dataset` of one column that gives them encoded."""
     from datasets import Image as ImageFeature
 
-    dataset = table.dataset
+    dataset = table.dataset.select_columns([table.image_column])
     if isinstance(dataset.features[table.image_column], ImageFeature):
         dataset = dataset.cast_column(table.image_column, ImageFeature(decode=False))
-    column = dataset.select_columns([table.image_column])
+    return dataset
+
+
+def _decode(table: Table, image_size: int | None, crop_pct: float, progress) -> Tensor:
+    column = undecoded(table)
     total = len(column)
     if total == 0:
         raise InputError("data: a split has no images")
@@ -70,7 +75,7 @@ def _decode(table: Table, image_size: int | None, progress) -> Tensor:
     with ThreadPoolExecutor() as pool:
         for start in range(0, total, CHUNK):
             rows = column[start : start + CHUNK][table.image_column]
-            chunk = list(pool.map(lambda item: _one(item[1], item[0], image_size), enumerate(rows, start)))
+            chunk = list(pool.map(lambda item: _one(item[1], item[0], image_size, crop_pct), enumerate(rows, start)))
             if images is None:
                 images = np.empty((total, *chunk[0].shape), np.uint8)
             for offset, image in enumerate(chunk):
@@ -85,26 +90,37 @@ def _decode(table: Table, image_size: int | None, progress) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
-def _one(stored, position: int, image_size: int | None) -> np.ndarray:
-    """One image as uint8 [H, W, 3]; its shorter side resized to `image_size` and the centre kept, where that is set."""
+def _one(stored, position: int, image_size: int | None, crop_pct: float) -> np.ndarray:
+    image = open_image(stored, position)[0]
+    return np.asarray(image if image_size is None else fit(image, image_size, crop_pct))
+
+
+def open_image(stored, position: int, crop=None) -> tuple[Image.Image, tuple | None]:
+    """A stored image decoded as RGB. `position` names it in errors.
+
+    `crop(size)` gives the box (left, top, right, bottom) that will be cut out of an image of `size` (W, H), and the side
+    that it is resized to. The box is then returned too; a JPEG is decoded at the smallest scale that has the pixels for it.
+    """
     try:
-        image = Image.fromarray(np.asarray(stored, np.uint8)) if not isinstance(stored, dict) else _open(stored)
-        image = image.convert("RGB")
+        if not isinstance(stored, dict):
+            return Image.fromarray(np.asarray(stored, np.uint8)).convert("RGB"), None
+        image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+        if crop is None:
+            return image.convert("RGB"), None
+        size = image.size
+        box, side = crop(size)
+        smaller = max(1, min(box[2] - box[0], box[3] - box[1]) // side)
+        image.draft("RGB", (size[0] // smaller, size[1] // smaller))
+        scale = image.size[0] / size[0], image.size[1] / size[1]
+        return image.convert("RGB"), tuple(edge * scale[i % 2] for i, edge in enumerate(box))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"data: image {position}{_name(stored)} cannot be decoded: {error}") from None
-    return np.asarray(image if image_size is None else _fit(image, image_size))
+        name = f" ({stored['path']})" if isinstance(stored, dict) and stored.get("path") else ""
+        raise InputError(f"data: image {position}{name} cannot be decoded: {error}") from None
 
 
-def _open(stored: dict) -> Image.Image:
-    return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
-
-
-def _name(stored) -> str:
-    return f" ({stored['path']})" if isinstance(stored, dict) and stored.get("path") else ""
-
-
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
+def fit(image: Image.Image, size: int, crop_pct: float) -> Image.Image:
+    """The centre square of `size` pixels, once the shorter side is resized to size/crop_pct."""
+    scale = round(size / crop_pct) / min(image.size)
     if scale != 1:
         image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)

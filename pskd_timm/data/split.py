@@ -1,19 +1,27 @@
 """A data set as tensors: training, held-out and test parts."""
 
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import rng
+from ..recipe import Augment as AugmentSection
 from ..recipe import Data as DataSection
 from ..recipe import InputError
 from .decode import cache_folder, decoded
-from .sources import open_tables
+from .sources import Table, open_tables
+from .streaming import StreamedSplit
 
 # One number for each thing that data.seed fixes.
 LIMIT, HOLDOUT, FLIPPED, NEW_LABEL, NOISE = range(5)
+MOST_WORKERS = 8  # processes that decode for one rank, where the recipe does not say
 NOISE_ROWS = 1024  # images that get their noise at once: bounds memory
+
+
+Job = tuple[Tensor, list[tuple[Tensor, int | None]]]  # ids [B]; for each view the samples [B] and the key of its draws
 
 
 @dataclass
@@ -27,20 +35,35 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return tuple(self.images.shape[-2:])
+
+    @property
+    def ids_device(self) -> torch.device:
+        """Where the ids of a job are needed."""
+        return self.images.device
+
     def take(self, rows: Tensor) -> "Split":
         return Split(self.images[rows], self.labels[rows], self.source_id[rows])
 
     def to(self, device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device), self.source_id.to(device))
+        return Split(self.images.to(device), self.labels.to(device), self.source_id)
+
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """For each job its ids and each view's images, uint8 [B, C, H, W]."""
+        for index, views in jobs:
+            yield index, [self.images[samples] for samples, _ in views]
 
 
 @dataclass
 class Data:
     """The parts of a data set; `holdout` is None unless the recipe asks for one."""
 
-    train: Split
-    test: Split
-    holdout: Split | None
+    train: Split | StreamedSplit
+    test: Split | StreamedSplit
+    holdout: Split | StreamedSplit | None
     class_names: list[str]
 
     @property
@@ -50,32 +73,51 @@ class Data:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width."""
-        return tuple(self.train.images.shape[-2:])
+        return self.train.size
 
 
-def load_data(section: DataSection, progress=None) -> Data:
-    """Open, decode (or map the cached images) and split as the data section of a recipe says; all on the CPU."""
+def load_data(section: DataSection, augment: AugmentSection, progress=None) -> Data:
+    """Open and split as a recipe's data section says; resident images are decoded, or mapped from the cache; on the CPU."""
     train_table, test_table = open_tables(section)
     class_names = train_table.class_names
     if len(class_names) < 2:
         raise InputError(f"data: a classifier needs two classes at least, the training split has {len(class_names)}")
-    parts = []
-    for name, table in (("train", train_table), ("test", test_table)):
-        labels = torch.tensor(table.labels(class_names))
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(class_names):
-            raise InputError(f"data: the {name} split must have samples, labelled 0 … {len(class_names) - 1}")
-        report = (lambda done, total, name=name: progress(f"decoding {name}", done, total)) if progress else None
-        images = decoded(table, section.image_size, cache_folder(section.cache_dir), report)
-        parts.append(Split(images, labels, torch.arange(len(labels))))
-    train, test = parts
-    of_train, of_test = ("×".join(map(str, split.images.shape[2:])) for split in parts)
-    if of_train != of_test:
+    make = _streamed if section.loading == "streaming" else _resident
+    train = make("train", train_table, class_names, section, augment, progress)
+    test = make("test", test_table, class_names, section, augment, progress)
+    if train.size != test.size:
+        of_train, of_test = ("×".join(map(str, split.size)) for split in (train, test))
         raise InputError(f"data: training images are {of_train}, test images {of_test}: set data.image_size")
     train = _with_noise(_limited(train, section.limit_train, section.seed), section, 0)
     test = _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
     train, holdout = _held_out(train, section)
     train = replace(train, labels=flip_labels(train.labels, len(class_names), section.label_noise, section.seed))
     return Data(train, test, holdout, class_names)
+
+
+def _labels(name: str, table: Table, class_names: list[str]) -> Tensor:
+    labels = torch.tensor(table.labels(class_names))
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(class_names):
+        raise InputError(f"data: the {name} split must have samples, labelled 0 … {len(class_names) - 1}")
+    return labels
+
+
+def _resident(name: str, table: Table, class_names, section: DataSection, augment: AugmentSection, progress) -> Split:
+    labels = _labels(name, table, class_names)
+    report = (lambda done, total: progress(f"decoding {name}", done, total)) if progress else None
+    crop_pct = section.crop_pct if name == "test" else 1.0
+    images = decoded(table, section.image_size, crop_pct, cache_folder(section.cache_dir), report)
+    return Split(images, labels, torch.arange(len(labels)))
+
+
+def _streamed(
+    name: str, table: Table, class_names, section: DataSection, augment: AugmentSection, progress
+) -> StreamedSplit:
+    labels = _labels(name, table, class_names)
+    scale = augment.random_resized_crop if name == "train" else None
+    workers = min(os.cpu_count() or 1, MOST_WORKERS) if section.workers is None else section.workers
+    size, ids = section.image_size, torch.arange(len(labels))
+    return StreamedSplit(table, size, labels, ids, workers, scale, section.crop_pct)
 
 
 def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -1,0 +1,103 @@
+"""A split as batches: which samples when is order.py's, how they look is augment.py's, both on the device."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import order, rng
+from ..augment import augment, normalize
+from ..batch import Batch
+from ..recipe import Augment
+from .split import Job, Split
+
+ANCHOR, PARTNER = 2, 3  # streams of augmentation draws, so that a partner's view is its own even where it is the anchor
+
+
+class Loader:
+    """This rank's training batches of each epoch, as a function of (seed, epoch); `partners` fills `partner_images` too."""
+
+    def __init__(
+        self,
+        split: Split,
+        num_classes: int,
+        num_epochs: int,
+        batch_size: int,
+        section: Augment,
+        mean,
+        std,
+        seed: int,
+        rank: int,
+        world_size: int,
+        partners: bool,
+    ):
+        self.split, self.num_epochs, self.batch_size = split, num_epochs, batch_size
+        self.section, self.seed, self.rank, self.world_size = section, seed, rank, world_size
+        device = split.labels.device
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.partners = order.Partners(split.labels.cpu(), num_classes) if partners else None
+        self._stream, self._stream_epoch = iter(()), None
+
+    @property
+    def steps(self) -> int:
+        """Global batches an epoch."""
+        return order.num_batches(len(self.split), self.batch_size, self.world_size)
+
+    def rank_batches(self, epoch: int) -> list[Tensor]:
+        """The sample ids (CPU) of each of this rank's batches of the epoch."""
+        ids = order.epoch_order(len(self.split), self.seed, epoch)
+        return order.rank_batches(ids, self.batch_size, self.rank, self.world_size)
+
+    def global_size(self, step: int) -> int:
+        """Samples of global batch `step` over all ranks."""
+        return min(self.batch_size, len(self.split) - step * self.batch_size)
+
+    def batches(self, ids: list[Tensor], epoch: int, accumulate: int = 1) -> Iterator[list[Batch]]:
+        """For each of `ids`, the last batches of `epoch`, its `accumulate` micro-batches (fewer where it has fewer samples)."""
+        # One stream runs through all epochs, so that workers go on decoding across their boundaries.
+        if epoch != self._stream_epoch:
+            self._stream = self.split.stream(self._jobs(ids, epoch))
+        self._stream_epoch = None
+        for _ in ids:
+            index, views = next(self._stream)
+            parts = [order.share(len(index), part, accumulate) for part in range(accumulate)]
+            yield [
+                self._batch(index[part], [view[part] for view in views], epoch) for part in parts if len(index[part])
+            ]
+        self._stream_epoch = epoch + 1
+
+    def _jobs(self, ids: list[Tensor], epoch: int) -> Iterator[Job]:
+        while True:
+            lengths = [len(batch) for batch in ids]
+            index = torch.cat(ids)
+            streams = [(index, rng.fold(self.seed, epoch, ANCHOR))]
+            if self.partners:
+                streams.append((self.partners.draw(index, self.seed, epoch), rng.fold(self.seed, epoch, PARTNER)))
+            # One copy to the device for the whole epoch; a batch's ids are a view of it.
+            on_device = [samples.to(self.split.ids_device).split(lengths) for samples, _ in streams]
+            for anchors, *others in zip(*on_device, strict=True):
+                yield anchors, [(samples, key) for samples, (_, key) in zip([anchors, *others], streams, strict=True)]
+            epoch += 1
+            if epoch == self.num_epochs:
+                return
+            ids = self.rank_batches(epoch)
+
+    def _batch(self, index: Tensor, views: list[Tensor], epoch: int) -> Batch:
+        keys = [rng.fold(self.seed, epoch, stream) for stream in (ANCHOR, PARTNER)]
+        images = [
+            augment(view, index, key, self.section, self.mean, self.std) for view, key in zip(views, keys, strict=False)
+        ]
+        return Batch(images[0], self.split.labels[index], index, *images[1:])
+
+
+def eval_batches(
+    split: Split, batch_size: int, mean, std, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's contiguous part of `split` in order, as normalised images and labels; no padding, no repeats."""
+    device = split.labels.device
+    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    part = order.share(len(split), rank, world_size)
+    ids = torch.arange(part.start, part.stop, device=split.ids_device)
+    jobs = ((index, [(index, None)]) for index in ids.split(batch_size) if len(index))
+    for index, (images,) in split.stream(jobs):
+        yield normalize(images, mean, std), split.labels[index]

@@ -1,0 +1,29 @@
+"""Every shipped recipe: its network is built and takes a training step."""
+
+import pytest
+import torch
+
+from pskd_timm import METHODS, Batch, load_recipe
+from pskd_timm.models.build import create_model
+from pskd_timm.optim import make_optimizer
+from pskd_timm.recipe import shipped_recipes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipes_network_takes_a_step_of_its_method_and_learns_from_first_to_last(name):
+    recipe = load_recipe(name)
+    torch.manual_seed(0)
+    model = create_model(recipe.model, 7, (32, 32)).train()
+    section = getattr(recipe, recipe.method).model_dump()
+    method = METHODS[recipe.method].from_section(section)
+    method.setup(num_samples=4, num_classes=7, num_epochs=recipe.epochs, device="cpu")
+    method.begin_epoch(0, torch.arange(4))
+    optimizer = make_optimizer(model, recipe.optim)
+    weights = list(model.parameters())
+    first, last = weights[0].clone(), model.get_classifier().weight.clone()
+    loss, logits = method.loss(model, Batch(torch.randn(4, 3, 32, 32), torch.arange(4), torch.arange(4)))
+    loss.backward()
+    optimizer.step()
+    method.end_epoch()
+    assert logits.shape == (4, 7) and loss.isfinite()
+    assert not torch.equal(first, weights[0]) and not torch.equal(last, model.get_classifier().weight)
