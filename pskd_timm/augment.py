@@ -34,11 +34,6 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images.float() - 255.0 * mean[:, None, None]) / (255.0 * std[:, None, None])
 
 
-def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """`factor` [B] parts of `images` and 1 − factor of `other`."""
-    return torch.lerp(other.expand_as(images), images, factor[:, None, None, None])
-
-
 def grey(images: Tensor) -> Tensor:
     """The grey picture [B, 1, H, W] of RGB `images` [B, 3, H, W]."""
     return (images * images.new_tensor(GREY)[:, None, None]).sum(dim=1, keepdim=True)
@@ -50,11 +45,13 @@ def color_jitter(images: Tensor, factors: Tensor, turn: Tensor) -> Tensor:
     Brightness blends with black, contrast with the picture's mean grey, saturation with its grey picture.
     """
     steps = torch.tensor(ORDERS, device=images.device)[turn]
-    for place in range(3):
-        bases = (torch.zeros_like(images[:, :1]), grey(images).mean(dim=(2, 3), keepdim=True), grey(images))
-        changed = [blend(images, base, factors[:, i]) for i, base in enumerate(bases)]
-        step = steps[:, place, None, None, None]
-        images = torch.where(step == 0, changed[0], torch.where(step == 1, changed[1], changed[2]))
+    for step in steps.unbind(dim=1):
+        shade = grey(images)
+        base = torch.zeros_like(shade)
+        base = torch.where((step == 1)[:, None, None, None], shade.mean(dim=(2, 3), keepdim=True), base)
+        base = torch.where((step == 2)[:, None, None, None], shade, base)
+        factor = factors.gather(1, step[:, None]).squeeze(1)
+        images = torch.lerp(base.expand_as(images), images, factor[:, None, None, None])
     return images
 
 

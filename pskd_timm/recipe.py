@@ -27,7 +27,7 @@ Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda valu
 
 class Data(Section):
     source: str | None = None
-    """`digits` (ships with scikit-learn), `cifar10`, `cifar100`, or the id of any image data set on the Hugging Face hub."""
+    """`digits` (ships with scikit-learn), `cifar10`, `cifar100`, `imagenet`, or the id of any image data set on the Hugging Face hub."""
     path: str | None = None
     """Local folder to read instead of the hub: Parquet files, a saved HF data set, or a folder of images per class."""
     image_column: str | None = None
@@ -67,7 +67,7 @@ class Data(Section):
     def _names_something(self):
         if self.source is None and self.path is None:
             raise ValueError(
-                "name a data set: `source` (digits, cifar10, cifar100 or a hub id) or `path` (a local folder)"
+                "name a data set: `source` (digits, cifar10, cifar100, imagenet or a hub id) or `path` (a local folder)"
             )
         if self.loading == "streaming" and self.image_size is None:
             raise ValueError("loading streaming needs image_size")

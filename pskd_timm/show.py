@@ -77,7 +77,9 @@ def cost_lines(recipe: Recipe) -> list[str]:
         lines.append(f"prediction store per rank: {', '.join(parts)}")
     else:
         lines.append(f"prediction store: none with {recipe.method}")
-    if side := size.image_size:
+    if recipe.data.loading == "streaming":
+        lines.append("data in memory: none, images are decoded for every batch")
+    elif side := size.image_size:
         images = readable((size.num_train + size.num_test) * 3 * side * side)
         lines.append(f"data in memory: {images} (uint8, {side}×{side})")
     else:

@@ -16,12 +16,13 @@ class Source(NamedTuple):
     num_train: int
     num_test: int
     num_classes: int
-    image_size: int
+    image_size: int | None  # None where images differ in size
 
 
 SOURCES = {
     "cifar10": Source("uoft-cs/cifar10", "img", "label", 50_000, 10_000, 10, 32),
     "cifar100": Source("uoft-cs/cifar100", "img", "fine_label", 50_000, 10_000, 100, 32),
+    "imagenet": Source("ILSVRC/imagenet-1k", "image", "label", 1_281_167, 50_000, 1000, None),
     "digits": Source("", "image", "label", 1_200, 597, 10, 8),
 }
 TEST_SPLITS = ("test", "validation", "val")
@@ -62,9 +63,9 @@ class Table(NamedTuple):
 
 
 def known_sizes(section: DataSection) -> Sizes | None:
-    """The sizes of a well-known source as it is published, without opening it; None for every other one."""
+    """The sizes of a well-known source as it is published, without opening it; None for every other one and local copies."""
     source = SOURCES.get(section.source or "")
-    if source is None:
+    if source is None or section.path is not None:
         return None
     return Sizes(source.num_train, source.num_test, source.num_classes, source.image_size)
 
