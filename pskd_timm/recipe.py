@@ -27,7 +27,7 @@ Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda valu
 
 class Data(Section):
     source: str | None = None
-    """`digits` (ships with scikit-learn), `cifar10`, `cifar100`, `imagenet`, or the id of any image data set on the Hugging Face hub."""
+    """`digits` (ships with scikit-learn), `cifar10`, `cifar100`, `imagenet`, or the id of any image data set on the HF hub."""
     path: str | None = None
     """Local folder to read instead of the hub: Parquet files, a saved HF data set, or a folder of images per class."""
     image_column: str | None = None
