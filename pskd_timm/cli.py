@@ -1,15 +1,16 @@
 """The command line: each command is one call into the package, whose imports wait until it runs."""
 
 import argparse
+import json
 import os
 import sys
 
 from . import __version__
 from .recipe import METHOD_SECTIONS, InputError, Recipe, load_recipe, nearest, settings, shipped_recipes
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
 
-EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted
+EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input; saved and stopped by a signal: 130 INT, 143 TERM, 138 USR1
 several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm train RECIPE (also without a GPU)"""
 
 
@@ -65,6 +66,10 @@ def make_parser() -> Parser:
     )
     evaluate.add_argument("run_dir", metavar="RUN", help="folder of a finished run")
     add_settings(evaluate, only=("data.path", "data.cache_dir", "batch_size", "threads"))
+    bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
+    bench.add_argument("what", choices=["store"], help="store: the prediction store's memory and times")
+    bench.add_argument("--processes", nargs="+", type=int, metavar="N", default=[1, 2, 4], help="default: 1 2 4")
+    bench.add_argument("--json", metavar="PATH", help="write the figures there too")
     command("models", "list this package's networks", run_models, takes_recipe=False)
     return parser
 
@@ -110,12 +115,24 @@ def load(arguments, rest) -> Recipe:
 def run_train(arguments, rest):
     recipe = load(arguments, rest)
     from .progress import Display
+    from .ranks import tells_of_a_lost_rank
     from .train import Diverged, train
 
     try:
         result = train(recipe, Display(arguments.quiet))
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
+        return FAILED
+    except RuntimeError as error:
+        if not tells_of_a_lost_rank(error):
+            raise
+        lost = f"rank {os.environ['RANK']} lost another, which died or did not answer for {recipe.timeout_minutes:g} minutes"
+        print(
+            f"pskd-timm: {recipe.run_dir}: {lost}; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        return FAILED
+    except OSError as error:
+        print(f"pskd-timm: {recipe.run_dir}: {error}; once it is mended, the same command goes on", file=sys.stderr)
         return FAILED
     if is_main_process():
         last, best = result.last, result.best
@@ -174,6 +191,16 @@ def run_models(arguments, rest):
     from . import models  # noqa: F401  (registers them)
 
     print("\n".join(timm.list_models("cifar_*")))
+    return DONE
+
+
+def run_bench(arguments, rest):
+    from . import bench
+
+    rows = bench.store(processes=arguments.processes)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
     return DONE
 
 

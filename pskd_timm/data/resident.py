@@ -75,13 +75,16 @@ class ResidentLoader:
         return normalize(images, self.mean, self.std)
 
 
-def eval_batches(
-    split: Split, batch_size: int, mean, std, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's contiguous part of `split` in order, as normalised images and labels; no padding, no repeats."""
+def eval_part(length: int, batch_size: int, rank: int, world_size: int) -> slice:
+    """The samples of a split that `rank` evaluates: whole batches, so that they are the same batches on any number of ranks."""
+    batches = order.share(-(-length // batch_size), rank, world_size)
+    return slice(*(min(bound * batch_size, length) for bound in (batches.start, batches.stop)))
+
+
+def eval_batches(split: Split, batch_size: int, mean, std, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+    """The `part` of `split` in order, as normalised images and labels; no padding, no repeats."""
     device = split.images.device
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    part = order.share(len(split), rank, world_size)
     for start in range(part.start, part.stop, batch_size):
         rows = slice(start, min(start + batch_size, part.stop))
         yield normalize(split.images[rows], mean, std), split.labels[rows]
