@@ -1,27 +1,32 @@
-"""Checkpoints: written whole or not at all, loadable onto any number of ranks.
+"""Checkpoints: written whole or not at all, checked before they are read, loadable onto any number of ranks.
 
-A checkpoint is a folder `checkpoints/<epoch>-<step>`: weights, optimizer, each rank's home rows of the prediction store and
-state.json. Order, augmentation and learning rate are functions of (seed, epoch, step) and are not saved.
+A checkpoint is a folder `checkpoints/<epoch>-<step>`: weights, moving average, optimizer, the best epoch's weights, each
+rank's home rows of the prediction store, and state.json, written last, with the checksum of every other file. Order,
+augmentation and learning rate are functions of (seed, epoch, step) and are not saved. Nothing in it is code.
 """
 
+import hashlib
+import io
 import json
-import os
 import shutil
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from . import ranks
+from .files import checksum, flush_to_disk, publish, warn
 from .models.build import contiguous_state
-from .ranks import rank_and_world_size
+from .recipe import Checkpoint as CheckpointSection
 from .recipe import InputError
 from .store import PredictionStore, home_rows
 
-VERSION = 1
+FORMAT, VERSION = "pskd_timm checkpoint", 2
 
 
 @dataclass
@@ -36,7 +41,6 @@ class Progress:
     error_sum: float = 0.0
     num_seen: float = 0.0
     best: dict | None = None
-    scaler: dict = field(default_factory=dict)
 
     def start_epoch(self, epoch: int):
         """Stand at the beginning of epoch `epoch` (from 0)."""
@@ -44,61 +48,244 @@ class Progress:
         self.loss_sum = self.error_sum = self.num_seen = self.epoch_seconds = 0.0
 
 
-def newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, if it has one."""
-    whole = sorted(path for path in (run_dir / "checkpoints").glob("[0-9]*-[0-9]*") if (path / "state.json").is_file())
-    return whole[-1] if whole else None
+@dataclass
+class Parts:
+    """What a checkpoint holds beside Progress; `load` fills it in place."""
+
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    store: PredictionStore | None
+    sums: Tensor  # this rank's running sums [3] that are not in Progress yet
+    best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best epoch so far, on the CPU
+
+
+class CannotWrite(Exception):
+    """A checkpoint could not be written on some rank."""
+
+
+@dataclass
+class Wish:
+    """What is asked of a run between two steps, the same on every rank."""
+
+    save: bool = False
+    signal: int = 0
+
+
+class Wishes:
+    """When a run is to save or to stop: by steps, by minutes, or by a signal.
+
+    A step count is the same on every rank. A clock and a signal are not, so several ranks speak of them only every
+    `meet_every` steps and at the end of an epoch.
+    """
+
+    def __init__(self, section: CheckpointSection, meet_every: int):
+        self.section, self.meet_every = section, meet_every
+        self.saved_at = time.monotonic()
+
+    def after(self, steps: int, signal: int, epoch_end: bool = False) -> Wish:
+        """What to do after `steps` steps of the run, where this rank has got `signal` (0: none)."""
+        save = bool(self.section.every_steps) and steps % self.section.every_steps == 0
+        if epoch_end or ranks.rank_and_world_size()[1] == 1 or steps % self.meet_every == 0:
+            minutes = (time.monotonic() - self.saved_at) / 60
+            overdue = self.section.every_minutes is not None and minutes >= self.section.every_minutes
+            overdue, signal = map(int, ranks.largest([float(overdue), float(signal)]))
+            return Wish(save or bool(overdue), signal)
+        return Wish(save)
 
 
 def save(
-    run_dir: Path,
-    progress: Progress,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer,
-    store: PredictionStore | None,
-    keep: int,
-):
-    """Write a checkpoint (all ranks call it together), then remove all but the `keep` newest."""
-    rank, world_size = rank_and_world_size()
+    run_dir: Path, progress: Progress, parts: Parts, keep: int, before_publishing: Callable = lambda: None
+) -> bool:
+    """Write a checkpoint, then remove all but the `keep` newest (all ranks call it together).
+
+    Where a rank cannot write, main says so in a line, False is returned on every rank and the earlier checkpoints stay.
+    `before_publishing` is called on the main rank; an OSError of it counts as one of the checkpoint's own.
+    """
+    rank, world_size = ranks.rank_and_world_size()
     folder = run_dir / "checkpoints"
     partial = folder / "partial"
+    name = f"{progress.epoch:06d}-{progress.step:08d}"
+    rows = parts.store.shard() if parts.store is not None else None
+
+    def begin():
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def finish():
+        if rank == 0:
+            before_publishing()
+            _write_state(partial, progress, parts.scaler, checksums, sums)
+            publish(partial, folder / name)
+
+    try:
+        _together(begin)
+        written = _together(lambda: _write(partial, parts, rows, rank, world_size))
+        checksums = {name: value for files, _ in written for name, value in files.items()}
+        sums = [rank_sums for _, rank_sums in written]
+        _together(finish)
+    except CannotWrite as error:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            earlier = newest(run_dir)
+            stays = f"; {earlier.name} stays the newest" if earlier else ""
+            warn(f"{folder / name}: the checkpoint cannot be written: {error}; the run goes on{stays}")
+        return False
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
-    if store is not None:
-        save_file({"rows": store.shard().contiguous()}, partial / f"store-{rank:05d}-of-{world_size:05d}.safetensors")
-    if rank == 0:
-        save_file(contiguous_state(model), partial / "model.safetensors")
-        if ema is not None:
-            save_file(contiguous_state(ema), partial / "ema.safetensors")
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        state = {"version": VERSION, "world_size": world_size, **asdict(progress)}
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-    _barrier()
-    if rank == 0:
-        publish(partial, folder / f"{progress.epoch:06d}-{progress.step:08d}")
-        for old in sorted(path for path in folder.glob("[0-9]*-[0-9]*"))[:-keep]:
-            shutil.rmtree(old)
-    _barrier()
+        for old in _all(run_dir)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return True
 
 
-def load(path: Path, model: nn.Module, ema: nn.Module | None, optimizer, store: PredictionStore | None) -> Progress:
+def _together(work: Callable) -> list:
+    """What `work` returns on each rank; CannotWrite on every rank where it fails on one (all ranks call it together)."""
+    value = problem = None
+    try:
+        value = work()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    found = ranks.share_objects((value, problem))
+    if problems := [problem for _, problem in found if problem]:
+        raise CannotWrite(problems[0])
+    return [value for value, _ in found]
+
+
+def _write(partial: Path, parts: Parts, rows: Tensor | None, rank: int, world_size: int) -> tuple[dict, list[float]]:
+    """Write this rank's files; returns their checksums by name, and the running sums."""
+    tensors = {}
+    if rows is not None:
+        tensors[_shard_name(rank, world_size)] = {"rows": rows}
+    if rank == 0:
+        tensors["model.safetensors"] = contiguous_state(parts.model)
+        if parts.ema is not None:
+            tensors["ema.safetensors"] = contiguous_state(parts.ema)
+        if parts.best:
+            tensors["best.safetensors"] = parts.best
+        # Through memory, because torch does not say why it could not write a file.
+        buffer = io.BytesIO()
+        torch.save(parts.optimizer.state_dict(), buffer)
+        (partial / "optimizer.pt").write_bytes(buffer.getbuffer())
+    for name, state in tensors.items():
+        save_file(state, partial / name)
+    mine = [partial / name for name in [*tensors, *(["optimizer.pt"] if rank == 0 else [])]]
+    for path in mine:
+        flush_to_disk(path)
+    return {path.name: checksum(path) for path in mine}, parts.sums.tolist()
+
+
+def _write_state(partial: Path, progress: Progress, scaler, checksums: dict, sums: list):
+    state = {
+        "format": FORMAT,
+        "version": VERSION,
+        "world_size": len(sums),
+        "progress": asdict(progress),
+        "sums": sums,
+        "scaler": scaler.state_dict() if scaler else {},
+        "checksums": checksums,
+    }
+    path = partial / "state.json"
+    path.write_text(json.dumps(state | {"checksum": _state_checksum(state)}, indent=1))
+    flush_to_disk(path)
+
+
+def _state_checksum(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _shard_name(rank: int, world_size: int) -> str:
+    return f"store-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def _all(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("[0-9]*-[0-9]*"))
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, if it has one; nothing of it is checked."""
+    return _all(run_dir)[-1] if _all(run_dir) else None
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest undamaged checkpoint of a run, the same on every rank, if the run has any (all ranks call it together).
+
+    Damaged ones that are newer are named in a line each and set aside. Raises InputError where all are damaged.
+    """
+    return ranks.on_main(lambda: _look_for_whole(run_dir))
+
+
+def _look_for_whole(run_dir: Path) -> Path | None:
+    damaged = {}
+    for path in reversed(_all(run_dir)):
+        if problem := damage(path):
+            damaged[path] = problem
+            continue
+        for bad, problem in damaged.items():
+            aside = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            bad.rename(aside)
+            warn(f"{bad}: {problem}; going on from {path.name} instead, {aside.name} can be deleted")
+        return path
+    if damaged:
+        path, problem = next(iter(damaged.items()))
+        raise InputError(f"{path}: {problem}; no other checkpoint is whole: --resume never starts anew")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None where every file is as it was written."""
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+    except FileNotFoundError:
+        return "state.json is missing"
+    except (OSError, ValueError) as error:
+        return f"state.json cannot be read ({str(error).splitlines()[0]})"
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        return "state.json is not that of a checkpoint which this pskd_timm can read"
+    if state.get("version") != VERSION:
+        return f"written in version {state.get('version')} of the format, this pskd_timm reads version {VERSION}"
+    if state.pop("checksum", None) != _state_checksum(state):
+        return "state.json is not as it was written (wrong checksum)"
+    for name, written in state["checksums"].items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        try:
+            if checksum(path / name) != written:
+                return f"{name} is not as it was written (wrong checksum)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def load(path: Path, parts: Parts) -> Progress:
     """Put a checkpoint's contents into place on this rank and return where the run stood."""
-    state = json.loads((path / "state.json").read_text())
-    if state.pop("version") != VERSION:
-        raise InputError(
-            f"{path}: written by another version of pskd_timm, which this one cannot read; start anew with --resume never"
-        )
-    saved_on = state.pop("world_size")
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    if ema is not None:
-        ema.load_state_dict(load_file(path / "ema.safetensors"))
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
-    if store is not None:
-        _load_rows(path, store, saved_on)
-    return Progress(**state)
+    rank, world_size = ranks.rank_and_world_size()
+    state = json.loads((path / "state.json").read_bytes())
+    try:
+        parts.model.load_state_dict(load_file(path / "model.safetensors"))
+        if parts.ema is not None:
+            parts.ema.load_state_dict(load_file(path / "ema.safetensors"))
+        parts.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+    except (RuntimeError, ValueError, KeyError, FileNotFoundError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"{path}: does not fit this recipe's network and optimizer: {why}") from None
+    if "best.safetensors" in state["checksums"]:
+        parts.best.update(load_file(path / "best.safetensors"))
+    if parts.scaler and state["scaler"]:
+        parts.scaler.load_state_dict(state["scaler"])
+    if parts.store is not None:
+        _load_rows(path, parts.store, state["world_size"])
+    parts.sums.copy_(torch.tensor(_my_sums(state["sums"], rank, world_size)))
+    known = {one.name for one in fields(Progress)}
+    return Progress(**{key: value for key, value in state["progress"].items() if key in known})
+
+
+def _my_sums(saved: list[list[float]], rank: int, world_size: int) -> list[float]:
+    """This rank's running sums: its own where the number of ranks is the same, else the first rank takes all."""
+    if len(saved) == world_size:
+        return saved[rank]
+    return [sum(column) if rank == 0 else 0.0 for column in zip(*saved, strict=True)]
 
 
 def _load_rows(path: Path, store: PredictionStore, saved_on: int):
@@ -106,32 +293,10 @@ def _load_rows(path: Path, store: PredictionStore, saved_on: int):
     for rank in range(saved_on):
         shard = home_rows(store.num_samples, rank, saved_on)
         start, stop = max(shard.start, store.own.start), min(shard.stop, store.own.stop)
-        if start < stop:
-            with safe_open(path / f"store-{rank:05d}-of-{saved_on:05d}.safetensors", "pt") as file:
-                rows = file.get_slice("rows")[start - shard.start : stop - shard.start]
-            store.home[start - store.own.start : stop - store.own.start] = rows.to(store.home)
-
-
-def publish(partial: Path, final: Path):
-    """Flush a folder's files to disk and give it its final name, in which it is seen whole or not at all."""
-    for path in partial.rglob("*"):
-        if path.is_file():
-            _fsync(path)
-    _fsync(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _barrier():
-    if rank_and_world_size()[1] > 1:
-        dist.barrier()
+        if start >= stop:
+            continue
+        with safe_open(path / _shard_name(rank, saved_on), "pt") as file:
+            rows = file.get_slice("rows")[start - shard.start : stop - shard.start]
+        if rows.dtype != store.home.dtype or rows.shape != (stop - start, store.home.shape[1]):
+            raise InputError(f"{path}: its prediction store has other rows than this recipe's")
+        store.home[start - store.own.start : stop - store.own.start] = rows.to(store.device)

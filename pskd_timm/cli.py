@@ -1,15 +1,16 @@
 """The command line: each command is one call into the package, whose imports wait until it runs."""
 
 import argparse
+import json
 import os
 import sys
 
 from . import __version__
 from .recipe import METHOD_SECTIONS, InputError, Recipe, lay_over, load_recipe, nearest, settings, shipped_recipes
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
 
-EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted
+EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input; saved and stopped by a signal: 130 INT, 143 TERM, 138 USR1
 several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm train RECIPE (also without a GPU)"""
 
 
@@ -68,6 +69,10 @@ def make_parser() -> Parser:
     )
     evaluate.add_argument("--checkpoint", metavar="FILE", help="weights, or a checkpoint of the PS-KD authors' code")
     add_settings(evaluate)
+    bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
+    bench.add_argument("what", choices=["store"], help="store: the prediction store's memory and times")
+    bench.add_argument("--processes", nargs="+", type=int, metavar="N", default=[1, 2, 4], help="default: 1 2 4")
+    bench.add_argument("--json", metavar="PATH", help="write the figures there too")
     command("models", "list this package's networks", run_models, takes_recipe=False)
     return parser
 
@@ -113,12 +118,24 @@ def load(arguments, rest) -> Recipe:
 def run_train(arguments, rest):
     recipe = load(arguments, rest)
     from .progress import Display
+    from .ranks import tells_of_a_lost_rank
     from .train import Diverged, train
 
     try:
         result = train(recipe, Display(arguments.quiet))
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
+        return FAILED
+    except RuntimeError as error:
+        if not tells_of_a_lost_rank(error):
+            raise
+        lost = f"rank {os.environ['RANK']} lost another, which died or did not answer for {recipe.timeout_minutes:g} minutes"
+        print(
+            f"pskd-timm: {recipe.run_dir}: {lost}; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        return FAILED
+    except OSError as error:
+        print(f"pskd-timm: {recipe.run_dir}: {error}; once it is mended, the same command goes on", file=sys.stderr)
         return FAILED
     if is_main_process():
         last, best = result.last, result.best
@@ -186,6 +203,16 @@ def run_models(arguments, rest):
     from .show import models_table
 
     Console(width=None if sys.stdout.isatty() else 140).print(models_table())
+    return DONE
+
+
+def run_bench(arguments, rest):
+    from . import bench
+
+    rows = bench.store(processes=arguments.processes)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
     return DONE
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import metrics, ranks
-from .data import Split, eval_batches, load_data
+from .data import Split, eval_batches, eval_part, load_data
 from .losses import at_least_float32
 from .metrics import Outcomes
 from .models.build import check_name, create_model, load_model
@@ -61,7 +61,8 @@ def predict(
     model.eval()
     num_classes = model.num_classes
     each, kept = [], []
-    for images, labels in eval_batches(split, batch_size, mean, std, rank, world_size):
+    parts = [eval_part(len(split), batch_size, r, world_size) for r in range(world_size)]
+    for images, labels in eval_batches(split, batch_size, mean, std, parts[rank]):
         with autocast(images.device, mixed_precision):
             logits = model(images)
         logits = at_least_float32(logits)
@@ -76,9 +77,9 @@ def predict(
         *(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64))
     )
     columns = [torch.cat(parts) for parts in zip(*(each or [empty]), strict=True)]
-    gathered = Outcomes(*(ranks.gather_rows(column.contiguous(), len(split)).cpu() for column in columns))
+    gathered = Outcomes(*(ranks.gather_rows(column, parts).cpu() for column in columns))
     mine = torch.cat(kept) if kept else torch.empty(0, num_classes, device=device)
-    probabilities = ranks.gather_rows(mine, len(split)).cpu() if keep_probabilities else mine.cpu()
+    probabilities = ranks.gather_rows(mine, parts).cpu() if keep_probabilities else mine.cpu()
     return Predictions(gathered, split.labels.cpu(), probabilities)
 
 

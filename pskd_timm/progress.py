@@ -51,3 +51,11 @@ class Display:
         """Take the bars off the terminal."""
         if self.live:
             self.bars.stop()
+
+
+def readable(count: float) -> str:
+    """`count` bytes for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"

@@ -1,9 +1,15 @@
 """The processes of a run, seen through torch's default process group; one process where there is none."""
 
+from collections.abc import Callable
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import order
+from .recipe import InputError
+
+# How torch and gloo word the loss of a peer; NCCL's errors have a class of their own.
+LOSS_WORDS = ("gloo", "closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "nccl")
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -13,18 +19,61 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def gather_rows(mine: Tensor, total: int) -> Tensor:
-    """All ranks' contiguous shares of `total` rows as one tensor on every rank (all ranks call it together)."""
+def wire_device() -> torch.device:
+    """Where tensors must lie that ranks exchange: in CUDA memory for NCCL, else in the CPU's."""
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+
+
+def gather_rows(mine: Tensor, parts: list[slice]) -> Tensor:
+    """All ranks' contiguous `parts` of a table, in rank order, as one tensor on every rank (all ranks call it together)."""
+    if len(parts) == 1:
+        return mine
+    rows = torch.empty(parts[-1].stop, *mine.shape[1:], dtype=mine.dtype, device=wire_device())
+    for rank, part in enumerate(parts):
+        if rank == dist.get_rank():
+            rows[part] = mine.to(rows.device)
+        dist.broadcast(rows[part], rank)
+    return rows.to(mine.device)
+
+
+def share_objects(mine) -> list:
+    """Every rank's `mine`, in rank order, on every rank (all ranks call it together); for small objects."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
-        return mine
-    rows = mine.new_empty(total, *mine.shape[1:])
-    for rank in range(world_size):
-        part = rows[order.share(total, rank, world_size)]
-        if rank == dist.get_rank():
-            part.copy_(mine)
-        dist.broadcast(part, rank)
-    return rows
+        return [mine]
+    found = [None] * world_size
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def on_main(work: Callable):
+    """What `work()` returns on the main rank, or its InputError, on every rank (all ranks call it together)."""
+    outcome = None
+    if rank_and_world_size()[0] == 0:
+        try:
+            outcome = work()
+        except InputError as error:
+            outcome = error
+    outcome = share_objects(outcome)[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
+
+
+def largest(values: list[float]) -> list[float]:
+    """The largest of each of `values` over all ranks (all ranks call it together)."""
+    if rank_and_world_size()[1] == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=wire_device())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def tells_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error means that another rank is gone or silent, and not that this one did something wrong."""
+    if rank_and_world_size()[1] == 1:
+        return False
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOSS_WORDS)
 
 
 def copy_buffers_from_main(model: nn.Module):

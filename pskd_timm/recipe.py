@@ -108,6 +108,8 @@ class Model(Section):
     """Lay tensors out as NHWC, which convolutions on GPUs (and often CPUs) run faster on."""
     compile: bool = False
     """Run the model through torch.compile."""
+    sync_bn: bool = False
+    """Take batch norm's statistics over all processes (GPUs only)."""
 
 
 class Optim(Section):
@@ -180,13 +182,29 @@ class PSKD(Section):
     """α_T, the last epoch's weight of a sample's last prediction. Default: the paper's for CIFAR-100 (0.3 for ImageNet)."""
     store_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the stored predictions; the paper's code keeps float32."""
+    store_format: Literal["full", "topk"] = "full"
+    """`full` predictions, or the `topk` largest probabilities of each with the rest spread evenly over the other classes."""
+    store_topk: Count | None = None
+    """How many probabilities of a prediction `store_format` topk keeps."""
+    store_device: Literal["auto", "cpu"] = "auto"
+    """Where the predictions lie: on the run's device if half of its free memory holds them, or on the CPU."""
+
+    @model_validator(mode="after")
+    def _topk_is_asked_for(self):
+        if (self.store_format == "topk") != (self.store_topk is not None):
+            raise ValueError("store_format topk and store_topk go together: give both or neither")
+        return self
 
 
 class Checkpoint(Section):
     every_epochs: Count = 1
     """Save after every so many epochs, and after the last."""
+    every_minutes: Positive | None = None
+    """Save in mid-epoch too, once so many minutes have passed; several processes look every `tracking.log_every` steps."""
+    every_steps: Count | None = None
+    """Save in mid-epoch too, after every so many steps of the run."""
     keep: Count = 1
-    """How many checkpoints to keep."""
+    """How many of the newest checkpoints to keep, each with the best epoch's weights."""
 
 
 class Tracking(Section):
@@ -221,6 +239,8 @@ class Recipe(Section):
     """CPU threads of torch; one is often fastest for small networks. By default torch's own choice."""
     output_dir: str | None = None
     """Root of the run folders <method>/seed<seed>; by default runs/<name>."""
+    timeout_minutes: Positive = 10.0
+    """How long a process waits for one that died or hangs before it ends."""
     init_from: str | None = None
     """File to start from: weights (.pth, .safetensors), or a checkpoint of the PS-KD authors' code, which is continued."""
     resume: Literal["auto", "never"] = "auto"
@@ -275,7 +295,16 @@ class Recipe(Section):
 
 
 METHOD_SECTIONS = ("baseline", "label_smoothing", "cskd", "tfkd", "pskd")
-_NO_OUTCOME = {"name", "output_dir", "resume", "threads", "data.cache_dir", "data.workers"}
+_NO_OUTCOME = {
+    "name",
+    "output_dir",
+    "resume",
+    "threads",
+    "timeout_minutes",
+    "data.cache_dir",
+    "data.workers",
+    "pskd.store_device",
+}
 
 
 def sections() -> dict[str, type[Section]]:

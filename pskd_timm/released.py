@@ -82,7 +82,7 @@ def _fill(store: PredictionStore, table: torch.Tensor, path):
     rows = table[store.own]
     # The released code starts with zeros: such a row was never seen.
     seen = rows.sum(dim=1) > 0
-    store.home[seen.to(store.device)] = rows[seen].to(store.home)
+    store.home[seen.to(store.device)] = store.format.encode(rows[seen]).to(store.device)
 
 
 def _take_momentum(found: dict, model: nn.Module, optimizer, path):

@@ -1,6 +1,7 @@
 """What a recipe says, where each value comes from, and what the run will cost, before any training."""
 
 from .data.sources import Sizes, known_sizes, open_tables
+from .progress import readable
 from .recipe import InputError, Recipe, flatten, load_recipe, shipped_recipes
 
 
@@ -72,7 +73,8 @@ def cost_lines(recipe: Recipe) -> list[str]:
         f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,}",
     ]
     if recipe.method == "pskd":
-        per_rank = {n: store_bytes(size.num_train, size.num_classes, recipe.pskd.store_dtype, n) for n in (1, 2, 8)}
+        shape = (size.num_train, size.num_classes, recipe.pskd.store_dtype)
+        per_rank = {n: store_bytes(*shape, n, recipe.pskd.store_topk) for n in (1, 2, 8)}
         parts = [f"{n} rank{'s' * (n > 1)} {readable(count)}" for n, count in per_rank.items()]
         lines.append(f"prediction store per rank: {', '.join(parts)}")
     else:
@@ -85,11 +87,3 @@ def cost_lines(recipe: Recipe) -> list[str]:
     else:
         lines.append("data in memory: known once images are decoded (data.image_size is not set)")
     return lines
-
-
-def readable(count: float) -> str:
-    """`count` bytes for people."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count} bytes"

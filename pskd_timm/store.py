@@ -2,7 +2,8 @@
 
 Row i of the N×K table has a home rank (contiguous blocks). `checkout(ids)` brings the rows a rank will visit, `read` and
 `write` are local tensor operations on the device, `checkin()` sends the rows home. With one process home and working copy
-are the same tensor. Memory a rank: 2·N·K·bytes/W, N·K·bytes with one process, and an exchange buffer of bounded size.
+are the same tensor. Memory a rank: 2·N·K·bytes/W, N·K·bytes with one process, and an exchange buffer of bounded size;
+`topk` keeps k probabilities and their classes of each row instead of K.
 """
 
 import torch
@@ -15,8 +16,88 @@ from .recipe import InputError
 
 DTYPES = ("float16", "float32", "float64")
 NO_SAMPLE = torch.iinfo(torch.int64).min
-UNSEEN = -1.0  # in the first column of a row that was never written: no probability is negative
+UNSEEN = -1.0  # first number of a row that was never written: no probability is negative
 EXCHANGE_BYTES = 64 * 2**20  # what a rank sends, and receives, in one round of an exchange
+
+
+class FullRows:
+    """Rows of K probabilities of `dtype`, as they are."""
+
+    def __init__(self, num_classes: int, dtype: torch.dtype):
+        self.num_classes, self.dtype = num_classes, dtype
+        self.row_bytes = num_classes * dtype.itemsize
+
+    def blank(self, num_rows: int, device) -> Tensor:
+        """Rows that were never written."""
+        rows = torch.zeros(num_rows, self.num_classes, dtype=self.dtype, device=device)
+        rows[:, :1] = UNSEEN
+        return rows
+
+    def unseen(self, rows: Tensor) -> Tensor:
+        """Which rows [B] were never written."""
+        return rows[:, 0] < 0
+
+    def encode(self, probabilities: Tensor) -> Tensor:
+        """Probabilities [B, K] as rows of the table."""
+        return probabilities.to(self.dtype)
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Rows of the table as probabilities [B, K]."""
+        return rows
+
+
+class TopRows:
+    """Rows of the k largest probabilities and their classes, packed into bytes; the rest is spread over the other classes.
+
+    Class numbers take 16 bits where K is at most 32 768, else 32. Decoded rows are float32, or float64 with that `dtype`.
+    """
+
+    def __init__(self, num_classes: int, dtype: torch.dtype, k: int):
+        if not 1 <= k < num_classes:
+            raise InputError(
+                f"pskd.store_topk {k} must be from 1 to {num_classes - 1}, below the {num_classes} classes"
+            )
+        self.num_classes, self.dtype, self.k = num_classes, dtype, k
+        self.index_dtype = torch.int16 if num_classes <= 2**15 else torch.int32
+        self.value_bytes = k * dtype.itemsize
+        self.row_bytes = self.value_bytes + k * self.index_dtype.itemsize
+
+    def blank(self, num_rows: int, device) -> Tensor:
+        classes = torch.zeros(1, self.k, dtype=self.index_dtype, device=device)
+        return self._pack(torch.full_like(classes, UNSEEN, dtype=self.dtype), classes).repeat(num_rows, 1)
+
+    def unseen(self, rows: Tensor) -> Tensor:
+        return self._values(rows)[:, 0] < 0
+
+    def encode(self, probabilities: Tensor) -> Tensor:
+        values, classes = probabilities.topk(self.k, dim=1)
+        return self._pack(values.to(self.dtype), classes.to(self.index_dtype))
+
+    def decode(self, rows: Tensor) -> Tensor:
+        values = self._values(rows).to(torch.promote_types(self.dtype, torch.float32))
+        classes = _aligned(rows[:, self.value_bytes :]).view(self.index_dtype).long()
+        # Rounded values can add up to a little more than 1.
+        rest = (1.0 - values.sum(dim=1, keepdim=True)).clamp_min(0.0) / (self.num_classes - self.k)
+        return rest.repeat(1, self.num_classes).scatter(1, classes, values)
+
+    def _values(self, rows: Tensor) -> Tensor:
+        return _aligned(rows[:, : self.value_bytes]).view(self.dtype)
+
+    def _pack(self, values: Tensor, classes: Tensor) -> Tensor:
+        return torch.cat([values.contiguous().view(torch.uint8), classes.contiguous().view(torch.uint8)], dim=1)
+
+
+def _aligned(columns: Tensor) -> Tensor:
+    # `contiguous` would return a single row as it lies, at an offset that a wider type cannot be read from.
+    return columns.clone(memory_format=torch.contiguous_format)
+
+
+def row_format(num_classes: int, dtype: str, topk: int | None = None) -> FullRows | TopRows:
+    """How rows of K probabilities are kept: in full, or with `topk` the k largest of each."""
+    if dtype not in DTYPES:
+        raise InputError(f"store dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    of = getattr(torch, dtype)
+    return FullRows(num_classes, of) if topk is None else TopRows(num_classes, of, topk)
 
 
 def home_rows(num_samples: int, rank: int, world_size: int) -> slice:
@@ -24,28 +105,45 @@ def home_rows(num_samples: int, rank: int, world_size: int) -> slice:
     return order.share(num_samples, rank, world_size)
 
 
-def store_bytes(num_samples: int, num_classes: int, dtype: str, world_size: int = 1) -> int:
+def store_bytes(num_samples: int, num_classes: int, dtype: str, world_size: int = 1, topk: int | None = None) -> int:
     """Bytes of the store on the rank that holds most, the working copy included."""
     rows = -(-num_samples // world_size)
-    return rows * num_classes * getattr(torch, dtype).itemsize * (1 if world_size == 1 else 2)
+    return rows * row_format(num_classes, dtype, topk).row_bytes * (1 if world_size == 1 else 2)
+
+
+def choose_device(wanted: str, run_device, num_bytes: int) -> torch.device:
+    """Where a store of `num_bytes` goes: `auto` is the run's device if half of what is free there holds it, else the CPU."""
+    run_device = torch.device(run_device)
+    if wanted == "cpu":
+        return torch.device("cpu")
+    fits = run_device.type != "cuda" or 2 * num_bytes <= torch.cuda.mem_get_info(run_device)[0]
+    return run_device if fits else torch.device("cpu")
 
 
 class PredictionStore:
     """An N×K table of probabilities in `dtype` on `device`, its rows spread over the ranks of the default process group.
 
     `labels` [N], where they are known, fill the one-hot rows of samples never seen in `gather()`; `read` is given them.
+    `topk`, where it is set, keeps only so many probabilities of each row. Tensors given and returned lie on their own
+    device; with the store on the CPU and the run on a GPU each step therefore waits for the device.
     """
 
     def __init__(
-        self, num_samples: int, num_classes: int, device="cpu", dtype: str = "float16", labels: Tensor | None = None
+        self,
+        num_samples: int,
+        num_classes: int,
+        device="cpu",
+        dtype: str = "float16",
+        labels: Tensor | None = None,
+        topk: int | None = None,
     ):
-        if dtype not in DTYPES:
-            raise InputError(f"store dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.format = row_format(num_classes, dtype, topk)
         self.rank, self.world_size = ranks.rank_and_world_size()
         self.num_samples, self.num_classes, self.labels = num_samples, num_classes, labels
-        self.own = home_rows(num_samples, self.rank, self.world_size)
-        self.home = torch.zeros(self.own.stop - self.own.start, num_classes, dtype=getattr(torch, dtype), device=device)
-        self.home[:, :1] = UNSEEN
+        self.parts = [home_rows(num_samples, rank, self.world_size) for rank in range(self.world_size)]
+        self.own = self.parts[self.rank]
+        self.home = self.format.blank(self.own.stop - self.own.start, device)
+        self._off = torch.zeros(2, dtype=torch.float64, device=self.device)  # mass misplaced by topk; rows written
         self._release()
 
     @property
@@ -74,7 +172,7 @@ class PredictionStore:
         if self.world_size == 1:
             self._slot[ids.to(self.device)] = ids.to(self.device)
             return
-        self.rows = torch.empty(len(ids), self.num_classes, dtype=self.home.dtype, device=self.device)
+        self.rows = torch.empty(len(ids), self.home.shape[1], dtype=self.home.dtype, device=self.device)
         self._slot[ids.to(self.device)] = torch.arange(len(ids), device=self.device)
         self._agree_on_rows()
         self._exchange(self.home, self._lent, self.rows, self._borrowed)
@@ -106,21 +204,36 @@ class PredictionStore:
 
     def read(self, index: Tensor, labels: Tensor) -> Tensor:
         """The last predictions [B, K] of the samples `index` [B]; one-hot `labels` [B] for those never seen."""
-        rows = self.rows[self._slots(index)]
-        return torch.where(rows[:, :1] < 0, F.one_hot(labels, self.num_classes).to(rows.dtype), rows)
+        rows = self.rows[self._slots(index.to(self.device))]
+        last = self.format.decode(rows)
+        one_hot = F.one_hot(labels.to(self.device), self.num_classes).to(last.dtype)
+        return torch.where(self.format.unseen(rows)[:, None], one_hot, last).to(index.device)
 
     def write(self, index: Tensor, probabilities: Tensor):
         """Overwrite the rows of the samples `index` [B] with `probabilities` [B, K]."""
-        self.rows[self._slots(index)] = probabilities.detach().to(self.rows.dtype)
+        probabilities = probabilities.detach().to(self.device)
+        rows = self.format.encode(probabilities)
+        self.rows[self._slots(index.to(self.device))] = rows
+        if isinstance(self.format, TopRows):
+            self._off[0] += 0.5 * (probabilities - self.format.decode(rows)).abs().sum()
+            self._off[1] += len(rows)
+
+    def topk_error(self) -> float:
+        """Mean probability mass, from 0 to 1, that `topk` put on the wrong classes in the rows written so far.
+
+        It is half the sum of absolute differences of a row; all ranks call it together.
+        """
+        off, written = (sum(values) for values in zip(*ranks.share_objects(self._off.tolist()), strict=True))
+        return off / max(written, 1.0)
 
     def gather(self) -> Tensor:
         """The full table [N, K] on every rank (all ranks call it together), for tests and notebooks.
 
         Samples never seen are one-hot where the store knows their labels, NaN where it does not.
         """
-        self._return_rows()
-        table = ranks.gather_rows(self.home, self.num_samples).clone()
-        unseen = (table[:, 0] < 0).nonzero().squeeze(1)
+        rows = ranks.gather_rows(self.shard(), self.parts)
+        table = self.format.decode(rows).clone()
+        unseen = self.format.unseen(rows).nonzero().squeeze(1)
         table[unseen] = float("nan")
         if self.labels is not None:
             labels = self.labels.to(unseen.device)[unseen]
@@ -134,28 +247,26 @@ class PredictionStore:
 
     def _agree_on_rows(self):
         """Tell every home rank which of its rows this rank borrows, and learn which of its own it lends."""
-        starts = torch.tensor(
-            [home_rows(self.num_samples, rank, self.world_size).start for rank in range(self.world_size)]
-        )
-        bounds = torch.cat([torch.searchsorted(self.ids, starts), torch.tensor([len(self.ids)])])
-        borrowed = bounds.diff().to(self.device)
+        wire = ranks.wire_device()
+        bounds = torch.searchsorted(self.ids, torch.tensor([part.start for part in self.parts] + [self.num_samples]))
+        borrowed = bounds.diff().to(wire)
         lent = torch.empty_like(borrowed)
         dist.all_to_all_single(lent, borrowed)
         borrowed, lent = borrowed.tolist(), lent.tolist()
-        lent_ids = torch.empty(sum(lent), dtype=torch.int64, device=self.device)
-        dist.all_to_all_single(lent_ids, self.ids.to(self.device), lent, borrowed)
-        self._lent = (lent_ids - self.own.start).split(lent)
+        lent_ids = torch.empty(sum(lent), dtype=torch.int64, device=wire)
+        dist.all_to_all_single(lent_ids, self.ids.to(wire), lent, borrowed)
+        self._lent = (lent_ids.to(self.device) - self.own.start).split(lent)
         self._borrowed = torch.arange(len(self.ids), device=self.device).split(borrowed)
-        longest = torch.tensor(max(lent + borrowed), device=self.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        self._longest = longest.item()
+        self._longest = int(ranks.largest([max(lent + borrowed)])[0])
 
     def _exchange(self, source: Tensor, source_rows, target: Tensor, target_rows):
         """Move rows between ranks: `source_rows[r]` of mine become `target_rows` of rank r's, in rounds of bounded size."""
-        chunk = max(1, EXCHANGE_BYTES // (self.num_classes * source.element_size() * self.world_size))
+        wire = ranks.wire_device()
+        chunk = max(1, EXCHANGE_BYTES // (self.format.row_bytes * self.world_size))
         for begin in range(0, self._longest, chunk):
             out = [rows[begin : begin + chunk] for rows in source_rows]
             into = [rows[begin : begin + chunk] for rows in target_rows]
-            arrived = source.new_empty(sum(map(len, into)), self.num_classes)
-            dist.all_to_all_single(arrived, source[torch.cat(out)], [len(r) for r in into], [len(r) for r in out])
-            target[torch.cat(into)] = arrived
+            sent = source[torch.cat(out)].to(wire)
+            arrived = sent.new_empty(sum(map(len, into)), source.shape[1])
+            dist.all_to_all_single(arrived, sent, [len(r) for r in into], [len(r) for r in out])
+            target[torch.cat(into)] = arrived.to(target.device)

@@ -4,6 +4,7 @@ import json
 import secrets
 from pathlib import Path
 
+from .files import Lines, write_whole
 from .recipe import InputError, Recipe
 
 
@@ -21,6 +22,7 @@ class Tracker:
     def __init__(self, accelerator, recipe: Recipe, run_dir: Path, steps_per_epoch: int):
         self.accelerator, self.run_dir, self.steps_per_epoch = accelerator, run_dir, steps_per_epoch
         self.is_main = accelerator.is_main_process
+        self.files: dict[str, Lines] = {}
         self.uses_wandb = recipe.tracking.wandb != "disabled"
         if self.uses_wandb:
             self._start_wandb(recipe)
@@ -47,18 +49,18 @@ class Tracker:
         """One id for the life of the run: without it a resumed run appears as a second one."""
         path = self.run_dir / "wandb_id"
         if self.is_main and not path.is_file():
-            path.write_text(secrets.token_hex(4))
+            write_whole(path, secrets.token_hex(4))
         return path.read_text() if self.is_main else None
 
     def forget_after(self, epoch: int, step: int):
         """Drop lines that a run resumed at (epoch, step) is about to write again."""
         if self.is_main:
-            self._keep("metrics.jsonl", lambda line: line["epoch"] <= epoch)
-            self._keep("steps.jsonl", lambda line: line["step"] <= epoch * self.steps_per_epoch + step)
+            self._open("metrics.jsonl", lambda line: line["epoch"] <= epoch)
+            self._open("steps.jsonl", lambda line: line["step"] <= epoch * self.steps_per_epoch + step)
 
-    def _keep(self, name: str, wanted):
-        lines = [json.dumps(line) + "\n" for line in read_lines(self.run_dir / name) if wanted(line)]
-        (self.run_dir / name).write_text("".join(lines))
+    def _open(self, name: str, wanted):
+        path = self.run_dir / name
+        self.files[name] = Lines(path, [line for line in read_lines(path) if wanted(line)])
 
     def log_step(self, step: int, values: dict):
         """A line of steps.jsonl; `step` counts from the start of the run."""
@@ -70,10 +72,14 @@ class Tracker:
 
     def _log(self, name: str, step: int, values: dict):
         if self.is_main:
-            with (self.run_dir / name).open("a") as file:
-                file.write(json.dumps(values) + "\n")
+            self.files[name].add(values)
         if self.uses_wandb:
             self.accelerator.log({key: value for key, value in values.items() if key != "step"}, step=step)
+
+    def sync(self):
+        """Have all lines on the disk; raises OSError."""
+        for file in self.files.values():
+            file.sync()
 
     def finish(self):
         if self.uses_wandb:

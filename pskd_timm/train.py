@@ -1,6 +1,7 @@
 """One run, from top to bottom: build, resume, epochs of batches, evaluate, log, save."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -9,6 +10,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,16 +18,19 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from filelock import FileLock, Timeout
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from . import checkpoint, rng
-from .checkpoint import Progress
+from . import checkpoint, ranks, rng
+from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data
 from .evaluate import Predictions, normalisation, predict, run_recipe
+from .files import write_whole
 from .methods import METHODS
-from .models.build import check_name, create_model, load_model, save_model
+from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
 from .order import num_batches
 from .progress import Display
@@ -33,6 +38,7 @@ from .recipe import InputError, Recipe
 from .released import start_from
 from .tracking import Tracker, read_lines
 
+GO_ON = "the same command goes on from there"
 MODEL, STEP = 10, 11  # streams of random numbers: initial weights, and what a step draws (dropout)
 
 
@@ -70,8 +76,8 @@ class Result:
 def train(recipe: Recipe, display: Display | None = None) -> Result:
     """Train as `recipe` says, or go on with the run in its folder, and return the result.
 
-    Raises InputError for bad input, Diverged where the loss ends up not finite, and KeyboardInterrupt or SystemExit(143)
-    after a checkpoint where SIGINT or SIGTERM ask the run to stop.
+    Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
+    where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
     check_name(recipe.model.name)
     accelerator = connect(recipe)
@@ -87,6 +93,8 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
     data = load_data(recipe.data, recipe.augment, display.advance)
     check_batches(recipe, len(data.train), world_size)
     model = make_network(recipe, data).to(device)
+    if recipe.model.sync_bn:
+        model = convert_sync_batchnorm(model)
     if recipe.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
     mean, std = normalisation(model, recipe)
@@ -120,34 +128,42 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
     )
     optimizer = make_optimizer(model, recipe.optim)
     model, optimizer = accelerator.prepare(model, optimizer)
-
-    # Resume.
-    if is_main:
-        prepare_folder(recipe)
-    accelerator.wait_for_everyone()
+    running = RunningSums(accelerator)
     progress = Progress()
-    if newest := checkpoint.newest(run_dir):
-        progress = checkpoint.load(newest, network, ema, optimizer, method.store)
-        if accelerator.scaler and progress.scaler:
-            accelerator.scaler.load_state_dict(progress.scaler)
-        display.say(f"{run_dir}: going on after epoch {progress.epoch}, step {progress.step} of {loader.steps}")
-    elif recipe.init_from:
-        progress = start_from(recipe.init_from, network, optimizer, method.store, recipe.epochs)
-        display.say(f"{run_dir}: starting from {recipe.init_from} after epoch {progress.epoch}")
-    tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
-    tracker.forget_after(progress.epoch, progress.step)
+    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums)
 
     def score_split(model, split, keep_probabilities=False):
         return predict(model, split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
 
     def save():
-        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-        checkpoint.save(run_dir, progress, network, ema, optimizer, method.store, recipe.checkpoint.keep)
+        clock.update(progress)
+        running.total(f"epoch {progress.epoch + 1}, step {progress.step}")
+        checkpoint.save(run_dir, progress, parts, recipe.checkpoint.keep, before_publishing=tracker.sync)
+        wishes.saved_at = time.monotonic()
 
-    running = RunningSums(accelerator)
+    lock = FileLock(run_dir / ".lock")
+    ranks.on_main(lambda: prepare_folder(recipe, lock))
+    tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
+    wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
     name = f"{recipe.method} seed {recipe.seed}"
     try:
+        # Resume.
+        if whole := checkpoint.newest_whole(run_dir):
+            progress = checkpoint.load(whole, parts)
+            display.say(f"{run_dir}: going on after epoch {progress.epoch}, step {progress.step} of {loader.steps}")
+            if progress.step >= loader.steps:
+                raise InputError(f"{whole}: what is left of the epoch is too small a batch for {world_size} processes")
+        elif recipe.init_from:
+            progress = start_from(recipe.init_from, network, optimizer, method.store, recipe.epochs)
+            if ema:
+                ema.set(network)
+            display.say(f"{run_dir}: starting from {recipe.init_from} after epoch {progress.epoch}")
+        tracker.forget_after(progress.epoch, progress.step)
+        first_epoch = progress.epoch
+        if about := method.about():
+            display.say(about)
+
         with StopSignals() as stop:
             for epoch in range(progress.epoch, recipe.epochs):
                 batches = loader.rank_batches(epoch)[progress.step :]
@@ -175,17 +191,19 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                     if ema:
                         ema.update(network)
                     progress.step += 1
-                    # Ranks must agree to stop, so several of them look only where they meet anyway.
-                    if (step + 1) % recipe.tracking.log_every == 0 or (stop.requested and world_size == 1):
-                        window = running.read(progress, stop.requested, f"epoch {epoch + 1}, step {progress.step}")
-                        tracker.log_step(step + 1, {"epoch": epoch + 1, "loss": window.loss, "lr": lr})
-                        facts = f"epoch {epoch + 1}/{recipe.epochs} loss {window.loss:.3f}"
+                    if (step + 1) % recipe.tracking.log_every == 0:
+                        mean_loss = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
+                        tracker.log_step(step + 1, {"epoch": epoch + 1, "loss": mean_loss, "lr": lr})
+                        facts = f"epoch {epoch + 1}/{recipe.epochs} loss {mean_loss:.3f}"
                         display.advance(name, step + 1, recipe.epochs * loader.steps, facts)
-                        if window.stop and progress.step < loader.steps:
-                            clock.update(progress)
+                    if progress.step < loader.steps:
+                        wish = wishes.after(step + 1, stop.received)
+                        if wish.save or wish.signal:
                             save()
-                            stop.obey(f"{run_dir}: stopped in epoch {epoch + 1} after step {progress.step}", display)
-                window = running.read(progress, stop.requested, f"epoch {epoch + 1}")
+                        if wish.signal:
+                            display.say(f"{run_dir}: stopped in epoch {epoch + 1} after step {progress.step}; {GO_ON}")
+                            stop.obey(wish.signal)
+                running.read(progress, f"epoch {epoch + 1}")
                 line = {
                     "epoch": epoch + 1,
                     "lr": lr,
@@ -194,6 +212,8 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                     **method.values(),
                 }
                 method.end_epoch()
+                if epoch == first_epoch and (news := method.about()) != about:
+                    display.say(news)
                 clock.update(progress)
                 images_per_second = progress.num_seen / progress.epoch_seconds
 
@@ -202,8 +222,7 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                 clock.update(progress)
                 if progress.best is None or figures["top1_error"] < progress.best["top1_error"]:
                     progress.best = {"epoch": epoch + 1, **figures}
-                    if is_main:
-                        keep_best(run_dir, evaluated, epoch + 1, mean, std, data)
+                    parts.best.update(cpu_copy(evaluated))
 
                 # Log and save.
                 line |= {"evaluated_on": chosen_on, **figures}
@@ -212,17 +231,20 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                 display.say(epoch_line(name, recipe.epochs, line))
                 progress.start_epoch(epoch + 1)
                 last_epoch = progress.epoch == recipe.epochs
-                if last_epoch or window.stop or progress.epoch % recipe.checkpoint.every_epochs == 0:
+                wish = wishes.after((epoch + 1) * loader.steps, stop.received, epoch_end=True)
+                if last_epoch or wish.save or wish.signal or progress.epoch % recipe.checkpoint.every_epochs == 0:
                     save()
-                    if is_main:
-                        remove_old_bests(run_dir, progress.best["epoch"])
-                if window.stop and not last_epoch:
-                    stop.obey(f"{run_dir}: stopped after epoch {progress.epoch}", display)
+                if wish.signal and not last_epoch:
+                    display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {GO_ON}")
+                    stop.obey(wish.signal)
 
         # The result: the last and the best epoch's weights over the test split.
-        best_model = load_model(best_folder(run_dir, progress.best["epoch"])).to(device)
         of_last = score_split(evaluated, test_split, keep_probabilities=True)
-        of_best = score_split(best_model, test_split, keep_probabilities=True)
+        of_holdout = score_split(evaluated, choosing_split) if data.holdout else None
+        if is_main:
+            save_model(evaluated, run_dir, mean, std, data.image_size, data.class_names)
+        evaluated.load_state_dict(parts.best)
+        of_best = score_split(evaluated, test_split, keep_probabilities=True)
         clock.update(progress)
         if is_main:
             values = {
@@ -239,15 +261,15 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                 "num_processes": world_size,
                 **surroundings(device),
             }
-            if data.holdout:
-                of_holdout = score_split(evaluated, choosing_split).score()
-                values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout}, "best": progress.best}
-            save_model(evaluated, run_dir, mean, std, data.image_size, data.class_names)
-            write_result(run_dir, best_folder(run_dir, progress.best["epoch"]), of_last, of_best, values)
+            if of_holdout:
+                values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout.score()}, "best": progress.best}
+            save_model(evaluated, run_dir / "best", mean, std, data.image_size, data.class_names)
+            write_result(run_dir, of_last, of_best, values)
         accelerator.wait_for_everyone()
     finally:
         tracker.finish()
         display.close()
+        lock.release()
     return Result.read(run_dir)
 
 
@@ -261,6 +283,8 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError(f"this launch asks for several processes but starts one: {right}")
     if recipe.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("mixed_precision fp16 needs a GPU; bf16 and no run everywhere")
+    if recipe.model.sync_bn and not torch.cuda.is_available():
+        raise InputError("model.sync_bn needs GPUs: torch has no batch norm over processes for the CPU")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
@@ -272,7 +296,10 @@ def connect(recipe: Recipe) -> Accelerator:
             step_scheduler_with_optimizer=False,
             log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
             # Running statistics matter in evaluation only; they are brought together there (ranks.py).
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout_minutes)),
+            ],
         )
     except ValueError as error:
         raise InputError(f"the processes cannot be connected: {str(error).splitlines()[0]}: {right}") from None
@@ -303,7 +330,8 @@ def finished(recipe: Recipe) -> bool:
     if recipe.resume == "never" or not (run_dir / "recipe.yaml").is_file():
         return False
     there, here = run_recipe(run_dir).identity(), recipe.identity()
-    if different := [key for key in here if there.get(key) != here[key]]:
+    different = [key for key in here if there.get(key) != here[key]]
+    if different and (checkpoint.newest(run_dir) or (run_dir / "result.json").is_file()):
         key = different[0]
         raise InputError(
             f"{run_dir} holds a run with {key} {there.get(key)!r}, not {here[key]!r}: "
@@ -312,30 +340,43 @@ def finished(recipe: Recipe) -> bool:
     return (run_dir / "result.json").is_file()
 
 
-def prepare_folder(recipe: Recipe):
-    """Make the run folder and write the resolved recipe into it; with `resume: never` delete the run that is there."""
+def prepare_folder(recipe: Recipe, lock: FileLock):
+    """Make the run folder, lock it for this process and write the resolved recipe into it.
+
+    The lock ends with the process. With `resume: never` the run that is there is deleted.
+    """
     run_dir = recipe.run_dir
-    if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
-        shutil.rmtree(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
-        (run_dir / "recipe.yaml").write_text(text, encoding="utf-8")
+        lock.acquire(timeout=0)
+        if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
+            delete_run(run_dir)
+        write_whole(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+    except Timeout:
+        raise InputError(
+            f"{run_dir}: another process is at work on this run: wait for it, or choose another --output_dir"
+        ) from None
     except OSError as error:
         raise InputError(f"output_dir: {run_dir} cannot be written: {error}") from None
+
+
+def delete_run(run_dir: Path):
+    """Delete a run but for its lock; result.json goes first and recipe.yaml last, so that a part of a run never looks whole."""
+    (run_dir / "result.json").unlink(missing_ok=True)
+    for path in run_dir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (".lock", "recipe.yaml"):
+            path.unlink()
+    (run_dir / "recipe.yaml").unlink()
 
 
 class RunningSums:
     """Loss, error and sample count summed on the device and read only now and then."""
 
-    @dataclass
-    class Window:
-        loss: float
-        stop: bool
-
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.sums = torch.zeros(4, device=accelerator.device)  # loss, errors, samples, ranks that are asked to stop
+        self.sums = torch.zeros(3, device=accelerator.device)  # loss, errors, samples
 
     def add(self, loss, logits, labels):
         wrong = (logits.detach().argmax(dim=1) != labels).sum()
@@ -343,19 +384,24 @@ class RunningSums:
         self.sums[1] += wrong
         self.sums[2] += len(labels)
 
-    def read(self, progress: Progress, stop: bool, where: str) -> Window:
-        """Add the sums over all ranks to `progress` and start anew (all ranks call it together)."""
-        self.sums[3] = float(stop)
-        loss, errors, samples, stops = self.accelerator.reduce(self.sums, "sum").tolist()
+    def total(self, where: str) -> list[float]:
+        """The sums over all ranks (all ranks call it together); raises Diverged where the loss is not finite."""
+        sums = self.accelerator.reduce(self.sums, "sum").tolist()
+        if not math.isfinite(sums[0]):
+            raise Diverged(
+                f"the loss is {sums[0]} at {where}: "
+                "a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help"
+            )
+        return sums
+
+    def read(self, progress: Progress, where: str) -> float:
+        """Add the sums over all ranks to `progress` and start anew; returns the mean loss (all ranks call it together)."""
+        loss, errors, samples = self.total(where)
         self.sums.zero_()
         progress.loss_sum += loss
         progress.error_sum += errors
         progress.num_seen += samples
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise Diverged(
-                f"the loss is {loss} at {where}: a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help"
-            )
-        return self.Window(loss / max(samples, 1), stops > 0)
+        return loss / max(samples, 1)
 
 
 class Clock:
@@ -372,30 +418,31 @@ class Clock:
 
 
 class StopSignals:
-    """While active, SIGINT and SIGTERM are noted, not obeyed; a second SIGINT is obeyed at once."""
+    """While active, SIGINT, SIGTERM and SIGUSR1 are noted, not obeyed; a second SIGINT is obeyed at once."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __enter__(self):
-        self.requested = 0
+        self.received = 0
         self.previous = {}
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.previous = {number: signal.signal(number, self._note) for number in self.NUMBERS}
         return self
 
     def _note(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = number
+        self.received = number
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def obey(self, where: str, display: Display):
-        """Say where the run stands and end as the signal asks."""
-        display.say(f"{where}; the same command goes on from there")
-        if self.requested == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+    def obey(self, number: int):
+        """End as the signal asks."""
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
 
 def epoch_line(name: str, epochs: int, line: dict) -> str:
@@ -407,34 +454,16 @@ def epoch_line(name: str, epochs: int, line: dict) -> str:
     )
 
 
-def best_folder(run_dir: Path, epoch: int) -> Path:
-    """Where the weights of the best epoch so far are kept while a run goes on."""
-    return run_dir / "checkpoints" / f"best-{epoch:06d}"
+def cpu_copy(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a model's state dict in the CPU's memory."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in contiguous_state(model).items()}
 
 
-def keep_best(run_dir: Path, model: nn.Module, epoch: int, mean, std, data: Data):
-    """Save the weights of `epoch`; earlier bests stay until a checkpoint no longer needs them."""
-    partial = run_dir / "checkpoints" / "best-partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(model, partial, mean, std, data.image_size, data.class_names)
-    checkpoint.publish(partial, best_folder(run_dir, epoch))
-
-
-def remove_old_bests(run_dir: Path, epoch: int):
-    """Remove the weights of all bests but that of `epoch`."""
-    for folder in (run_dir / "checkpoints").glob("best-[0-9]*"):
-        if folder != best_folder(run_dir, epoch):
-            shutil.rmtree(folder)
-
-
-def write_result(run_dir: Path, best: Path, of_last: Predictions, of_best: Predictions, values: dict):
-    """Write predictions, the best epoch's weights and, last of all, result.json, which says that the run is finished."""
+def write_result(run_dir: Path, of_last: Predictions, of_best: Predictions, values: dict):
+    """Write predictions and, last of all, result.json, which says that the run is finished."""
     of_last.write(run_dir / "predictions.parquet")
-    shutil.copytree(best, run_dir / "best", dirs_exist_ok=True)
     of_best.write(run_dir / "best" / "predictions.parquet")
-    partial = run_dir / "result.json.partial"
-    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False))
-    os.replace(partial, run_dir / "result.json")
+    write_whole(run_dir / "result.json", json.dumps(values, indent=1, ensure_ascii=False))
 
 
 def surroundings(device: torch.device) -> dict:

@@ -332,13 +332,15 @@ def test_streamed_test_images_are_resized_and_centre_cropped_as_resident_ones(tm
     data = load_data(streamed)
     resident = load_data(streamed.model_copy(update={"loading": "resident"}))
     pairs = zip(
-        eval_batches(data.test, 5, [0] * 3, [1] * 3), eval_batches(resident.test, 5, [0] * 3, [1] * 3), strict=True
+        eval_batches(data.test, 5, [0] * 3, [1] * 3, slice(0, 16)),
+        eval_batches(resident.test, 5, [0] * 3, [1] * 3, slice(0, 16)),
+        strict=True,
     )
     for (images, labels), (expected, expected_labels) in pairs:
         assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
     with Pictures.open(tmp_path / "test" / "a" / "0.jpg") as picture:  # 90×70: 40/70 of it, then the middle 32 pixels
         expected = tv.center_crop(picture.resize((51, 40), Pictures.Resampling.BICUBIC), [32, 32])
-    first = (255 * next(eval_batches(data.test, 1, [0] * 3, [1] * 3))[0][0]).round()
+    first = (255 * next(eval_batches(data.test, 1, [0] * 3, [1] * 3, slice(0, 16)))[0][0]).round()
     assert (first - tv.pil_to_tensor(expected)).abs().mean() < 3
 
 

@@ -116,7 +116,20 @@ def test_public_names_are_functions_even_after_their_modules_were_imported():
 
 
 LAYERS = [
-    {"recipe", "rng", "order", "batch", "losses", "metrics", "augment", "ranks", "store", "models", "progress"},
+    {
+        "recipe",
+        "rng",
+        "order",
+        "batch",
+        "losses",
+        "metrics",
+        "augment",
+        "ranks",
+        "store",
+        "models",
+        "progress",
+        "files",
+    },
     {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate"},
     {"train"},
     {"compare", "report", "show", "bench"},

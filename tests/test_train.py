@@ -113,7 +113,7 @@ def test_lines_that_a_killed_run_wrote_after_its_last_checkpoint_are_not_there_t
     (recipe.run_dir / "result.json").unlink()
     folder = newest(recipe.run_dir)
     state = json.loads((folder / "state.json").read_text())
-    assert (state["epoch"], state["step"]) == (3, 0)
+    assert (state["progress"]["epoch"], state["progress"]["step"]) == (3, 0)
     with (recipe.run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 4, "nll": 1}\n{"epoch": 5, "nl')
     assert train(recipe).history == whole

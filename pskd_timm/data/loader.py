@@ -90,13 +90,16 @@ class Loader:
         return Batch(images[0], self.split.labels[index], index, *images[1:])
 
 
-def eval_batches(
-    split: Split, batch_size: int, mean, std, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's contiguous part of `split` in order, as normalised images and labels; no padding, no repeats."""
+def eval_part(length: int, batch_size: int, rank: int, world_size: int) -> slice:
+    """The samples of a split that `rank` evaluates: whole batches, so that they are the same batches on any number of ranks."""
+    batches = order.share(-(-length // batch_size), rank, world_size)
+    return slice(*(min(bound * batch_size, length) for bound in (batches.start, batches.stop)))
+
+
+def eval_batches(split: Split, batch_size: int, mean, std, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
+    """The `part` of `split` in order, as normalised images and labels; no padding, no repeats."""
     device = split.labels.device
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    part = order.share(len(split), rank, world_size)
     ids = torch.arange(part.start, part.stop, device=split.ids_device)
     jobs = ((index, [(index, None)]) for index in ids.split(batch_size) if len(index))
     for index, (images,) in split.stream(jobs):

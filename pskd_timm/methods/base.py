@@ -32,6 +32,9 @@ class Method:
     def end_epoch(self):
         """After the last step of an epoch; all ranks together."""
 
+    def about(self) -> str | None:
+        """A line on what the method holds, told at the start and, if it changed, after the first epoch; all ranks together."""
+
     def values(self) -> dict[str, float]:
         """What the method has to report of the current epoch, by name."""
         return {}

@@ -1,0 +1,83 @@
+"""Files that a reader sees whole or not at all, whatever ends the writer."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def warn(text: str):
+    """A line that must be said, also by a quiet run."""
+    print(f"pskd-timm: {text}", file=sys.stderr, flush=True)
+
+
+def write_whole(path: Path, text: str):
+    """Replace the file `path` by one with `text`."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    flush_to_disk(partial)
+    os.replace(partial, path)
+    flush_to_disk(path.parent)
+
+
+def publish(partial: Path, final: Path):
+    """Flush a folder and give it its final name."""
+    flush_to_disk(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    flush_to_disk(final.parent)
+
+
+def flush_to_disk(path: Path):
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Lines:
+    """A JSON-lines file to append to; lines that the disk does not take wait until it does."""
+
+    def __init__(self, path: Path, lines: list[dict]):
+        self.path, self.waiting, self.warned = path, b"", False
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_whole(path, text)
+        self.end = len(text.encode())
+
+    def add(self, line: dict):
+        self.waiting += (json.dumps(line) + "\n").encode()
+        try:
+            self.write()
+        except OSError as error:
+            if not self.warned:
+                warn(f"{self.path} cannot be written: {error}; its lines wait in memory until it can")
+            self.warned = True
+
+    def write(self):
+        """Write what waits; raises OSError."""
+        with self.path.open("r+b") as file:
+            # What a write that failed left behind lies beyond the end.
+            file.truncate(self.end)
+            file.seek(self.end)
+            file.write(self.waiting)
+        self.end += len(self.waiting)
+        self.waiting, self.warned = b"", False
+
+    def sync(self):
+        """Have every line on the disk; raises OSError."""
+        self.write()
+        flush_to_disk(self.path)
