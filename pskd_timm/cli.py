@@ -6,7 +6,17 @@ import os
 import sys
 
 from . import __version__
-from .recipe import METHOD_SECTIONS, InputError, Recipe, lay_over, load_recipe, nearest, settings, shipped_recipes
+from .recipe import (
+    METHOD_SECTIONS,
+    Diverged,
+    InputError,
+    Recipe,
+    lay_over,
+    load_recipe,
+    nearest,
+    settings,
+    shipped_recipes,
+)
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
 
@@ -74,6 +84,9 @@ def make_parser() -> Parser:
     bench.add_argument("--processes", nargs="+", type=int, metavar="N", default=[1, 2, 4], help="default: 1 2 4")
     bench.add_argument("--json", metavar="PATH", help="write the figures there too")
     command("models", "list this package's networks", run_models, takes_recipe=False)
+    for sub in commands.choices.values():
+        options = [option.removeprefix("--") for action in sub._actions for option in action.option_strings]
+        sub.set_defaults(options=[option for option in options if not option.startswith("-")])
     return parser
 
 
@@ -104,7 +117,7 @@ def overrides(arguments: argparse.Namespace, rest: list[str]) -> dict[str, str]:
         if not word.startswith("--"):
             raise InputError(f"unexpected argument {word!r}: settings are given as --section.name value")
         if parent is None or "dict" not in str(parent.annotation):
-            raise InputError(f"unknown option --{name}{nearest(name, settings())}")
+            raise InputError(f"unknown option --{name}{nearest(name, arguments.options)}")
         found[name] = value if equals else next(words, None)
         if found[name] is None:
             raise InputError(f"--{name} needs a value")
@@ -119,7 +132,7 @@ def run_train(arguments, rest):
     recipe = load(arguments, rest)
     from .progress import Display
     from .ranks import tells_of_a_lost_rank
-    from .train import Diverged, train
+    from .train import train
 
     try:
         result = train(recipe, Display(arguments.quiet))
@@ -239,7 +252,12 @@ def main(argv: list[str] | None = None) -> int:
         if is_main_process():
             print(f"pskd-timm: {error}", file=sys.stderr)
         return BAD_INPUT
+    except Diverged as error:
+        print(f"pskd-timm: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
+        if is_main_process():
+            print("pskd-timm: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return DONE

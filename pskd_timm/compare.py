@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -17,7 +18,7 @@ from .metrics import METRICS
 from .progress import Display
 from .recipe import METHOD_SECTIONS, InputError, Recipe
 from .tracking import read_lines
-from .train import Result, finished, train
+from .train import Result, check_recipe, finished, train
 
 GRACE = 60  # seconds that interrupted runs have to save before they are ended
 
@@ -70,6 +71,12 @@ def compare(
     all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
     waiting = [job for job in all_jobs if not finished(job.recipe)]
+    if waiting:
+        check_recipe(recipe, tuple(dict.fromkeys(job.recipe.method for job in waiting)), display)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: {root} cannot be written: {error}") from None
     display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} finished before")
     try:
         failures = _work_off(waiting, len(all_jobs), jobs, display)
@@ -87,24 +94,47 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
     running: list[Job] = []
     failures: dict[Path, str] = {}
     left = list(waiting)
+    # A scheduler's SIGTERM must not leave runs behind that nobody watches.
+    previous = signal.signal(signal.SIGTERM, _end) if _in_main_thread() else None
     try:
         while left or running:
             while left and len(running) < jobs:
                 job = left.pop(0)
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
                 job.process = context.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
-                job.process.start()
+                _start(job.process)
                 running.append(job)
             time.sleep(0.2)
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
                 _tell(job, failures, display)
             _show(running, total - len(left) - len(running), total, display)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         display.say("stopping: each run saves where it stands; the same command goes on from there")
         _stop(running)
         raise
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
     return failures
+
+
+def _start(process: multiprocessing.Process):
+    """Start a process that a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM."""
+    ignoring = _in_main_thread() and signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        if ignoring:
+            signal.signal(signal.SIGINT, ignoring)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _end(number, frame):
+    raise SystemExit(128 + number)
 
 
 def _show(running: list[Job], done: int, total: int, display: Display):
@@ -119,13 +149,17 @@ def _tell(job: Job, failures: dict[Path, str], display: Display):
         last = Result.read(run_dir).last
         display.say(f"{name}: error {last['top1_error']:.2f} %  nll {last['nll']:.3f}  ece {last['ece']:.2f} %")
         return
-    failures[run_dir] = f"failed: exit code {job.process.exitcode}"
-    with suppress(OSError, IndexError):
-        failures[run_dir] = f"failed: {job.log.read_text().strip().splitlines()[-1]}"
+    code = job.process.exitcode
+    failures[run_dir] = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
+    if code == 1:  # it has said why
+        with suppress(OSError, IndexError):
+            failures[run_dir] = f"failed: {job.log.read_text().strip().splitlines()[-1]}"
     display.say(f"{name}: {failures[run_dir]} (all of it: {job.log})")
 
 
 def _stop(running: list[Job]):
+    if _in_main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the saving short
     for job in running:
         if job.process.is_alive():
             os.kill(job.process.pid, signal.SIGTERM)
@@ -139,8 +173,6 @@ def _run(recipe: Recipe, seat: int, seats: int, log: str):
     """The process of one run: its share of the cores or its own GPU, its words into run.log."""
     import torch
 
-    # Ctrl-C at a terminal reaches every process; the parent passes it on once, as SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if torch.cuda.device_count() > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(seat % torch.cuda.device_count())
     threads = recipe.threads or max(1, (os.cpu_count() or 1) // seats)

@@ -13,7 +13,7 @@ from .data import Split, eval_batches, eval_part, load_data
 from .losses import at_least_float32
 from .metrics import Outcomes
 from .models.build import check_name, create_model, load_model
-from .recipe import InputError, Recipe, load_recipe
+from .recipe import Diverged, InputError, Recipe, load_recipe
 from .released import load_weights
 
 
@@ -78,6 +78,9 @@ def predict(
     )
     columns = [torch.cat(parts) for parts in zip(*(each or [empty]), strict=True)]
     gathered = Outcomes(*(ranks.gather_rows(column, parts).cpu() for column in columns))
+    if not gathered.nll.isfinite().all():
+        wrong = int((~gathered.nll.isfinite()).sum())
+        raise Diverged(f"the network's outputs are not finite for {wrong} of {len(split)} evaluated samples")
     mine = torch.cat(kept) if kept else torch.empty(0, num_classes, device=device)
     probabilities = ranks.gather_rows(mine, parts).cpu() if keep_probabilities else mine.cpu()
     return Predictions(gathered, split.labels.cpu(), probabilities)

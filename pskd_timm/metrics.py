@@ -10,6 +10,7 @@ from .recipe import InputError
 
 METRICS = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc")
 ECE_BINS = 10
+ROW_SUM_TOLERANCE = 0.02  # what rows of float16 or bfloat16 may be off
 ROWS_AT_ONCE = 8192  # bounds the memory of the comparisons that rank a row's classes
 
 
@@ -86,10 +87,19 @@ def summarize(each: Outcomes) -> dict[str, float]:
     }
 
 
-def _float_tensor(values) -> Tensor:
-    if isinstance(values, np.ndarray) and values.dtype == np.longdouble:
-        values = values.astype(np.float64)  # torch has nothing wider
-    return torch.as_tensor(values)
+def _tensor(values) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    array = np.asarray(values)
+    # torch has nothing wider than float64, and no unsigned integers to compute with.
+    narrow = array.dtype.kind == "f" and array.dtype.itemsize <= 8
+    wanted = (
+        array.dtype.newbyteorder("=") if narrow else {"f": np.float64, "u": np.int64}.get(array.dtype.kind, array.dtype)
+    )
+    try:
+        return torch.tensor(array.astype(wanted))
+    except TypeError:
+        raise InputError(f"cannot score an array of {array.dtype}") from None
 
 
 def score(probabilities, labels) -> dict[str, float]:
@@ -97,7 +107,7 @@ def score(probabilities, labels) -> dict[str, float]:
 
     Raises InputError where shapes, label range or values do not fit.
     """
-    probabilities, labels = _float_tensor(probabilities), torch.as_tensor(labels)
+    probabilities, labels = _tensor(probabilities), _tensor(labels)
     if probabilities.ndim != 2 or not probabilities.is_floating_point() or 0 in probabilities.shape:
         raise InputError(
             f"probabilities must be floats of shape [N, K], got {probabilities.dtype} {list(probabilities.shape)}"
@@ -112,4 +122,6 @@ def score(probabilities, labels) -> dict[str, float]:
         raise InputError(
             "probabilities must be finite and lie in [0, 1]; these do not (logits go through a softmax first)"
         )
+    if (largest := probabilities.sum(dim=1, dtype=torch.float64).max()) > 1 + ROW_SUM_TOLERANCE:
+        raise InputError(f"rows of probabilities must sum to 1, one sums to {largest:.3g}")
     return summarize(outcomes(probabilities, labels.to(probabilities.device).long()))

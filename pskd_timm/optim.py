@@ -24,14 +24,20 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
         raise InputError(
             f"optim.name: timm has no optimizer {section.name!r}{nearest(section.name, list_optimizers())}"
         )
-    return create_optimizer_v2(
-        model,
-        opt=section.name,
-        lr=section.lr,
-        weight_decay=section.weight_decay,
-        momentum=section.momentum,
-        filter_bias_and_bn=not section.decay_norm_and_bias,
-    )
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=section.name,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            momentum=section.momentum,
+            filter_bias_and_bn=not section.decay_norm_and_bias,
+        )
+    except Exception as error:  # some need packages or a GPU of their own
+        raise InputError(f"optim.name {section.name} cannot be made: {str(error).splitlines()[0]}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise InputError(f"optim.name {section.name} needs second derivatives, which training does not compute")
+    return optimizer
 
 
 def lr_at(step: int, steps_per_epoch: int, epochs: int, section: OptimSection) -> float:

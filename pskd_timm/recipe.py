@@ -5,15 +5,44 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class InputError(ValueError):
     """Bad input from the user, in one or two lines: what is wrong, where, and what would be right."""
 
 
+class Diverged(RuntimeError):
+    """The loss, or what the network says of some image, is no longer a number."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}: a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value, info):
+        # pydantic takes true for 1; a YAML file that says so means something else.
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (
+            int,
+            float,
+            int | None,
+            float | None,
+        ):
+            raise ValueError(f"should be a number, not {str(value).lower()}")
+        return value
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -75,6 +104,10 @@ class Data(Section):
             raise ValueError("gaussian_noise needs loading resident")
         if self.crop_pct < 1 and self.image_size is None:
             raise ValueError("crop_pct needs image_size")
+        if self.source == "digits" and self.path is not None:
+            raise ValueError(
+                "source digits ships with scikit-learn and takes no path: for data of your own leave source out"
+            )
         return self
 
 
@@ -89,9 +122,9 @@ class Augment(Section):
     """Brightness, contrast and saturation are scaled by up to 1 ± this, in random order."""
     lighting: NonNegative = 0.0
     """Standard deviation of the noise along ImageNet's principal colours (0.1 in the AlexNet way)."""
-    mean: list[float] | None = None
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
     """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
-    std: list[Positive] | None = None
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
     """Channel standard deviations to divide by, in units of the pixel range; by default the model's own."""
 
 
@@ -163,7 +196,7 @@ class TFKD(Section):
     temperature: Positive | None = None
     """T. Default: TF-KD's released ResNet-18 settings, 20 with the virtual teacher, else 6."""
     multiplier: Positive | None = None
-    """m of the KL/K term. Default: number of classes with the virtual teacher (released: 100 for CIFAR-100), else 50."""
+    """m of the KL/K term. Default: with the virtual teacher K, else K/2 (released for CIFAR-100's K = 100: 100 and 50)."""
     true_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
     """The virtual teacher's probability of the true class. Default: TF-KD's released code."""
 
@@ -172,8 +205,6 @@ class TFKD(Section):
         virtual = self.teacher == "virtual"
         self.alpha = self.alpha if self.alpha is not None else 0.1 if virtual else 0.95
         self.temperature = self.temperature if self.temperature is not None else 20.0 if virtual else 6.0
-        if self.multiplier is None and not virtual:
-            self.multiplier = 50.0
         return self
 
 
@@ -219,7 +250,7 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    name: str = ""
+    name: Annotated[str, Field(pattern=r"^(\w[\w .+-]*)?$")] = ""
     """What the runs are filed under; by default the recipe file's name."""
     method: Literal["baseline", "label_smoothing", "cskd", "tfkd", "pskd"] = "pskd"
     """How the network is taught."""
@@ -286,6 +317,8 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that decide a run's outcome, flat; two runs of equal identity may continue each other."""
         values = flatten(self.model_dump())
+        if self.data.path is not None:
+            values["data.path"] = str(Path(self.data.path).expanduser().resolve())
         sections = {name for name in METHOD_SECTIONS if name != self.method}
         return {
             k: v
@@ -362,17 +395,22 @@ def find_recipe(name: str) -> Path:
     """The file of a recipe: a path, or the name of a shipped one (`digits`, `recipes/digits.yaml`, `cifar100/…`)."""
     if Path(name).is_file():
         return Path(name)
-    inside = SHIPPED / Path(name.removeprefix("recipes/")).with_suffix(".yaml")
-    if inside.is_file():
-        return inside
-    raise InputError(f"no recipe {name!r}: neither a file nor one of {', '.join(shipped_recipes())}")
+    shipped = name.removeprefix("recipes/").removesuffix(".yaml")
+    if shipped in shipped_recipes():
+        return SHIPPED / f"{shipped}.yaml"
+    hint = nearest(shipped, shipped_recipes())
+    hint = hint or f": neither a file nor one of {', '.join(shipped_recipes())}"
+    raise InputError(f"no recipe {name!r}{hint}")
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """PyYAML lets the second of two equal keys win without a word."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
+        if other := [key for key in keys if not isinstance(key, str)]:
+            mark = node.start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"the key {other[0]!r} is no text: quote it", mark)
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise yaml.constructor.ConstructorError(
                 None, None, f"{', '.join(map(str, twice))} stands twice", node.start_mark
@@ -391,7 +429,13 @@ def read_yaml(path: Path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a recipe is a YAML mapping of settings, this is {type(tree).__name__}")
+        what = "empty" if tree is None else type(tree).__name__
+        raise InputError(f"{path}: a recipe is a YAML mapping of settings, this is {what}")
+    for name, value in tree.items():
+        if name in sections() and not isinstance(value, dict):
+            raise InputError(f"{path}: {name} should be a section of settings ({name}: {{…}}), got {value!r}")
+        if "." in name:
+            raise InputError(f"{path}: write {name} as a section: {name.replace('.', ': {', 1)}: …}}")
     return tree
 
 
@@ -399,8 +443,12 @@ def _value(text):
     """A command-line value: lists, mappings and null as YAML, everything else as the text that pydantic converts."""
     if not isinstance(text, str) or not (text[:1] in "[{" or text in ("null", "None")):
         return text
+    return None if text == "None" else _yaml_value(text)
+
+
+def _yaml_value(text: str):
     try:
-        return None if text == "None" else yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"cannot read {text!r}: write lists as [3, 4] and mappings as '{{width: 16}}'") from None
 
@@ -409,7 +457,8 @@ def _override(flat: dict, key: str, value):
     """Set the dotted `key`, which may reach into a setting that is a mapping (model.kwargs.width)."""
     parent, _, name = key.rpartition(".")
     if key not in settings() and parent in settings():
-        flat[parent] = {**(flat.get(parent) or {}), name: yaml.safe_load(value) if isinstance(value, str) else value}
+        mapping = flat.get(parent) if isinstance(flat.get(parent), dict) else {}
+        flat[parent] = {**mapping, name: _yaml_value(value) if isinstance(value, str) else value}
     else:
         flat[key] = value
 
@@ -461,6 +510,10 @@ def _explain(error: dict, sources: dict[str, str], origin: str) -> str:
     if error["type"] == "missing":
         return f"{where}: {key} is missing: {_description(key)}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if error["type"] == "string_pattern_mismatch":
+        message = "should be a plain name of letters, digits, spaces and . _ + -"
+    if error["type"] == "list_type":
+        message += ", written [3, 4]"
     if error["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{message}"
     return f"{where}: {key} {message}, got {error['input']!r}"

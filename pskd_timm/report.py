@@ -83,10 +83,11 @@ TABLE_HEADERS = ["method", "runs", *HEADERS.values(), "seconds"]
 
 def terminal_table(rows: pd.DataFrame, title: str):
     """A rich table; the best of each column in bold."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
-        title=title,
+        title=escape(title),
         title_justify="left",
         caption="lower is better everywhere; ± is the standard deviation over seeds",
         caption_justify="left",
@@ -94,7 +95,7 @@ def terminal_table(rows: pd.DataFrame, title: str):
     for i, header in enumerate(TABLE_HEADERS):
         table.add_column(header, justify="left" if i == 0 else "right")
     for line in _body(rows, "**"):
-        table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else text for text in line))
+        table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in line))
     return table
 
 

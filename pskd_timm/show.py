@@ -2,11 +2,12 @@
 
 from .data.sources import Sizes, known_sizes, open_tables
 from .progress import readable
-from .recipe import InputError, Recipe, flatten, load_recipe, shipped_recipes
+from .recipe import InputError, Recipe, find_recipe, flatten, read_yaml, shipped_recipes
 
 
 def sources_table(recipe: Recipe):
     """A rich table of every setting of the recipe's own method, its value and its source."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"recipe {recipe.name}", title_justify="left")
@@ -23,7 +24,7 @@ def sources_table(recipe: Recipe):
         )
         if not other_method:
             source = recipe.source_of(key)
-            table.add_row(key, str(value), source, style="dim" if source == "default" else None)
+            table.add_row(key, escape(str(value)), escape(source), style="dim" if source == "default" else None)
     return table
 
 
@@ -35,7 +36,7 @@ def models_table():
     from .models import PAPER_NAMES
     from .models.count import parameters_and_macs
 
-    recipes = {load_recipe(name).model.name: name for name in shipped_recipes()}
+    recipes = {read_yaml(find_recipe(name))["model"]["name"]: name for name in shipped_recipes()}
     title = "parameters and multiply-adds of one image, 100 classes (ImageNet's networks: 1000)"
     table = Table(title=title, title_justify="left")
     for header in ("model", "parameters", "MACs", "in the paper", "recipe"):

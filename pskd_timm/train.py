@@ -18,11 +18,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from filelock import FileLock, Timeout
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checkpoint, ranks, rng
 from .checkpoint import Parts, Progress, Wishes
@@ -34,16 +35,12 @@ from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
 from .order import num_batches
 from .progress import Display
-from .recipe import InputError, Recipe
+from .recipe import Diverged, InputError, Recipe
 from .released import start_from
 from .tracking import Tracker, read_lines
 
 GO_ON = "the same command goes on from there"
 MODEL, STEP = 10, 11  # streams of random numbers: initial weights, and what a step draws (dropout)
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a number."""
 
 
 @dataclass
@@ -91,8 +88,9 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
 
     # Build. Nothing is written before all of it stands.
     data = load_data(recipe.data, recipe.augment, display.advance)
-    check_batches(recipe, len(data.train), world_size)
-    model = make_network(recipe, data).to(device)
+    model = make_network(recipe, data)
+    check_batches(recipe, len(data.train), world_size, model)
+    model = model.to(device)
     if recipe.model.sync_bn:
         model = convert_sync_batchnorm(model)
     if recipe.model.channels_last:
@@ -128,6 +126,8 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
     )
     optimizer = make_optimizer(model, recipe.optim)
     model, optimizer = accelerator.prepare(model, optimizer)
+    # Running statistics matter in evaluation only, and are brought together there (ranks.py): no step waits for them.
+    model.broadcast_buffers = False
     running = RunningSums(accelerator)
     progress = Progress()
     parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums)
@@ -152,8 +152,6 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
         if whole := checkpoint.newest_whole(run_dir):
             progress = checkpoint.load(whole, parts)
             display.say(f"{run_dir}: going on after epoch {progress.epoch}, step {progress.step} of {loader.steps}")
-            if progress.step >= loader.steps:
-                raise InputError(f"{whole}: what is left of the epoch is too small a batch for {world_size} processes")
         elif recipe.init_from:
             progress = start_from(recipe.init_from, network, optimizer, method.store, recipe.epochs)
             if ema:
@@ -167,7 +165,8 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
         with StopSignals() as stop:
             for epoch in range(progress.epoch, recipe.epochs):
                 batches = loader.rank_batches(epoch)[progress.step :]
-                method.begin_epoch(epoch, torch.cat(batches))
+                # After a change of the number of processes an epoch may have nothing left for them but to be evaluated.
+                method.begin_epoch(epoch, torch.cat(batches) if batches else torch.empty(0, dtype=torch.int64))
                 model.train()
                 for micro_batches in loader.batches(batches, epoch, recipe.accumulate):
                     step = epoch * loader.steps + progress.step
@@ -206,7 +205,7 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                 running.read(progress, f"epoch {epoch + 1}")
                 line = {
                     "epoch": epoch + 1,
-                    "lr": lr,
+                    "lr": lr_at((epoch + 1) * loader.steps - 1, loader.steps, recipe.epochs, recipe.optim),
                     "train_loss": progress.loss_sum / progress.num_seen,
                     "train_error": 100.0 * progress.error_sum / progress.num_seen,
                     **method.values(),
@@ -295,11 +294,7 @@ def connect(recipe: Recipe) -> Accelerator:
             mixed_precision=recipe.mixed_precision,
             step_scheduler_with_optimizer=False,
             log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
-            # Running statistics matter in evaluation only; they are brought together there (ranks.py).
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout_minutes)),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout_minutes))],
         )
     except ValueError as error:
         raise InputError(f"the processes cannot be connected: {str(error).splitlines()[0]}: {right}") from None
@@ -310,12 +305,31 @@ def connect(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def check_batches(recipe: Recipe, num_samples: int, world_size: int):
-    """Raise InputError where the global batch cannot be shared out."""
+def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
+    """What `train` would refuse, for each of `methods`, before any run is started; decodes the images on the way."""
+    check_name(recipe.model.name)
+    data = load_data(recipe.data, recipe.augment, display.advance)
+    model = make_network(recipe, data)
+    check_batches(recipe, len(data.train), 1, model)
+    make_optimizer(model, recipe.optim)
+    for method in methods:
+        METHODS[method].from_section(getattr(recipe, method).model_dump())
+
+
+def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module):
+    """Raise InputError where the global batch cannot be shared out, or leaves batch norm a single sample."""
     if recipe.batch_size < world_size:
         raise InputError(f"batch_size {recipe.batch_size} is global and must not be below the {world_size} processes")
     if num_batches(num_samples, recipe.batch_size, world_size) == 0:
         raise InputError(f"data: {num_samples} training samples are fewer than the {world_size} processes")
+    tail = num_samples % recipe.batch_size
+    smallest = tail if tail >= world_size else min(recipe.batch_size, num_samples)
+    share = smallest // world_size
+    if max(1, share // recipe.accumulate) == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise InputError(
+            f"batch norm needs two samples at a time: {num_samples} samples with batch_size {recipe.batch_size}, "
+            f"{world_size} processes and accumulate {recipe.accumulate} leave one; choose another batch_size"
+        )
 
 
 def make_network(recipe: Recipe, data: Data) -> nn.Module:
@@ -361,12 +375,15 @@ def prepare_folder(recipe: Recipe, lock: FileLock):
 
 
 def delete_run(run_dir: Path):
-    """Delete a run but for its lock; result.json goes first and recipe.yaml last, so that a part of a run never looks whole."""
+    """Delete a run but for its lock and the log that compare writes; result.json goes first and recipe.yaml last.
+
+    So a part of a run never looks whole.
+    """
     (run_dir / "result.json").unlink(missing_ok=True)
     for path in run_dir.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in (".lock", "recipe.yaml"):
+        elif path.name not in (".lock", "run.log", "recipe.yaml"):
             path.unlink()
     (run_dir / "recipe.yaml").unlink()
 
@@ -388,10 +405,7 @@ class RunningSums:
         """The sums over all ranks (all ranks call it together); raises Diverged where the loss is not finite."""
         sums = self.accelerator.reduce(self.sums, "sum").tolist()
         if not math.isfinite(sums[0]):
-            raise Diverged(
-                f"the loss is {sums[0]} at {where}: "
-                "a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help"
-            )
+            raise Diverged(f"the loss is {sums[0]} at {where}")
         return sums
 
     def read(self, progress: Progress, where: str) -> float:
@@ -418,7 +432,7 @@ class Clock:
 
 
 class StopSignals:
-    """While active, SIGINT, SIGTERM and SIGUSR1 are noted, not obeyed; a second SIGINT is obeyed at once."""
+    """While active, SIGINT, SIGTERM and SIGUSR1 are noted, not obeyed; a second SIGINT is obeyed."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -430,9 +444,10 @@ class StopSignals:
         return self
 
     def _note(self, number, frame):
-        if self.received and number == signal.SIGINT:
+        # A launcher may pass on a Ctrl-C that the terminal has sent already: the second one counts a moment later.
+        if self.received and number == signal.SIGINT and time.monotonic() - self.at > 2:
             raise KeyboardInterrupt
-        self.received = number
+        self.received, self.at = number, time.monotonic()
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():

@@ -1,7 +1,9 @@
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +56,73 @@ def test_a_second_compare_retrains_nothing_and_prints_the_same_table(compared):
 
 
 def test_a_failed_run_is_told_in_the_table_and_does_not_hide_the_others(tmp_path):
-    options = ["--methods", "baseline", "tfkd", "--tfkd.teacher", tmp_path / "nowhere", "--output_dir", tmp_path]
+    # A weight that overflows ends CS-KD's loss and no other's.
+    options = ["--methods", "baseline", "cskd", "--cskd.weight", "1e38", "--output_dir", tmp_path]
     done = cli("compare", "digits", *QUICK, *options)
     assert done.returncode == 1
     table = pd.read_csv(tmp_path / "comparison.csv")
-    assert table.status[0] == "finished" and "no model here" in table.status[1]
-    assert "no model here" in re.sub(r"\s*[│\n]\s*", " ", done.stdout)
+    assert table.status[0] == "finished" and "a lower optim.lr" in table.status[1]
+    assert "a lower optim.lr" in re.sub(r"\s*[│\n]\s*", " ", done.stdout)
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model.name", "resnet81"], "timm has no model"),
+        (["--tfkd.teacher", "nowhere"], "no model here"),
+        (["--data.limit_train", "65", "--batch_size", "64"], "batch norm needs two samples"),
+        (["--optim.name", "sgdd"], "did you mean sgd"),
+        (["--output_dir", "file"], "cannot be written"),
+    ],
+)
+def test_compare_refuses_what_no_run_could_do_before_it_starts_any(options, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["compare", "digits", *QUICK, "--output_dir", "runs", *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def wait_for_lines(path, process, count=2):
+    deadline = time.monotonic() + 100
+    while not path.is_file() or path.read_text().count("\n") < count:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
+def child_of(folder):
+    """The process that has the log of the run in `folder` as its output."""
+    log = str(next(folder.rglob("run.log")))
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        try:
+            if os.readlink(output) == log:
+                return int(output.parts[2])
+        except OSError:
+            continue
+    raise AssertionError("no process writes the log")
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("to_run", "number", "code"), [(False, signal.SIGTERM, 143), (True, signal.SIGKILL, 1)])
+def test_a_signal_to_compare_stops_its_runs_and_one_to_a_run_is_told(tmp_path, to_run, number, code):
+    options = ["--epochs", "400", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    wait_for_lines(tmp_path / "baseline" / "seed0" / "metrics.jsonl", process)
+    run = child_of(tmp_path)
+    os.kill(run if to_run else process.pid, number)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == code
+    assert not alive(run)
+    assert ("ended by signal 9" if to_run else "each run saves where it stands") in output
 
 
 def test_the_table_gives_mean_and_sample_deviation_and_marks_the_lowest():
@@ -109,8 +171,10 @@ def test_compare_refuses_unknown_methods_and_being_launched_in_several_processes
         (["compare", "digits", "--seeds", "x"], "--seeds"),
         (["compare", "digits", "--seeds", "-1"], "seed"),
         (["evaluate", "nowhere"], "no run here"),
+        (["compare", "digits", "--method", "pskd"], "did you mean methods"),
+        (["compare", "digits", "--seed", "3"], "did you mean seeds"),
         (["show", "digits", "--data.holdout_fraction", "1"], "less than 1"),
-        (["train", "custom"], "data.path: no folder my_images"),
+        (["train", "custom"], "name a data set"),
         (["train", "digits", "--output_dir", "/proc/no"], "cannot be written"),
     ],
 )
@@ -182,17 +246,11 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
 
 
 def test_runs_go_on_after_compare_was_interrupted(tmp_path):
-    import signal
-    import time
-
     options = ["--epochs", "60", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
     command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not lines.is_file() or lines.read_text().count("\n") < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for_lines(lines, process)
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 130 and "the same command goes on from there" in output and "Traceback" not in output

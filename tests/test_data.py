@@ -133,8 +133,65 @@ def test_data_that_is_not_there_is_refused_with_what_is(settings, says):
         load_data(section(**settings))
 
 
+def test_classes_and_files_named_like_splits_are_classes_and_files(tmp_path):
+    counts = {"cat": 2, "test": 3, "dev set": 1}
+    data = load_data(section(path=image_folder(tmp_path / "split", {"train": counts, "test": counts})))
+    assert data.class_names == ["cat", "dev set", "test"]
+    assert data.train.labels.bincount().tolist() == data.test.labels.bincount().tolist() == [2, 1, 3]
+    root = image_folder(tmp_path / "flat", {".": {"cat": 4, "train": 4}})
+    picture().save(tmp_path / "flat" / "cat" / "test_9.png")
+    data = load_data(section(path=root, test_fraction=0.3))
+    assert data.class_names == ["cat", "train"] and (len(data.train), len(data.test)) == (6, 3)
+
+
+def test_a_changed_picture_is_decoded_anew(tmp_path):
+    import os
+
+    root = image_folder(tmp_path, {"train": {"a": 1, "b": 1}, "test": {"a": 1}})
+    before = load_data(section(path=root)).train.images
+    picture(value=200).save(tmp_path / "train" / "a" / "0.png")
+    os.utime(tmp_path / "train" / "a" / "0.png", (1, 1))
+    assert not torch.equal(load_data(section(path=root)).train.images, before)
+
+
+def test_sixteen_bit_pictures_are_scaled_and_turned_ones_are_turned(tmp_path):
+    deep = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
+    Pictures.fromarray(deep).save(tmp_path / "deep.png")
+    found = np.asarray(open_image({"path": str(tmp_path / "deep.png"), "bytes": None}, 0)[0])
+    assert found[..., 0].tolist() == [[0, 100], [200, 255]]
+    wide, exif = picture((8, 6)), Pictures.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image({"path": str(tmp_path / "turned.jpg"), "bytes": None}, 0)[0].size == (6, 8)
+
+
+@pytest.mark.parametrize(
+    ("stored", "says"),
+    [
+        (None, "there is none"),
+        (np.random.rand(4, 4, 3), "float64 values should be whole numbers from 0 to 255"),
+        (np.full((4, 4), 300), "whole numbers from 0 to 255"),
+        (np.zeros((3, 4, 5), dtype=np.uint8), r"shape \[3, 4, 5\] should be \[H, W\]"),
+        (b"no picture", "cannot identify"),
+    ],
+    ids=["none", "floats", "too large", "channels first", "bytes"],
+)
+def test_what_is_no_picture_is_told_by_its_place(stored, says):
+    with pytest.raises(InputError, match=f"data: image 7 cannot be decoded: .*{says}"):
+        open_image(stored, 7)
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0], [None, 1], [[0], [1]]])
+def test_labels_that_are_neither_numbers_nor_words_are_refused(tmp_path, labels):
+    root = str(tmp_path / "d")
+    table = Dataset.from_dict({"image": [picture(), picture()], "label": labels}).cast_column("image", Image())
+    DatasetDict(train=table, test=table).save_to_disk(root)
+    with pytest.raises(InputError, match="data.label_column: label should hold a number or a word a sample"):
+        load_data(section(path=root))
+
+
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read as images"):
+    with pytest.raises(InputError, match="has no images: it should hold a folder of images for each class"):
         load_data(section(path=str(tmp_path)))
 
 

@@ -201,5 +201,10 @@ def test_pskd_takes_the_softmax_in_float32_of_half_precision_logits(problem):
     assert torch.equal(pskd.store.rows[:B], half.float().softmax(1))
 
 
+def test_pskd_refuses_an_alpha_that_is_no_weight():
+    with pytest.raises(InputError, match="alpha must lie in"):
+        PSKD(alpha=1.7)
+
+
 def test_every_method_is_in_the_table_under_its_own_name():
     assert list(METHODS) == ["baseline", "label_smoothing", "cskd", "tfkd", "pskd"]

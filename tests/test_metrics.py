@@ -125,6 +125,16 @@ def test_any_float_type_is_taken_and_agrees_with_float64_of_the_same_numbers(dty
     assert score(typed, y)["aurc"] == pytest.approx(score(exact, y)["aurc"])
 
 
+def test_lists_frames_views_and_any_integer_labels_are_taken():
+    import pandas as pd
+
+    p, y = random_problem(n=30)
+    expected = score(p, y)
+    for values in (p.tolist(), pd.DataFrame(p), np.asfortranarray(p), p.astype(">f8")):
+        assert score(values, y) == pytest.approx(expected)
+    assert score(p[::-1], y[::-1].astype(np.uint16)) == pytest.approx(expected)
+
+
 def test_more_rows_than_are_ranked_at_once_change_nothing(monkeypatch):
     p, y = random_problem(n=50)
     whole = score(p, y)
@@ -141,6 +151,8 @@ def test_more_rows_than_are_ranked_at_once_change_nothing(monkeypatch):
         (np.array([[3.0, -1.0]]), [0], "softmax"),
         (np.array([[np.nan, 1.0]]), [0], "finite"),
         (np.empty((0, 2)), [], "shape"),
+        (np.array([[0.9, 0.8]]), [0], "sums to 1.7"),
+        (np.array([["a", "b"]]), [0], "cannot score an array of"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_with_a_reason(p, y, says):

@@ -11,7 +11,7 @@ from pskd_timm.recipe import shipped_recipes
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipes_network_takes_a_step_of_its_method_and_learns_from_first_to_last(name):
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, {"data.path": "my_images"} if name == "custom" else None)
     torch.manual_seed(0)
     model = create_model(recipe.model, 7, (32, 32)).train()
     section = getattr(recipe, recipe.method).model_dump()

@@ -211,6 +211,7 @@ def test_the_evaluated_weights_are_the_moving_average_where_one_is_kept(tiny):
     ("settings", "says"),
     [
         ({"model__name": "resnet19"}, "timm has no model 'resnet19'.*resnet18|resnet1"),
+        ({"optim__name": "adahessian"}, "second derivatives"),
         ({"optim__name": "sgdd"}, "timm has no optimizer 'sgdd': did you mean sgd"),
         ({"model__kwargs": {"wdth": 3}}, "cannot be made with"),
         ({"model__name": "test_vit", "model__kwargs": {}}, "data.image_size|cannot be made"),
@@ -231,6 +232,19 @@ def test_copies_that_know_nothing_of_each_other_are_refused(tiny, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="2 copies that know nothing of each other: .*--multi_gpu"):
         train(tiny(epochs=1, seed=1))
+
+
+def test_a_network_whose_outputs_are_not_finite_is_no_perfect_network(tiny):
+    # One step from a finite loss to weights without bounds: only the evaluation can see it.
+    with pytest.raises(Diverged, match="outputs are not finite for .* evaluated samples: a lower optim.lr"):
+        train(tiny(method="baseline", epochs=1, batch_size=300, optim__lr=1e30))
+
+
+@pytest.mark.parametrize("settings", [{"data__limit_train": 65}, {"batch_size": 1}, {"batch_size": 8, "accumulate": 8}])
+def test_batch_norm_over_a_single_sample_is_refused_before_training(tiny, tmp_path, settings):
+    with pytest.raises(InputError, match="batch norm needs two samples at a time"):
+        train(tiny(**settings))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_place(tiny):

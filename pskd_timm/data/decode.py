@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from ..recipe import InputError
 from .sources import Table
 
-VERSION = 1  # of what a cached file holds; a change makes old files be decoded anew
+VERSION = 2  # of what a cached file holds; a change makes old files be decoded anew
 CHUNK = 512
+ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
 
 
 def cache_folder(setting: str | None) -> Path:
@@ -102,20 +103,49 @@ def open_image(stored, position: int, crop=None) -> tuple[Image.Image, tuple | N
     that it is resized to. The box is then returned too; a JPEG is decoded at the smallest scale that has the pixels for it.
     """
     try:
-        if not isinstance(stored, dict):
-            return Image.fromarray(np.asarray(stored, np.uint8)).convert("RGB"), None
-        image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
-        if crop is None:
-            return image.convert("RGB"), None
+        if not isinstance(stored, dict | bytes):
+            return Image.fromarray(_pixels(stored)).convert("RGB"), None
+        image = Image.open(_file(stored))
         size = image.size
+        # A turned picture's box lies in the turned frame, where no reduced decoding is to be had.
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+        if crop is None or turned:
+            image = _rgb(ImageOps.exif_transpose(image) if turned else image)
+            return image, crop(image.size)[0] if crop else None
         box, side = crop(size)
         smaller = max(1, min(box[2] - box[0], box[3] - box[1]) // side)
         image.draft("RGB", (size[0] // smaller, size[1] // smaller))
         scale = image.size[0] / size[0], image.size[1] / size[1]
-        return image.convert("RGB"), tuple(edge * scale[i % 2] for i, edge in enumerate(box))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return _rgb(image), tuple(edge * scale[i % 2] for i, edge in enumerate(box))
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         name = f" ({stored['path']})" if isinstance(stored, dict) and stored.get("path") else ""
-        raise InputError(f"data: image {position}{name} cannot be decoded: {error}") from None
+        raise InputError(f"data: image {position}{name} cannot be decoded: {str(error)[:200]}") from None
+
+
+def _file(stored: dict | bytes):
+    if isinstance(stored, bytes):
+        return io.BytesIO(stored)
+    return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
+
+
+def _pixels(stored) -> np.ndarray:
+    """An array column's image as uint8 [H, W] or [H, W, C]."""
+    if stored is None:
+        raise ValueError("there is none")
+    pixels = np.asarray(stored)
+    if pixels.dtype.kind not in "ui" or pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(f"its {pixels.dtype} values should be whole numbers from 0 to 255")
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ValueError(f"its shape {list(pixels.shape)} should be [H, W] or [H, W, 1, 3 or 4]")
+    return np.squeeze(pixels.astype(np.uint8), axis=2) if pixels.shape[2:] == (1,) else pixels.astype(np.uint8)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut off at 255
+        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    return image.convert("RGB")
 
 
 def fit(image: Image.Image, size: int, crop_pct: float) -> Image.Image:

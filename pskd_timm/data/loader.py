@@ -55,6 +55,9 @@ class Loader:
     def batches(self, ids: list[Tensor], epoch: int, accumulate: int = 1) -> Iterator[list[Batch]]:
         """For each of `ids`, the last batches of `epoch`, its `accumulate` micro-batches (fewer where it has fewer samples)."""
         # One stream runs through all epochs, so that workers go on decoding across their boundaries.
+        if not ids:
+            self._stream_epoch = None
+            return
         if epoch != self._stream_epoch:
             self._stream = self.split.stream(self._jobs(ids, epoch))
         self._stream_epoch = None

@@ -25,6 +25,8 @@ SOURCES = {
     "imagenet": Source("ILSVRC/imagenet-1k", "image", "label", 1_281_167, 50_000, 1000, None),
     "digits": Source("", "image", "label", 1_200, 597, 10, 8),
 }
+TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 TEST_SPLITS = ("test", "validation", "val")
 
 
@@ -47,25 +49,34 @@ class Table(NamedTuple):
     @property
     def class_names(self) -> list[str]:
         """The names that the labels 0 … K − 1 stand for, or the sorted distinct labels where they are not numbered."""
-        feature = self.dataset.features[self.label_column]
-        names = getattr(feature, "names", None)
-        return names or [str(label) for label in sorted(set(self.dataset[self.label_column]))]
+        names = getattr(self.dataset.features[self.label_column], "names", None)
+        return names or [str(label) for label in sorted(set(self._values()))]
 
     def labels(self, class_names: list[str]) -> list[int]:
         """The label numbers [N]."""
-        values = self.dataset[self.label_column]
+        values = self._values()
         if getattr(self.dataset.features[self.label_column], "names", None):
-            return list(values)
+            return values
         number = {name: i for i, name in enumerate(class_names)}
         if unknown := sorted({str(v) for v in values} - set(number)):
             raise InputError(f"data: the test split has the label {unknown[0]!r}, which the training split has not")
         return [number[str(value)] for value in values]
 
+    def _values(self) -> list:
+        values = list(self.dataset[self.label_column])
+        kinds = {type(value) for value in values}
+        if not (kinds <= {int} or kinds <= {str} or kinds <= {bool}):
+            example = next(value for value in values if type(value) not in (int, str) or len(kinds) > 1)
+            raise InputError(
+                f"data.label_column: {self.label_column} should hold a number or a word a sample, it holds {str(example)[:40]}"
+            )
+        return values
+
 
 def known_sizes(section: DataSection) -> Sizes | None:
     """The sizes of a well-known source as it is published, without opening it; None for every other one and local copies."""
     source = SOURCES.get(section.source or "")
-    if source is None or section.path is not None:
+    if source is None or section.path is not None or section.test_fraction:
         return None
     return Sizes(source.num_train, source.num_test, source.num_classes, source.image_size)
 
@@ -116,9 +127,41 @@ def _open(section: DataSection) -> dict:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             saved = datasets.load_from_disk(str(folder))
             return saved if isinstance(saved, dict) else {"train": saved}
-        return datasets.load_dataset(str(folder))
+        if any(path.suffix.lower() in TABLE_SUFFIXES for path in folder.rglob("*")):
+            return datasets.load_dataset(str(folder))
     except Exception as error:  # the library raises whatever its readers raise
-        raise InputError(f"data.path: {folder} cannot be read as images or a data set: {_first_line(error)}") from None
+        raise InputError(f"data.path: {folder} cannot be read as a data set: {_first_line(error)}") from None
+    return _image_folders(folder, section)
+
+
+def _image_folders(folder: Path, section: DataSection) -> dict:
+    """Folders of images a class: below folders named as the splits are, or right here.
+
+    Read literally: the HF reader takes a class or file whose name has `test` or `dev` in it for a split.
+    """
+    inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    tests = [section.test_split] if section.test_split else TEST_SPLITS
+    splits = [name for name in (section.train_split, *tests) if name in inside]
+    if section.train_split in splits and (len(splits) > 1 or len(inside) == 1):
+        return {name: _image_folder(inside[name]) for name in splits}
+    return {section.train_split: _image_folder(folder)}
+
+
+def _image_folder(folder: Path):
+    from datasets import ClassLabel, Dataset, Features, Image, Value
+
+    classes = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    rows = {"image": [], "label": [], "stamp": []}
+    for label, path in enumerate(classes):
+        for file in sorted(path.rglob("*")):
+            if file.suffix.lower() in PICTURE_SUFFIXES:
+                rows["image"].append(str(file))
+                rows["label"].append(label)
+                rows["stamp"].append(file.stat().st_mtime_ns)  # part of the fingerprint: a changed file is decoded anew
+    if not rows["image"]:
+        raise InputError(f"data.path: {folder} has no images: it should hold a folder of images for each class")
+    names = ClassLabel(names=[path.name for path in classes])
+    return Dataset.from_dict(rows, features=Features({"image": Image(), "label": names, "stamp": Value("int64")}))
 
 
 def _from_hub(hub_id: str) -> dict:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from .. import losses
 from ..progress import readable
 from ..ranks import rank_and_world_size
+from ..recipe import InputError
 from ..store import PredictionStore, choose_device, store_bytes
 from .base import Method
 
@@ -24,6 +25,8 @@ class PSKD(Method):
         store_topk: int | None = None,
         store_device: str = "auto",
     ):
+        if not 0.0 <= alpha <= 1.0:
+            raise InputError(f"alpha must lie in [0, 1], got {alpha}")
         self.alpha, self.store_dtype, self.store_device = alpha, store_dtype, store_device
         self.topk = store_topk if store_format == "topk" else None
 

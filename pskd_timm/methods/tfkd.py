@@ -14,7 +14,7 @@ class TFKD(Method):
     """(1 − α)·cross-entropy + α·m·KL/K with the virtual teacher, (1 − α)·cross-entropy + α·m·T²·KL/K with a trained one.
 
     KL is summed over the K classes and averaged over B; KL/K is what the released code calls `KLDivLoss()`.
-    `teacher` is None for the virtual one. A `multiplier` m of None stands for K.
+    `teacher` is None for the virtual one. A `multiplier` m of None stands for K, with a trained teacher for K/2.
     """
 
     def __init__(
@@ -35,8 +35,9 @@ class TFKD(Method):
 
     def setup(self, *, num_samples, num_classes, num_epochs, device, labels=None):
         super().setup(num_samples=num_samples, num_classes=num_classes, num_epochs=num_epochs, device=device)
-        multiplier = num_classes if self.multiplier is None else self.multiplier
-        self.kl_weight = self.alpha * multiplier / num_classes
+        # In units of K: the released settings are for K = 100, and KL/K shrinks as 1/K.
+        default = 1.0 if self.teacher is None else 0.5
+        self.kl_weight = self.alpha * (default if self.multiplier is None else self.multiplier / num_classes)
         if self.teacher is not None:
             if self.teacher.num_classes != num_classes:
                 raise InputError(f"tfkd.teacher has {self.teacher.num_classes} classes, the data {num_classes}")
