@@ -12,6 +12,16 @@ import torch.nn.functional as F
 torch.set_num_threads(1)
 
 
+def nearest_row(row: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a store of the k largest may remember of the probabilities `row` [K]: those, and an even share of the rest."""
+    kept = sorted(range(len(row)), key=lambda c: -row[c])[:k]
+    wide = torch.promote_types(dtype, torch.float32)
+    values = torch.tensor([row[c] for c in kept], dtype=row.dtype).to(dtype).to(wide)
+    found = torch.full((len(row),), max(0.0, 1.0 - values.sum().item()) / (len(row) - k), dtype=wide)
+    found[kept] = values
+    return found
+
+
 def exchange(folder: Path):
     """A store over all ranks against a plain full table that every rank keeps, over random tables, orders and halves."""
     from pskd_timm import InputError, PredictionStore
@@ -21,22 +31,27 @@ def exchange(folder: Path):
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     checked = 0
-    for case in range(30):
+    for case in range(36):
         generator = torch.Generator().manual_seed(case)
-        n, k = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((1, 40), (2, 7)))
+        n, k = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((1, 40), (3, 8)))
+        topk = 2 if case % 4 == 3 else None
         dtype = room.DTYPES[case % 3]
         # Small rounds, so that an exchange takes several of them.
         room.EXCHANGE_BYTES = int(torch.randint(1, 400, (), generator=generator))
         labels = torch.randint(k, (n,), generator=generator)
-        store = PredictionStore(n, k, dtype=dtype, labels=labels)
-        table = F.one_hot(labels, k).to(getattr(torch, dtype))
+        store = PredictionStore(n, k, dtype=dtype, labels=labels, topk=topk)
+        table = F.one_hot(labels, k).to(
+            torch.promote_types(getattr(torch, dtype), torch.float32 if topk else torch.half)
+        )
         for _ in range(3):
             order = torch.randperm(n, generator=generator)[: int(torch.randint(0, n + 1, (), generator=generator))]
-            new = torch.rand(n, k, generator=generator, dtype=torch.float64)
+            new = torch.rand(n, k, generator=generator, dtype=torch.float64).softmax(1)
             mine = order[share(len(order), rank, world_size)]
             store.checkout(mine)
             if len(mine):
-                assert torch.equal(store.read(mine, labels[mine]), table[mine])
+                torch.testing.assert_close(
+                    store.read(mine, labels[mine]), table[mine], rtol=0, atol=1e-6 if topk else 0
+                )
             for done, half in enumerate(mine.chunk(2)):
                 if len(half):
                     store.write(half, new[half])
@@ -50,8 +65,9 @@ def exchange(folder: Path):
                 except InputError as error:
                     assert f"sample {stray} " in str(error)
             store.checkin()
-            table[order] = new[order].to(table.dtype)
-            assert torch.equal(store.gather(), table)
+            for i in order.tolist():
+                table[i] = nearest_row(new[i], topk, getattr(torch, dtype)) if topk else new[i].to(table.dtype)
+            torch.testing.assert_close(store.gather(), table, rtol=0, atol=1e-6 if topk else 0)
             checked += 1
     (folder / f"exchange-{rank}").write_text(str(checked))
     dist.barrier()
@@ -74,5 +90,29 @@ def train_all(folder: Path):
         assert newest(result.run_dir)
 
 
+def outcomes(folder: Path, run_dir: str):
+    """The per-sample outcomes of a finished run's weights, scored by however many processes there are."""
+    from pskd_timm.data import load_data
+    from pskd_timm.evaluate import normalisation, predict, run_recipe
+    from pskd_timm.models.build import load_model
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    recipe, model = run_recipe(Path(run_dir)), load_model(run_dir)
+    split = load_data(recipe.data).test
+    found = predict(model, split, 8, *normalisation(model, recipe), keep_probabilities=True)
+    if world_size == 1 or dist.get_rank() == 0:
+        from safetensors.torch import save_file
+
+        tensors = found.outcomes._asdict() | {"probabilities": found.probabilities}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"on{world_size}.safetensors"
+        )
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
