@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -108,29 +109,39 @@ def to_end(settings: dict, world_size: int) -> Path:
     return Path(settings["output_dir"]) / settings["method"] / "seed0"
 
 
-def kill_once(settings: dict, world_size: int, draw: random.Random, in_save: bool) -> dict | None:
-    """Start or continue a run and SIGKILL it at a moment that `draw` decides; None where it ended before."""
+def kill_once(settings: dict, world_size: int, draw: random.Random, seconds: float) -> dict | None:
+    """Start or continue a run and SIGKILL it at a moment that `draw` decides; None where it ended before.
+
+    The moment lies up to 20 ms after the beginning of a save, or within the first `seconds` of work.
+    """
     run_dir = Path(settings["output_dir"]) / settings["method"] / "seed0"
     partial = run_dir / "checkpoints" / "partial"
-    saves, delay = draw.randint(1, 4), draw.uniform(0, 0.02) if in_save else draw.uniform(0.05, 3.0)
+    in_save, saves = draw.random() < 0.5, draw.randint(1, 2)
+    delay = draw.uniform(0, 0.02) if in_save else draw.uniform(0, seconds)
     victims = range(world_size) if draw.random() < 0.5 else [draw.randrange(world_size)]
+    started = time.time()
     processes = start(settings, world_size)
     began = newest(run_dir)
+
+    def is_new(path):
+        with suppress(FileNotFoundError):
+            return path.stat().st_ctime > started
+        return False
+
     if in_save:
-        for _ in range(saves):
-            _wait(lambda: partial.is_dir() or not processes[0].is_alive())
-            if _ < saves - 1:
-                _wait(lambda: not partial.is_dir() or not processes[0].is_alive())
+        _wait(lambda: is_new(partial) or not processes[0].is_alive())
+        for _ in range(saves - 1):
+            _wait(lambda: not is_new(partial) or not processes[0].is_alive())
+            _wait(lambda: is_new(partial) or not processes[0].is_alive())
     else:
         # From the moment the run is at work: its recipe is written after everything is built.
-        written = time.time_ns()
-        file = run_dir / "recipe.yaml"
-        _wait(lambda: file.is_file() and file.stat().st_mtime_ns > written - 10**8 or not processes[0].is_alive())
+        _wait(lambda: is_new(run_dir / "recipe.yaml") or not processes[0].is_alive())
     time.sleep(delay)
     alive = all(processes[victim].is_alive() for victim in victims)
     for victim in victims:
-        os.kill(processes[victim].pid, signal.SIGKILL)
-    half_written = sorted(path.name for path in partial.glob("*")) if partial.is_dir() else None
+        with suppress(ProcessLookupError):
+            os.kill(processes[victim].pid, signal.SIGKILL)
+    half_written = sorted(path.name for path in partial.glob("*")) if is_new(partial) else None
     for process in processes:
         process.join(60)
     assert not any(process.is_alive() for process in processes), "a rank did not end"

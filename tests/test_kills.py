@@ -5,7 +5,7 @@ import random
 import pytest
 from kills import SETTINGS, differences, kill_once, to_end
 
-from pskd_timm import METHODS
+from pskd_timm import METHODS, Result
 
 
 def killed_and_whole(tmp_path, method, world_size, kills, seed):
@@ -13,7 +13,8 @@ def killed_and_whole(tmp_path, method, world_size, kills, seed):
     whole = to_end(settings | {"output_dir": str(tmp_path / "whole")}, world_size)
     draw = random.Random(seed)
     settings["output_dir"] = str(tmp_path / "killed")
-    outcomes = [kill_once(settings, world_size, draw, in_save=bool(i % 2)) for i in range(kills)]
+    seconds = 0.4 * Result.read(whole).values["seconds"]
+    outcomes = [kill_once(settings, world_size, draw, seconds) for _ in range(kills)]
     killed = to_end(settings, world_size)
     return [outcome for outcome in outcomes if outcome], differences(whole, killed)
 

@@ -66,10 +66,10 @@ def test_the_stated_bytes_are_those_held():
     assert store_bytes(100, 40_000, "float16", topk=10) == 100 * 10 * (2 + 4)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_topk_remembers_the_largest_probabilities_and_spreads_the_rest_evenly(data):
-    k = data.draw(st.sampled_from([3, 10, 40_000]))
+    k = data.draw(st.sampled_from([3, 10, 33_000]))
     topk = data.draw(st.integers(1, min(k - 1, 5)))
     dtype = data.draw(st.sampled_from(["float16", "float32", "float64"]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))

@@ -14,9 +14,10 @@ torch.set_num_threads(1)
 
 def nearest_row(row: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
     """What a store of the k largest may remember of the probabilities `row` [K]: those, and an even share of the rest."""
-    kept = sorted(range(len(row)), key=lambda c: -row[c])[:k]
+    probabilities = row.tolist()
+    kept = sorted(range(len(row)), key=lambda c: -probabilities[c])[:k]
     wide = torch.promote_types(dtype, torch.float32)
-    values = torch.tensor([row[c] for c in kept], dtype=row.dtype).to(dtype).to(wide)
+    values = torch.tensor([probabilities[c] for c in kept], dtype=row.dtype).to(dtype).to(wide)
     found = torch.full((len(row),), max(0.0, 1.0 - values.sum().item()) / (len(row) - k), dtype=wide)
     found[kept] = values
     return found
