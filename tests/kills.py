@@ -116,7 +116,7 @@ def kill_once(settings: dict, world_size: int, draw: random.Random, seconds: flo
     """
     run_dir = Path(settings["output_dir"]) / settings["method"] / "seed0"
     partial = run_dir / "checkpoints" / "partial"
-    in_save, saves = draw.random() < 0.5, draw.randint(1, 2)
+    in_save, saves = draw.random() < 0.5, draw.randint(1, 4)
     delay = draw.uniform(0, 0.02) if in_save else draw.uniform(0, seconds)
     victims = range(world_size) if draw.random() < 0.5 else [draw.randrange(world_size)]
     started = time.time()

@@ -13,7 +13,7 @@ def killed_and_whole(tmp_path, method, world_size, kills, seed):
     whole = to_end(settings | {"output_dir": str(tmp_path / "whole")}, world_size)
     draw = random.Random(seed)
     settings["output_dir"] = str(tmp_path / "killed")
-    seconds = 0.4 * Result.read(whole).values["seconds"]
+    seconds = 0.6 * Result.read(whole).values["seconds"]
     outcomes = [kill_once(settings, world_size, draw, seconds) for _ in range(kills)]
     killed = to_end(settings, world_size)
     return [outcome for outcome in outcomes if outcome], differences(whole, killed)
@@ -31,7 +31,9 @@ def test_a_run_killed_three_times_equals_the_uninterrupted_one_bit_for_bit(tmp_p
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_killed_at_many_seeded_moments_equals_the_uninterrupted_run(tmp_path, method, world_size):
     """Prints a line a kill (pytest -m long -s)."""
-    outcomes, differing = killed_and_whole(tmp_path, method, world_size, kills=5, seed=10 * world_size)
+    outcomes, differing = killed_and_whole(
+        tmp_path, method, world_size, kills=6, seed=10 * world_size + list(METHODS).index(method)
+    )
     for outcome in outcomes:
         print("\n|", method, *outcome.values(), differing or "equal", sep=" | ", end="")
     assert outcomes and all(outcome["newest_is_whole"] for outcome in outcomes)
