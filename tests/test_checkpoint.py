@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from kills import differences, limit_files_once
 
 from pskd_timm import InputError, checkpoint, train
 from pskd_timm.cli import main
-from pskd_timm.files import Lines
+from pskd_timm.files import Lines, checksum
 from pskd_timm.tracking import read_lines
 
 
@@ -125,6 +126,26 @@ def test_another_recipes_checkpoint_is_refused_in_a_line(finished, tmp_path):
     with pytest.raises(InputError, match="does not fit this recipe's network and optimizer") as error:
         train(other)
     assert "\n" not in str(error.value)
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_code_in_a_checkpoint_is_not_executed(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = unfinished_copy(finished, tmp_path)
+    folder = recipe.run_dir / "checkpoints" / "000003-00000000"
+    torch.save({"state": Payload()}, folder / "optimizer.pt")
+    state = json.loads((folder / "state.json").read_text())
+    state["checksums"]["optimizer.pt"] = checksum(folder / "optimizer.pt")
+    del state["checksum"]
+    (folder / "state.json").write_text(json.dumps(state | {"checksum": checkpoint._state_checksum(state)}))
+    assert checkpoint.damage(folder) is None
+    with pytest.raises(InputError, match="does not fit this recipe's network and optimizer"):
+        train(recipe)
+    assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
