@@ -181,6 +181,23 @@ def test_no_permission_to_publish_a_checkpoint_is_a_line_too(finished, tmp_path,
     assert (result.run_dir / "model.safetensors").read_bytes() == (finished[1] / "model.safetensors").read_bytes()
 
 
+def test_a_result_that_cannot_be_written_is_a_line_and_the_same_command_goes_on(
+    finished, tmp_path, capsys, monkeypatch
+):
+    recipe = unfinished_copy(finished, tmp_path)
+    command = ["train", str(recipe.run_dir / "recipe.yaml"), "--output_dir", str(tmp_path)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "File too large" in err and "the same command goes on" in err
+    assert main(command) == 0
+    assert not differences(finished[1], recipe.run_dir)
+
+
 def test_lines_that_a_full_disk_refuses_are_written_once_it_has_room(tmp_path, capsys):
     lines = Lines(tmp_path / "steps.jsonl", [{"step": 1}])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
