@@ -1,7 +1,6 @@
 """What this machine does: figures measured here, not promises."""
 
 import multiprocessing
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -81,7 +80,7 @@ def _over_processes(measure, world_size: int, arguments: tuple) -> dict[str, flo
 
 
 def _worker(measure, rank: int, world_size: int, meeting: str, arguments: tuple, results):
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     results.put(measure(rank, world_size, *arguments))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -267,7 +268,7 @@ def load(path: Path, parts: Parts) -> Progress:
         if parts.ema is not None:
             parts.ema.load_state_dict(load_file(path / "ema.safetensors"))
         parts.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
-    except (RuntimeError, ValueError, KeyError, FileNotFoundError) as error:
+    except (RuntimeError, ValueError, KeyError, FileNotFoundError, UnpicklingError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"{path}: does not fit this recipe's network and optimizer: {why}") from None
     if "best.safetensors" in state["checksums"]:

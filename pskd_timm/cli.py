@@ -130,6 +130,8 @@ def load(arguments, rest) -> Recipe:
 
 def run_train(arguments, rest):
     recipe = load(arguments, rest)
+    from safetensors import SafetensorError
+
     from .progress import Display
     from .ranks import tells_of_a_lost_rank
     from .train import train
@@ -147,7 +149,7 @@ def run_train(arguments, rest):
             f"pskd-timm: {recipe.run_dir}: {lost}; the same command goes on from the last checkpoint", file=sys.stderr
         )
         return FAILED
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}; once it is mended, the same command goes on", file=sys.stderr)
         return FAILED
     if is_main_process():

@@ -2,16 +2,20 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from kills import one_rank_without_disk, start
 from safetensors.torch import load_file
 
 from pskd_timm import METHODS
+from pskd_timm.checkpoint import damage, newest
 from pskd_timm.tracking import read_lines
 
 WORKERS = Path(__file__).parent / "workers.py"
@@ -40,10 +44,11 @@ def launch(processes, *command):
     return done
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, 3, 4])
 def test_the_store_over_several_processes_equals_a_plain_full_table(tmp_path, processes):
     launch(processes, WORKERS, "exchange", tmp_path)
-    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["90"] * processes
+    epochs = [int(path.read_text()) for path in sorted(tmp_path.iterdir())]
+    assert len(epochs) == processes and len(set(epochs)) == 1 and epochs[0] >= 50
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,113 @@ def test_the_final_store_of_two_processes_is_that_of_one(runs):
     assert table(1).shape == (101, 10)
     assert table(1).sum(1) == pytest.approx(torch.ones(101), abs=1e-5)
     torch.testing.assert_close(table(2), table(1), rtol=1e-3, atol=1e-4)
+
+
+# A network without batch norm, whose sums are the same however a batch is shared out.
+ELASTIC = {
+    "method": "pskd",
+    "epochs": 3,
+    "batch_size": 24,
+    "threads": 1,
+    "timeout_minutes": 1,
+    "data.limit_train": 480,
+    "data.limit_test": 60,
+    "augment.crop_padding": 1,
+    "model.name": "test_resnet",
+    "model.kwargs": {"norm_layer": "groupnorm1"},
+    "optim.lr": 0.01,
+    "pskd.store_dtype": "float32",
+    "tracking.log_every": 1,
+}
+
+
+def run_until(settings, processes, step=None):
+    """Run on so many processes, to the end or until SIGTERM once `step` steps are logged; returns the run's folder."""
+    run_dir = Path(settings["output_dir"]) / "pskd" / "seed0"
+    running = start(settings, processes)
+    deadline = time.monotonic() + 120
+    while step and (not (log := read_lines(run_dir / "steps.jsonl")) or log[-1]["step"] < step):
+        assert time.monotonic() < deadline and all(process.is_alive() for process in running)
+        time.sleep(0.002)
+    if step:
+        for process in running:
+            os.kill(process.pid, signal.SIGTERM)
+    for process in running:
+        process.join(120)
+    log = (Path(settings["output_dir"]) / "rank0.log").read_text()
+    assert [process.exitcode for process in running] == [143 if step else 0] * processes, log
+    return run_dir
+
+
+def final_table(run_dir):
+    return torch.cat([load_file(path)["rows"] for path in sorted(newest(run_dir).glob("store-*"))])
+
+
+def test_a_run_stopped_in_mid_epoch_on_2_1_and_3_processes_ends_on_4_as_the_uninterrupted_run_on_one(tmp_path):
+    whole = run_until(ELASTIC | {"output_dir": str(tmp_path / "whole")}, 1)
+    settings = ELASTIC | {"output_dir": str(tmp_path / "chain")}
+    stops = []
+    for processes, step in ((2, 5), (1, 25), (3, 45)):
+        run_dir = run_until(settings, processes, step)
+        stops.append(newest(run_dir).name)
+        assert not stops[-1].endswith("-00000000"), "stopped between epochs"
+    assert [int(stop[:6]) for stop in stops] == [0, 1, 2]
+    run_until(settings, 4)
+    losses = [[(line["step"], line["loss"]) for line in read_lines(run / "steps.jsonl")] for run in (whole, run_dir)]
+    assert [step for step, _ in losses[1]] == list(range(1, 61))
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=0, atol=1e-5)
+    weights, others = (load_file(run / "model.safetensors") for run in (whole, run_dir))
+    furthest = max(float((weights[name] - others[name]).abs().max()) for name in weights)
+    print(f"stopped at {stops}; furthest weight {furthest:.1e}")
+    assert furthest < 1e-5
+    torch.testing.assert_close(final_table(run_dir), final_table(whole), rtol=0, atol=1e-5)
+    assert final_table(whole).shape == (480, 10)
+
+
+def test_figures_do_not_depend_on_the_number_of_ranks_by_a_single_bit(runs, tmp_path):
+    finished = runs / "on1" / "baseline" / "seed0"
+    for processes in (1, 2, 3):
+        launch(processes, WORKERS, "outcomes", tmp_path, finished)
+    found = [load_file(tmp_path / f"on{processes}.safetensors") for processes in (1, 2, 3)]
+    assert found[0]["confidence"].shape == (51,)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(("number", "within"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 30)], ids=["killed", "stopped"])
+def test_when_a_rank_dies_or_hangs_the_other_ends_with_one_line_in_bounded_time(tmp_path, number, within):
+    settings = ELASTIC | {"epochs": 2000, "timeout_minutes": 0.1, "output_dir": str(tmp_path)}
+    running = start(settings, 2)
+    try:
+        run_dir = tmp_path / "pskd" / "seed0"
+        deadline = time.monotonic() + 120
+        while len(read_lines(run_dir / "metrics.jsonl")) < 2:
+            assert time.monotonic() < deadline and running[0].is_alive()
+            time.sleep(0.05)
+        os.kill(running[1].pid, number)
+        running[0].join(within)
+        assert running[0].exitcode == 1
+    finally:
+        for process in running:
+            process.kill()
+    said = [line for line in (tmp_path / "rank0.log").read_text().splitlines() if line.startswith("pskd-timm:")]
+    assert said == [
+        f"pskd-timm: {run_dir}: rank 0 lost another, which died or did not answer for 0.1 minutes; "
+        "the same command goes on from the last checkpoint"
+    ]
+    assert "Traceback" not in (tmp_path / "rank0.log").read_text()
+    assert newest(run_dir) and damage(newest(run_dir)) is None
+
+
+def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_stops_none_and_the_earlier_one_stays(tmp_path):
+    settings = ELASTIC | {"epochs": 2, "output_dir": str(tmp_path)}
+    running = start(settings, 2, target=one_rank_without_disk)
+    for process in running:
+        process.join(120)
+    log = (tmp_path / "rank0.log").read_text()
+    assert [process.exitcode for process in running] == [0, 0], log
+    assert log.count("000001-00000000: the checkpoint cannot be written: ") == 1 and "File too large" in log
+    assert newest(tmp_path / "pskd" / "seed0").name == "000002-00000000"
 
 
 @pytest.mark.parametrize("options", [["--cpu", "--num_processes", "2"], ["--num_processes", "2"]])

@@ -2,9 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from workers import nearest_row
 
-from pskd_timm import InputError, PredictionStore
-from pskd_timm.store import store_bytes
+from pskd_timm import PSKD, Batch, InputError, PredictionStore
+from pskd_timm.recipe import load_recipe
+from pskd_timm.store import choose_device, store_bytes
 
 
 @settings(deadline=None)
@@ -59,3 +61,64 @@ def test_ids_outside_the_table_and_unknown_types_are_refused():
 def test_the_stated_bytes_are_those_held():
     for dtype in ("float16", "float32"):
         assert PredictionStore(100, 10, dtype=dtype).nbytes == store_bytes(100, 10, dtype)
+        assert PredictionStore(100, 10, dtype=dtype, topk=3).nbytes == store_bytes(100, 10, dtype, topk=3)
+    assert store_bytes(1_281_167, 1_000, "float16", topk=10) == 1_281_167 * 10 * (2 + 2)
+    assert store_bytes(100, 40_000, "float16", topk=10) == 100 * 10 * (2 + 4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_topk_remembers_the_largest_probabilities_and_spreads_the_rest_evenly(data):
+    k = data.draw(st.sampled_from([3, 10, 33_000]))
+    topk = data.draw(st.integers(1, min(k - 1, 5)))
+    dtype = data.draw(st.sampled_from(["float16", "float32", "float64"]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    rows = (5 * torch.randn(4, k, generator=generator, dtype=torch.float64)).softmax(1)
+    store = PredictionStore(6, k, dtype=dtype, topk=topk)
+    store.checkout(torch.arange(5))
+    index = torch.tensor([4, 1, 0, 2])
+    for one in index.split(data.draw(st.integers(1, 4))):
+        store.write(one, rows[[index.tolist().index(i) for i in one]])
+    expected = torch.stack([nearest_row(row, topk, getattr(torch, dtype)) for row in rows])
+    found = store.read(index, torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert found.sum(1) == pytest.approx(torch.ones(4), abs=2e-3)
+    off = 0.5 * (expected - rows).abs().sum(1).mean()
+    assert store.topk_error() == pytest.approx(float(off), abs=1e-6)
+    never_seen = store.read(torch.tensor([3]), torch.tensor([2]))
+    assert never_seen.argmax() == 2 and never_seen.sum() == 1
+    assert store.gather()[[3, 5]].isnan().all()
+
+
+def test_topk_says_what_it_takes_and_what_it_costs_and_full_says_no_error():
+    labels = torch.arange(40) % 10
+    model = torch.nn.Linear(10, 10)
+    said = {}
+    for options in ({}, {"store_format": "topk", "store_topk": 2}):
+        pskd = PSKD(0.8, **options).setup(num_samples=40, num_classes=10, num_epochs=2, device="cpu")
+        start = pskd.about()
+        pskd.begin_epoch(0, torch.arange(40))
+        pskd.loss(model, Batch(torch.eye(10)[labels], labels, torch.arange(40)))
+        pskd.end_epoch()
+        said[start] = pskd.about()
+    assert said.pop("prediction store: 40 × 10 float16, 800 bytes a rank on cpu") == (
+        "prediction store: 40 × 10 float16, 800 bytes a rank on cpu"
+    )
+    ((start, end),) = said.items()
+    assert start == "prediction store: 40 × 10 float16, the 2 largest of each row, 320 bytes a rank on cpu"
+    assert end.startswith(start) and end.endswith(" % of a row's mass is misplaced on average")
+
+
+def test_topk_is_never_chosen_silently():
+    for options in ({"pskd.store_topk": 3}, {"pskd.store_format": "topk"}):
+        with pytest.raises(InputError, match="store_format topk and store_topk go together"):
+            load_recipe("digits", options)
+    with pytest.raises(InputError, match="pskd.store_topk 10 must be from 1 to 9, below the 10 classes"):
+        PredictionStore(5, 10, topk=10)
+
+
+def test_auto_puts_the_store_on_the_gpu_only_if_half_of_what_is_free_holds_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 5000))
+    found = [choose_device(*given).type for given in (("auto", "cuda:0", 500), ("auto", "cuda:0", 501))]
+    assert found == ["cuda", "cpu"]
+    assert choose_device("cpu", "cuda:0", 1).type == choose_device("auto", "cpu", 10**15).type == "cpu"

@@ -290,7 +290,7 @@ def test_learning_rates_equal_torchs_schedulers():
     assert found[0] > 0 and np.diff(found[:7]) == pytest.approx(np.full(6, 0.4 / 7)) and found[6] == found[7] == 0.4
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_the_program_with_a_checkpoint_a_line_and_its_code(tmp_path, number, code):
     command = [sys.executable, "-m", "pskd_timm", "train", "digits", "--epochs", "2000", "--output_dir", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
