@@ -1,5 +1,6 @@
 """One run, from top to bottom: build, resume, epochs of batches, evaluate, log, save."""
 
+import copy
 import json
 import math
 import os
@@ -23,7 +24,6 @@ from filelock import FileLock, Timeout
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checkpoint, ranks, rng
 from .checkpoint import Parts, Progress, Wishes
@@ -89,7 +89,7 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
     # Build. Nothing is written before all of it stands.
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)
-    check_batches(recipe, len(data.train), world_size, model)
+    check_batches(recipe, len(data.train), world_size, model, data.image_size)
     model = model.to(device)
     if recipe.model.sync_bn:
         model = convert_sync_batchnorm(model)
@@ -310,14 +310,14 @@ def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
     check_name(recipe.model.name)
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)
-    check_batches(recipe, len(data.train), 1, model)
+    check_batches(recipe, len(data.train), 1, model, data.image_size)
     make_optimizer(model, recipe.optim)
     for method in methods:
         METHODS[method].from_section(getattr(recipe, method).model_dump())
 
 
-def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module):
-    """Raise InputError where the global batch cannot be shared out, or leaves batch norm a single sample."""
+def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module, image_size: tuple[int, int]):
+    """Raise InputError where the global batch cannot be shared out, or leaves one sample to a model that needs two."""
     if recipe.batch_size < world_size:
         raise InputError(f"batch_size {recipe.batch_size} is global and must not be below the {world_size} processes")
     if num_batches(num_samples, recipe.batch_size, world_size) == 0:
@@ -325,11 +325,23 @@ def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.M
     tail = num_samples % recipe.batch_size
     smallest = tail if tail >= world_size else min(recipe.batch_size, num_samples)
     share = smallest // world_size
-    if max(1, share // recipe.accumulate) == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if share < 2 * recipe.accumulate and not takes_one_sample(model, image_size):
         raise InputError(
-            f"batch norm needs two samples at a time: {num_samples} samples with batch_size {recipe.batch_size}, "
-            f"{world_size} processes and accumulate {recipe.accumulate} leave one; choose another batch_size"
+            f"model {recipe.model.name} cannot train on a single sample: {num_samples} samples with batch_size "
+            f"{recipe.batch_size}, {world_size} processes and accumulate {recipe.accumulate} leave one; "
+            "choose another batch_size"
         )
+
+
+def takes_one_sample(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether a training step works on one image; batch norm on a map of one pixel raises there."""
+    tried = copy.deepcopy(model).train()  # the model's own running statistics stay as they are
+    try:
+        with torch.no_grad():
+            tried(torch.zeros(1, 3, *image_size))
+    except ValueError:
+        return False
+    return True
 
 
 def make_network(recipe: Recipe, data: Data) -> nn.Module:

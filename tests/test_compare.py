@@ -71,7 +71,6 @@ def test_a_failed_run_is_told_in_the_table_and_does_not_hide_the_others(tmp_path
     [
         (["--model.name", "resnet81"], "timm has no model"),
         (["--tfkd.teacher", "nowhere"], "no model here"),
-        (["--data.limit_train", "65", "--batch_size", "64"], "batch norm needs two samples"),
         (["--optim.name", "sgdd"], "did you mean sgd"),
         (["--output_dir", "file"], "cannot be written"),
     ],

@@ -241,9 +241,12 @@ def test_a_network_whose_outputs_are_not_finite_is_no_perfect_network(tiny):
 
 
 @pytest.mark.parametrize("settings", [{"data__limit_train": 65}, {"batch_size": 1}, {"batch_size": 8, "accumulate": 8}])
-def test_batch_norm_over_a_single_sample_is_refused_before_training(tiny, tmp_path, settings):
-    with pytest.raises(InputError, match="batch norm needs two samples at a time"):
-        train(tiny(**settings))
+def test_a_network_that_cannot_train_on_one_sample_is_refused_one_before_training(tiny, tmp_path, settings):
+    deep = {"model__name": "resnet18", "model__kwargs": {}}  # a map of one pixel at 8×8
+    with pytest.raises(
+        InputError, match="resnet18 cannot train on a single sample: .* leave one; choose another batch_size"
+    ):
+        train(tiny(**deep, **settings))
     assert not (tmp_path / "runs").exists()
 
 

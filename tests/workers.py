@@ -116,7 +116,7 @@ def outcomes(folder: Path, run_dir: str):
     if world_size > 1:
         dist.init_process_group("gloo")
     recipe, model = run_recipe(Path(run_dir)), load_model(run_dir)
-    split = load_data(recipe.data).test
+    split = load_data(recipe.data, recipe.augment).test
     found = predict(model, split, 8, *normalisation(model, recipe), keep_probabilities=True)
     if world_size == 1 or dist.get_rank() == 0:
         from safetensors.torch import save_file
