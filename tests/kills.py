@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from pskd_timm.checkpoint import damage, newest
 from pskd_timm.tracking import read_lines
@@ -63,12 +64,40 @@ def run(settings: dict, rank: int, world_size: int, port: int):
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    _join(rank, world_size, port)
+    words = [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
+    raise SystemExit(main(["train", "digits", *words]))
+
+
+def _join(rank: int, world_size: int, port: int):
+    """What a launcher tells its processes."""
     if world_size > 1:
         ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         os.environ.update({key: str(value) for key, value in ours.items()})
-    words = [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
-    raise SystemExit(main(["train", "digits", *words]))
+
+
+def score(settings: dict, rank: int, world_size: int, port: int):
+    """The per-sample outcomes of a finished run's weights into OUTPUT_DIR/on<world_size>.safetensors."""
+    from pskd_timm.data import load_data
+    from pskd_timm.evaluate import normalisation, predict, run_recipe
+    from pskd_timm.models.build import load_model
+
+    torch.set_num_threads(1)
+    _join(rank, world_size, port)
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    recipe, model = run_recipe(Path(settings["run_dir"])), load_model(settings["run_dir"])
+    found = predict(
+        model, load_data(recipe.data, recipe.augment).test, 8, *normalisation(model, recipe), keep_probabilities=True
+    )
+    if rank == 0:
+        tensors = found.outcomes._asdict() | {"probabilities": found.probabilities}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, Path(settings["output_dir"]) / f"on{world_size}.safetensors")
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def one_rank_without_disk(settings: dict, rank: int, world_size: int, port: int):

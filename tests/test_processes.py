@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kills import one_rank_without_disk, start
+from kills import one_rank_without_disk, score, start
 from safetensors.torch import load_file
 
 from pskd_timm import METHODS
@@ -161,7 +161,10 @@ def test_a_run_stopped_in_mid_epoch_on_2_1_and_3_processes_ends_on_4_as_the_unin
 def test_figures_do_not_depend_on_the_number_of_ranks_by_a_single_bit(runs, tmp_path):
     finished = runs / "on1" / "baseline" / "seed0"
     for processes in (1, 2, 3):
-        launch(processes, WORKERS, "outcomes", tmp_path, finished)
+        scoring = start({"run_dir": str(finished), "output_dir": str(tmp_path)}, processes, target=score)
+        for process in scoring:
+            process.join(60)
+        assert [process.exitcode for process in scoring] == [0] * processes
     found = [load_file(tmp_path / f"on{processes}.safetensors") for processes in (1, 2, 3)]
     assert found[0]["confidence"].shape == (51,)
     for other in found[1:]:

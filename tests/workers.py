@@ -106,29 +106,5 @@ def train_all(folder: Path):
         assert newest(result.run_dir)
 
 
-def outcomes(folder: Path, run_dir: str):
-    """The per-sample outcomes of a finished run's weights, scored by however many processes there are."""
-    from pskd_timm.data import load_data
-    from pskd_timm.evaluate import normalisation, predict, run_recipe
-    from pskd_timm.models.build import load_model
-
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        dist.init_process_group("gloo")
-    recipe, model = run_recipe(Path(run_dir)), load_model(run_dir)
-    split = load_data(recipe.data, recipe.augment).test
-    found = predict(model, split, 8, *normalisation(model, recipe), keep_probabilities=True)
-    if world_size == 1 or dist.get_rank() == 0:
-        from safetensors.torch import save_file
-
-        tensors = found.outcomes._asdict() | {"probabilities": found.probabilities}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"on{world_size}.safetensors"
-        )
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
