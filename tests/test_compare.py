@@ -245,7 +245,7 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
 
 
 def test_runs_go_on_after_compare_was_interrupted(tmp_path):
-    options = ["--epochs", "60", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
+    options = ["--epochs", "300", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
     command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
@@ -256,4 +256,4 @@ def test_runs_go_on_after_compare_was_interrupted(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0
     assert "going on after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
-    assert lines.read_text().count("\n") == 60
+    assert lines.read_text().count("\n") == 300
