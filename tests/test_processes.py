@@ -228,3 +228,30 @@ def test_a_launch_that_would_run_one_process_instead_of_two_is_refused(tmp_path,
     assert done.returncode != 0
     assert "accelerate launch --multi_gpu --num_processes N -m pskd_timm train" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_stopped_before_a_batch_that_two_processes_leave_out_goes_on_with_them(tmp_path, tiny, monkeypatch):
+    from pskd_timm import train
+    from pskd_timm.tracking import Tracker
+
+    original = Tracker.log_step
+
+    def log_step(self, step, values):
+        original(self, step, values)
+        if step == 3:  # the first of two of epoch 2; the second has a single sample
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Tracker, "log_step", log_step)
+    settings = {
+        "data.limit_train": 65,
+        "data.limit_test": 50,
+        "batch_size": 64,
+        "epochs": 3,
+        "model.kwargs": {"width": 8},
+    }
+    recipe = tiny(**{key.replace(".", "__"): value for key, value in settings.items()}, output_dir=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    assert json.loads((newest(recipe.run_dir) / "state.json").read_text())["progress"]["step"] == 1
+    launch(2, "-m", "pskd_timm", "train", recipe.run_dir / "recipe.yaml")
+    assert [line["epoch"] for line in read_lines(recipe.run_dir / "metrics.jsonl")] == [1, 2, 3]
