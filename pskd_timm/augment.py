@@ -1,5 +1,7 @@
 """Augmentation of whole batches on the device; every draw a function of (seed, epoch, sample), see rng.py."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,9 +36,15 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images.float() - 255.0 * mean[:, None, None]) / (255.0 * std[:, None, None])
 
 
+@cache
+def on_device(values: tuple, device: torch.device) -> Tensor:
+    """Constants as a tensor, brought to `device` once: at every step the copy would wait for it."""
+    return torch.tensor(values, device=device)
+
+
 def grey(images: Tensor) -> Tensor:
     """The grey picture [B, 1, H, W] of RGB `images` [B, 3, H, W]."""
-    return (images * images.new_tensor(GREY)[:, None, None]).sum(dim=1, keepdim=True)
+    return (images * on_device(GREY, images.device)[:, None, None]).sum(dim=1, keepdim=True)
 
 
 def color_jitter(images: Tensor, factors: Tensor, turn: Tensor) -> Tensor:
@@ -44,7 +52,7 @@ def color_jitter(images: Tensor, factors: Tensor, turn: Tensor) -> Tensor:
 
     Brightness blends with black, contrast with the picture's mean grey, saturation with its grey picture.
     """
-    steps = torch.tensor(ORDERS, device=images.device)[turn]
+    steps = on_device(ORDERS, images.device)[turn]
     for step in steps.unbind(dim=1):
         shade = grey(images)
         base = torch.zeros_like(shade)
@@ -57,7 +65,7 @@ def color_jitter(images: Tensor, factors: Tensor, turn: Tensor) -> Tensor:
 
 def lighting(images: Tensor, alpha: Tensor) -> Tensor:
     """Float `images` [B, 3, H, W] of 0 … 255 moved along ImageNet's principal colours by `alpha` [B, 3] (AlexNet's noise)."""
-    values, vectors = images.new_tensor(PCA_VALUES), images.new_tensor(PCA_VECTORS)
+    values, vectors = on_device(PCA_VALUES, images.device), on_device(PCA_VECTORS, images.device)
     return images + 255.0 * ((alpha * values) @ vectors.T)[:, :, None, None]
 
 

@@ -29,7 +29,8 @@ def create_model(section: ModelSection, num_classes: int, image_size: tuple[int,
     try:
         model = timm.create_model(section.name, pretrained=section.pretrained, **arguments)
     except Exception as error:  # each model raises what it likes
-        raise InputError(f"model {section.name} cannot be made with {arguments}: {_first_line(error)}") from None
+        hint = " (--model.kwargs '{}' drops the recipe's arguments)" if section.kwargs else ""
+        raise InputError(f"model {section.name} cannot be made with {arguments}: {_first_line(error)}{hint}") from None
     if section.small_input:
         try:
             model = small_input(model)
