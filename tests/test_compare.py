@@ -247,7 +247,9 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
 def test_runs_go_on_after_compare_was_interrupted(tmp_path):
     options = ["--epochs", "300", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
     command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A shell's background job ignores SIGINT, and so would all that it starts: the tests may be run in one.
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **listening)
     lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
     wait_for_lines(lines, process)
     os.kill(process.pid, signal.SIGINT)
