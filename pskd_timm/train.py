@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -70,8 +71,11 @@ class Result:
         return read_lines(self.run_dir / "metrics.jsonl")
 
 
-def train(recipe: Recipe, display: Display | None = None) -> Result:
+def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Callable[[dict], None]] = ()) -> Result:
     """Train as `recipe` says, or go on with the run in its folder, and return the result.
+
+    Each of `callbacks` is called, on every rank, with an epoch's line of metrics.jsonl once that epoch is logged and saved
+    as the recipe says; what it raises ends the run, which can be continued.
 
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
@@ -233,13 +237,15 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                 wish = wishes.after((epoch + 1) * loader.steps, stop.received, epoch_end=True)
                 if last_epoch or wish.save or wish.signal or progress.epoch % recipe.checkpoint.every_epochs == 0:
                     save()
+                for callback in callbacks:
+                    callback(line)
                 if wish.signal and not last_epoch:
                     display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {GO_ON}")
                     stop.obey(wish.signal)
 
         # The result: the last and the best epoch's weights over the test split.
         of_last = score_split(evaluated, test_split, keep_probabilities=True)
-        of_holdout = score_split(evaluated, choosing_split) if data.holdout else None
+        of_holdout = score_split(evaluated, choosing_split, keep_probabilities=True) if data.holdout else None
         if is_main:
             save_model(evaluated, run_dir, mean, std, data.image_size, data.class_names)
         evaluated.load_state_dict(parts.best)
@@ -261,6 +267,7 @@ def train(recipe: Recipe, display: Display | None = None) -> Result:
                 **surroundings(device),
             }
             if of_holdout:
+                of_holdout.write(run_dir / "holdout.parquet")
                 values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout.score()}, "best": progress.best}
             save_model(evaluated, run_dir / "best", mean, std, data.image_size, data.class_names)
             write_result(run_dir, of_last, of_best, values)

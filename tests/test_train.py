@@ -155,6 +155,23 @@ def test_the_best_epoch_is_chosen_on_the_held_out_part_and_the_test_part_is_scor
     assert result.best["epoch"] == 1 + int(np.argmin(errors))
     assert result.values["holdout"]["last"]["top1_error"] == errors[-1]
     assert result.values["num_train"] == 240
+    table = pd.read_parquet(result.run_dir / "holdout.parquet")
+    assert 100 * (1 - table.correct.mean()) == pytest.approx(errors[-1]) and len(table) == 60
+
+
+def test_callbacks_see_each_epochs_line_and_may_end_a_run_that_goes_on_later(tiny):
+    class Enough(Exception):
+        pass
+
+    def after_two(line):
+        if line["epoch"] == 2:
+            raise Enough
+
+    seen = []
+    with pytest.raises(Enough):
+        train(tiny(epochs=3), callbacks=[seen.append, after_two])
+    result = train(tiny(epochs=3), callbacks=[seen.append])
+    assert [line["epoch"] for line in seen] == [1, 2, 3] and seen == result.history
 
 
 def test_timm_loads_a_finished_runs_network_with_the_same_outputs(finished):
