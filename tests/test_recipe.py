@@ -150,6 +150,7 @@ LAYERS = [
         "batch",
         "losses",
         "metrics",
+        "calibration",
         "augment",
         "ranks",
         "store",
