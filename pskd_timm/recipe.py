@@ -245,8 +245,14 @@ class Tracking(Section):
     """Project that wandb files the run under."""
     entity: str | None = None
     """User or team that wandb files the run under."""
+    tags: list[str] = []
+    """Tags that wandb gives the run beside its data set, network and seed."""
+    notes: str | None = None
+    """What wandb notes down about the run."""
+    artifact: bool = False
+    """Hand the weights of the last and the best epoch to wandb as an artifact."""
     log_every: Count = 50
-    """Steps between two reads of the running loss."""
+    """Steps between two reads of the running loss, its parts and the gradient's norm."""
 
 
 class Recipe(Section):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch import nn
 
 from . import checkpoint, ranks, rng
 from .checkpoint import Parts, Progress, Wishes
-from .data import Data, Loader, load_data
+from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
 from .methods import METHODS
@@ -274,6 +275,9 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 of_holdout.write(run_dir / "holdout.parquet")
                 values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout.score()}, "best": progress.best}
             save_model(evaluated, run_dir / "best", mean, std, data.image_size, data.class_names)
+            prediction = of_last.probabilities.argmax(dim=1)
+            shown = partial(pictures, test_split)
+            tracker.log_result(values, of_last.outcomes, prediction, of_last.labels, data.class_names, shown)
             write_result(run_dir, of_last, of_best, values)
         accelerator.wait_for_everyone()
     finally:
