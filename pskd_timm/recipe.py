@@ -394,7 +394,8 @@ if not SHIPPED.is_dir():
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package, as `show` and `compare` take them."""
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    names = {path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml")}
+    return sorted(names - {"sweep"})  # that one is wandb's, not a recipe
 
 
 def find_recipe(name: str) -> Path:

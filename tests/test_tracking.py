@@ -1,20 +1,27 @@
 """wandb offline, read back with its own reader."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from pskd_timm import METHODS, load_recipe, train
+from pskd_timm.cli import make_parser
 from pskd_timm.data import load_data
 from pskd_timm.metrics import ECE_BINS, METRICS
+from pskd_timm.recipe import SHIPPED
 from pskd_timm.tracking import read_lines
 from pskd_timm.train import make_network
 
+SWEEP = yaml.safe_load((SHIPPED / "sweep.yaml").read_text())
 TRAIN = [sys.executable, "-m", "pskd_timm", "train", "digits", "--model.kwargs.width", "4", "--tracking.log_every", "5"]
 
 
@@ -218,3 +225,43 @@ def test_online_without_an_account_is_refused_in_one_line_and_offline_needs_none
     done = subprocess.run([*TRAIN, *options], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2
     assert "pskd-timm: tracking.wandb online: " in done.stderr and "Traceback" not in done.stderr
+
+
+def agent(command, monkeypatch, tmp_path):
+    """wandb's own agent, as far as it needs no server: what turns a sweep's command into a process."""
+    from wandb.wandb_agent import Agent
+
+    for name, value in {
+        "WANDB_SWEEP_ID": "s1",
+        "WANDB_RUN_ID": "",
+        "WANDB_SWEEP_PARAM_PATH": "",
+        "WANDB_DIR": tmp_path,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    made = Agent(api=None, queue=None, sweep_id="s1")
+    made._sweep_command = command
+    return made
+
+
+def test_the_sweeps_command_is_one_that_wandbs_agent_starts_and_that_trains_under_the_sweeps_run_id(
+    monkeypatch, tmp_path
+):
+    command = [word.replace("wandb online", "wandb offline") for word in SWEEP["command"]]
+    of_run = {name: {"value": values["values"][-1]} for name, values in SWEEP["parameters"].items()}
+    small = {"epochs": {"value": 1}, "data.limit_train": {"value": 200}, "model.kwargs.width": {"value": 4}}
+    process = agent(command, monkeypatch, tmp_path)
+    process._command_run({"run_id": "abc123", "program": None, "args": of_run | small})
+    assert process._run_processes["abc123"].wait() == 0
+    run_dir = tmp_path / "runs/sweep/abc123/pskd/seed2"
+    assert load_recipe(str(run_dir / "recipe.yaml")).pskd.alpha == 1.0 and (run_dir / "result.json").is_file()
+    assert summary(next(run_dir.glob("wandb/offline-run-*")))["run_id"] == "abc123"
+
+
+def test_every_setting_in_the_sweep_is_one_of_the_command_line():
+    words = shlex.split(SWEEP["command"][2])
+    for name, values in SWEEP["parameters"].items():
+        for value in values["values"]:
+            arguments, rest = make_parser().parse_known_args([*words[2:-1], f"--{name}={value}"])
+            assert not rest and str(vars(arguments)[name]) == str(value)
