@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import torch
 import yaml
 
 from pskd_timm import METHODS, load_recipe, train
-from pskd_timm.cli import make_parser
+from pskd_timm.cli import main, make_parser
 from pskd_timm.data import load_data
 from pskd_timm.metrics import ECE_BINS, METRICS
 from pskd_timm.recipe import SHIPPED
+from pskd_timm.report import COLOURS
 from pskd_timm.tracking import read_lines
 from pskd_timm.train import make_network
 
@@ -135,6 +137,49 @@ def test_wandb_ends_with_figures_charts_and_the_most_confident_mistakes(tracked)
     assert len(pictures) == len(mistakes)
     weights = contents["best/model.safetensors"]
     assert int(weights["size"]) == (run_dir / "best/model.safetensors").stat().st_size and "recipe.yaml" in contents
+
+
+def panels_of(section):
+    return [panel["config"] for panel in section["panels"]]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic V1 style")
+def test_the_dashboard_shows_what_runs_log_with_mean_and_deviation_over_seeds_in_the_methods_colours(tracked, capsys):
+    run_dir, found, ending = tracked
+    root = run_dir.parent.parent
+    assert main(["dashboard", str(root)]) == 0
+    assert f"wrote {root / 'dashboard.json'}" in (said := capsys.readouterr().out) and "--publish" in said
+    spec = json.loads((root / "dashboard.json").read_text())["spec"]["section"]
+    epochs, last, calibration, mistakes, training = spec["panelBankConfig"]["sections"]
+
+    history = {key for row in of_type(found, "history") for key in row["item"]}
+    curves = panels_of(epochs) + panels_of(training)
+    assert {metric for panel in panels_of(epochs) for metric in panel["metrics"]} == set(METRICS)
+    for panel in curves:
+        assert set(panel["metrics"]) <= history and (panel["groupAgg"], panel["groupArea"]) == ("mean", "stddev")
+    final = [f"last.{name}" for name in METRICS]
+    assert [metric for panel in panels_of(last) for metric in panel["metrics"]] == final
+    columns = list(spec["runSets"][0]["runFeed"]["columnPinned"])
+    assert columns == ["run:displayName", *(f"summary:{name}" for name in final)]
+    for panel in panels_of(calibration):
+        key = re.search(r'"tableKey", "value": "(\w+)"', json.dumps(panel)).group(1)
+        fields = panel["fieldSettings"]
+        assert {fields["x"], fields["y"]} <= set(table(run_dir, key).columns)
+    assert "most_confident_mistakes" in json.dumps(mistakes)
+
+    runs = spec["runSets"][0]
+    assert runs["filters"]["filters"][0]["value"] == of_type(found, "run")[0]["run_group"]
+    assert runs["grouping"][0]["name"].split(".")[0] in ending["config"]
+    colours = {re.search(r"value%22%3A%22(\w+)%22", key).group(1): c for key, c in spec["customRunColors"].items()}
+    assert colours == COLOURS
+
+
+def test_a_dashboard_without_its_extra_or_without_runs_is_a_line(tmp_path, monkeypatch, capsys):
+    assert main(["dashboard", str(tmp_path)]) == 2
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    assert main(["dashboard", "digits"]) == 2
+    no_runs, no_extra = capsys.readouterr().err.splitlines()
+    assert "no runs here" in no_runs and "pip install 'pskd_timm[dashboard]'" in no_extra
 
 
 def test_a_continued_run_keeps_its_wandb_id_and_repeats_no_epoch(tmp_path):
