@@ -245,8 +245,14 @@ class Tracking(Section):
     """Project that wandb files the run under."""
     entity: str | None = None
     """User or team that wandb files the run under."""
+    tags: list[str] = []
+    """Tags that wandb gives the run beside its data set, network and seed."""
+    notes: str | None = None
+    """What wandb notes down about the run."""
+    artifact: bool = False
+    """Hand the weights of the last and the best epoch to wandb as an artifact."""
     log_every: Count = 50
-    """Steps between two reads of the running loss."""
+    """Steps between two reads of the running loss, its parts and the gradient's norm."""
 
 
 class Recipe(Section):
@@ -388,7 +394,8 @@ if not SHIPPED.is_dir():
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package, as `show` and `compare` take them."""
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    names = {path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml")}
+    return sorted(names - {"sweep"})  # that one is wandb's, not a recipe
 
 
 def find_recipe(name: str) -> Path:

@@ -1,5 +1,6 @@
 """What a method is: a loss that owns the forward pass, and what happens around an epoch."""
 
+import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
@@ -10,6 +11,8 @@ class Method:
     """Base of all methods. Not an `nn.Module`: a teacher is neither wrapped nor saved with the student."""
 
     needs_partners = False  # whether `Batch.partner_images` is to be filled
+    part_names: tuple[str, ...] = ()  # what the loss is made of, as steps.jsonl and wandb name it
+    parts: Tensor  # [len(part_names)] after `loss`: the values of those in it, means over B without gradient
     store: PredictionStore | None = None  # what a method remembers of the training samples, saved with a checkpoint
 
     @classmethod
@@ -20,6 +23,7 @@ class Method:
     def setup(self, *, num_samples: int, num_classes: int, num_epochs: int, device, labels: Tensor | None = None):
         """Prepare for a run over `num_samples` training samples; `labels` [N] where they are known. Returns self."""
         self.num_classes, self.num_epochs = num_classes, num_epochs
+        self.parts = torch.zeros(len(self.part_names), device=device)
         return self
 
     def begin_epoch(self, epoch: int, order: Tensor):

@@ -9,6 +9,7 @@ from .base import Method
 
 class CSKD(Method):
     needs_partners = True
+    part_names = ("cross_entropy", "kl")
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0):
         self.weight, self.temperature = weight, temperature
@@ -20,4 +21,5 @@ class CSKD(Method):
             partner_logits = model(batch.partner_images)
         cross_entropy = F.cross_entropy(losses.at_least_float32(logits), batch.labels)
         kl = losses.tempered_kl(logits, partner_logits, self.temperature)
+        self.parts = torch.stack([cross_entropy, kl]).detach()
         return cross_entropy + self.weight * self.temperature**2 * kl, logits

@@ -1,5 +1,6 @@
 """PS-KD (Kim et al., ICCV 2021, arXiv 2006.12000): soften the label with the sample's own last prediction."""
 
+import torch
 import torch.nn.functional as F
 
 from .. import losses
@@ -16,6 +17,8 @@ class PSKD(Method):
     Predictions are kept in `store_dtype` on `store_device` (`auto` or `cpu`), in full or with `store_format` topk the
     `store_topk` largest of each.
     """
+
+    part_names = ("cross_entropy", "last_cross_entropy")
 
     def __init__(
         self,
@@ -57,6 +60,8 @@ class PSKD(Method):
         targets = (1.0 - self.alpha_now) * label + self.alpha_now * last
         # What this very forward predicts (training mode, augmented view) is the next visit's target.
         self.store.write(batch.index, wide.detach().softmax(dim=1))
+        log_p = F.log_softmax(wide.detach(), dim=1)
+        self.parts = torch.stack([F.nll_loss(log_p, batch.labels), -(last * log_p).sum(dim=1).mean()])
         return losses.soft_cross_entropy(logits, targets), logits
 
     def end_epoch(self):

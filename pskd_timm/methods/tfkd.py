@@ -17,6 +17,8 @@ class TFKD(Method):
     `teacher` is None for the virtual one. A `multiplier` m of None stands for K, with a trained teacher for K/2.
     """
 
+    part_names = ("cross_entropy", "kl")
+
     def __init__(
         self,
         teacher: nn.Module | None = None,
@@ -54,4 +56,5 @@ class TFKD(Method):
                 teacher_logits = self.teacher(batch.images)
             kl = losses.tempered_kl(logits, teacher_logits, self.temperature)
         cross_entropy = F.cross_entropy(losses.at_least_float32(logits), batch.labels)
+        self.parts = torch.stack([cross_entropy, kl]).detach()
         return (1.0 - self.alpha) * cross_entropy + self.kl_weight * kl, logits
