@@ -197,7 +197,7 @@ class CSKD(Section):
 
 class TFKD(Section):
     teacher: str = "virtual"
-    """`virtual` (hand-made, TF-KD_reg), or trained before (TF-KD_self): a run's folder, or `baseline`, that of this recipe and seed."""
+    """`virtual` (hand-made: TF-KD_reg), or trained before (TF-KD_self): a run's folder, or `baseline`: that of this recipe."""
     alpha: Fraction | None = None
     """α: cross-entropy weighs 1 − α. Default: TF-KD's released ResNet-18 settings, 0.1 with the virtual teacher, else 0.95."""
     temperature: Positive | None = None

@@ -52,6 +52,8 @@ def _check_data(recipe: Recipe, folder: Path, taught: Recipe):
         keys = list(here)
     else:
         keys = [key for key in here if key.startswith(SHARED) and key not in MAY_DIFFER]
+        if not recipe.data.holdout_fraction:
+            keys.remove("data.holdout_fraction")  # a teacher may have seen less, but not what the student holds out
     if different := [key for key in keys if there.get(key) != here[key]]:
         key = different[0]
         raise InputError(

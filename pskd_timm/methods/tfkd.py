@@ -45,10 +45,14 @@ class TFKD(Method):
             return
         if self.teacher.num_classes != num_classes:
             raise InputError(f"tfkd.teacher has {self.teacher.num_classes} classes, the data {num_classes}")
-        if model is not None and _shapes(self.teacher) != _shapes(model):
+        if model is None:
+            return
+        theirs, ours = _shapes(self.teacher), _shapes(model)
+        if different := [name for name in ours | theirs if theirs.get(name) != ours.get(name)]:
+            name = different[0]
             raise InputError(
-                f"tfkd.teacher is {_name(self.teacher)}, the student {_name(model)}, and their weights differ in shape:\n"
-                "TF-KD's teacher has the student's architecture"
+                f"tfkd.teacher is {_name(self.teacher)} with {name} {theirs.get(name)}, the student {_name(model)} "
+                f"with {ours.get(name)}:\nTF-KD's teacher has the student's architecture"
             )
 
     def setup(self, *, num_classes, device, model=None, **known):
@@ -74,8 +78,8 @@ class TFKD(Method):
         return (1.0 - self.alpha) * cross_entropy + self.kl_weight * kl, logits
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _name(model: nn.Module) -> str:
