@@ -188,12 +188,13 @@ def run_compare(arguments, rest):
 
 def run_show(arguments, rest):
     recipe = load(arguments, rest)
+    recipe.check_preset(recipe.method)
     from rich.console import Console
 
-    from .show import cost_lines, sources_table
+    from .show import cost_lines, loss_lines, sources_table
 
     Console(width=None if sys.stdout.isatty() else 140).print(sources_table(recipe))
-    print("\n".join(cost_lines(recipe)))
+    print("\n".join(loss_lines(recipe) + cost_lines(recipe)))
     return DONE
 
 

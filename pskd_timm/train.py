@@ -39,6 +39,7 @@ from .order import num_batches
 from .progress import Display
 from .recipe import Diverged, InputError, Recipe
 from .released import start_from
+from .teacher import method_section, teacher_figures
 from .tracking import Tracker, read_lines
 
 GO_ON = "the same command goes on from there"
@@ -81,6 +82,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
+    recipe.check_preset(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -108,13 +110,14 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     evaluated = ema.module if ema else network
     train_split, test_split = data.train.to(device), data.test.to(device)
     chosen_on, choosing_split = ("holdout", data.holdout.to(device)) if data.holdout else ("test", test_split)
-    method = METHODS[recipe.method].from_section(getattr(recipe, recipe.method).model_dump())
+    method = METHODS[recipe.method].from_section(method_section(recipe))
     method.setup(
         num_samples=len(data.train),
         num_classes=data.num_classes,
         num_epochs=recipe.epochs,
         device=device,
         labels=train_split.labels,
+        model=network,
     )
     loader = Loader(
         train_split,
@@ -135,7 +138,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     model.broadcast_buffers = False
     running = RunningSums(accelerator, method.part_names)
     progress = Progress()
-    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums)
+    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums, method=method)
 
     def score_split(model, split, keep_probabilities=False):
         return predict(model, split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
@@ -271,6 +274,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 "num_processes": world_size,
                 **surroundings(device),
             }
+            if of_teacher := teacher_figures(recipe):
+                values["teacher"] = of_teacher
             if of_holdout:
                 of_holdout.write(run_dir / "holdout.parquet")
                 values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout.score()}, "best": progress.best}
@@ -322,13 +327,18 @@ def connect(recipe: Recipe) -> Accelerator:
 
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
     """What `train` would refuse, for each of `methods`, before any run is started; decodes the images on the way."""
+    for method in methods:
+        recipe.check_preset(method)
     check_name(recipe.model.name)
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)
     check_batches(recipe, len(data.train), 1, model, data.image_size)
     make_optimizer(model, recipe.optim)
     for method in methods:
-        METHODS[method].from_section(getattr(recipe, method).model_dump())
+        if method == "tfkd" and recipe.tfkd.teacher == "baseline":
+            continue  # the teacher is trained first, from this very recipe
+        taught = recipe.model_copy(update={"method": method})
+        METHODS[method].from_section(method_section(taught)).check(model, data.num_classes)
 
 
 def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module, image_size: tuple[int, int]):
