@@ -69,6 +69,24 @@ def make_parser() -> Parser:
     )
     compare.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
     add_settings(compare, without=("method", "seed"))
+    search = command("search", "choose settings on held-out training data; the test part is not read", run_search)
+    search.add_argument(
+        "--over",
+        nargs="+",
+        action="extend",
+        metavar="SETTING=VALUES",
+        default=[],
+        help="what to choose: pskd.alpha=0.3:0.9, optim.lr=0.01:0.3:log, optim.name=sgd,adamw",
+    )
+    search.add_argument("--trials", type=int, metavar="N", default=8, help="choices to train (default: 8)")
+    search.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="of each trial (default: 0)")
+    search.add_argument(
+        "--metric", metavar="NAME", default="nll", help="lowest on the held-out part wins (default: nll)"
+    )
+    search.add_argument("--prune", action="store_true", help="stop trials that do worse than the median (Optuna's)")
+    search.add_argument("--search_seed", type=int, metavar="SEED", default=0, help="fixes what is drawn (default: 0)")
+    search.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
+    add_settings(search, without=("seed",))
     show = command("show", "print a recipe, where each value comes from, and what the run will cost", run_show)
     add_settings(show)
     evaluate = command(
@@ -179,6 +197,21 @@ def run_compare(arguments, rest):
     console.print(terminal_table(found.rows, f"{recipe.name}: {recipe.model.name}, last epoch"))
     print("wrote " + ", ".join(map(str, found.paths)))
     return FAILED if found.failed else DONE
+
+
+def run_search(arguments, rest):
+    recipe = load(arguments, rest)
+    from .progress import Display
+    from .search import search
+
+    seeds = list(dict.fromkeys(arguments.seeds))
+    options = (arguments.trials, seeds, arguments.metric, arguments.prune, arguments.search_seed)
+    found = search(recipe, arguments.over, *options, Display(arguments.quiet))
+    chosen = ", ".join(f"{key} {value}" for key, value in found.best.settings.items())
+    print(f"trial {found.best.number} of {len(found.trials)}: {chosen}")
+    print(f"on the held-out part: {figures(found.best.figures)}")
+    print("wrote " + ", ".join(map(str, found.paths)))
+    return DONE
 
 
 def run_show(arguments, rest):

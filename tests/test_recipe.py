@@ -160,7 +160,7 @@ LAYERS = [
     },
     {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate"},
     {"train"},
-    {"compare", "report", "show", "bench"},
+    {"compare", "report", "show", "bench", "search", "predict", "export", "adaptors"},
     {"cli"},
     {"__main__", "__init__"},
 ]
