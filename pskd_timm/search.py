@@ -351,42 +351,38 @@ def trials_table(trials: list[Trial]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def search_figure(frame: pd.DataFrame):
-    """The curve of each searched setting (the columns between `state` and the figures) against NLL, ECE and top-1 error.
+def search_figure(frame: pd.DataFrame, metric: str = "nll"):
+    """Each searched setting (the columns between `state` and the figures) against NLL, ECE and top-1 error.
 
-    `frame` is what `trials_table` gives or trials.csv holds; a matplotlib Figure of one row a setting.
+    `frame` is what `trials_table` gives or trials.csv holds; the trial with the lowest `metric` is marked. A matplotlib
+    Figure with a row a setting.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    frame = frame[frame.state != DIVERGED]
     keys = list(frame.columns[2 : list(frame.columns).index(METRICS[0])])
     done, stopped = frame[frame.state == DONE], frame[frame.state == STOPPED]
-    figure = Figure(figsize=(11, 3.4 * len(keys)), layout="constrained")
+    chosen = done.loc[[done[metric].idxmin()]]
+    figure = Figure(figsize=(11, 3.2 * len(keys)), layout="constrained")
     FigureCanvasAgg(figure)
     for row, key in zip(figure.subplots(len(keys), 3, squeeze=False), keys, strict=True):
-        for axes, (metric, label) in zip(row, LABELS.items(), strict=True):
-            _curve(axes, done.sort_values(key), key, metric)
+        is_number = pd.api.types.is_numeric_dtype(frame[key])
+        # With a second setting that changes too, a line from trial to trial would show nothing.
+        line = "-" if is_number and len(keys) == 1 else "none"
+        ordered = done.sort_values(key)
+        for axes, (name, label) in zip(row, LABELS.items(), strict=True):
+            style = {"color": "#D55E00", "marker": "o", "markersize": 4, "linestyle": line, "capsize": 3}
+            axes.errorbar(ordered[key], ordered[name], yerr=ordered.get(f"{name}_std"), label="finished", **style)
+            axes.plot(chosen[key], chosen[name], "o", markersize=11, fillstyle="none", color="black", label="chosen")
             if len(stopped):
-                axes.plot(stopped[key], stopped[metric], "x", color="0.6", label="stopped early")
-            axes.set(xlabel=key, ylabel=f"{label} on the held-out part")
+                axes.plot(stopped[key], stopped[name], "x", color="0.6", label="stopped early")
+            if is_number and frame[key].min() > 0 and frame[key].max() / frame[key].min() >= 10:
+                axes.set_xscale("log")
+            axes.set(xlabel=key, ylabel=f"{label} (held out)")
             axes.grid(color="0.92")
             axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     return figure
-
-
-def _curve(axes, done: pd.DataFrame, key: str, metric: str):
-    """The finished trials, joined where the setting is a number and alone, and the lowest of them marked."""
-    numbers = pd.api.types.is_numeric_dtype(done[key])
-    error = done.get(f"{metric}_std")
-    style = {"color": "#D55E00", "marker": "o", "markersize": 4, "linestyle": "-" if numbers else "none"}
-    axes.errorbar(done[key], done[metric], yerr=error, capsize=3, label="finished trials", **style)
-    best = done.loc[done[metric].idxmin()]
-    axes.plot([best[key]], [best[metric]], "o", markersize=11, fillstyle="none", color="black", label="lowest")
-    low, high = (done[key].min(), done[key].max()) if numbers else (1, 1)
-    if numbers and low > 0 and high / low > 20:
-        axes.set_xscale("log")
 
 
 def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> list[Path]:
@@ -394,7 +390,7 @@ def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> l
     paths = [folder / "best.yaml", folder / "trials.csv", folder / "search.png"]
     table = trials_table(trials)
     write_whole(paths[1], table.to_csv(index=False))
-    search_figure(table).savefig(paths[2], dpi=150)
+    search_figure(table, metric).savefig(paths[2], dpi=150)
     spread = f" ± {best.spread[metric]:.4f}" if best.spread else ""
     held_out = f"{100 * base.data.holdout_fraction:g} % of the training part (data.seed {base.data.seed})"
     header = [
