@@ -97,6 +97,12 @@ def make_parser() -> Parser:
     )
     evaluate.add_argument("--checkpoint", metavar="FILE", help="weights, or a checkpoint of the PS-KD authors' code")
     add_settings(evaluate)
+    predict = command("predict", "classify images of your own with a finished run", run_predict, takes_recipe=False)
+    predict.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
+    predict.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders or quoted patterns")
+    predict.add_argument("--json", metavar="FILE", help="write the predictions there too")
+    predict.add_argument("--top", type=int, metavar="N", default=5, help="classes to name for each image (default: 5)")
+    predict.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
     bench.add_argument("what", choices=["store"], help="store: the prediction store's memory and times")
     bench.add_argument("--processes", nargs="+", type=int, metavar="N", default=[1, 2, 4], help="default: 1 2 4")
@@ -252,6 +258,37 @@ def run_models(arguments, rest):
 
     Console(width=None if sys.stdout.isatty() else 140).print(models_table())
     return DONE
+
+
+def run_predict(arguments, rest):
+    if rest:
+        raise InputError(f"unknown option {rest[0]}{nearest(rest[0], arguments.options)}")
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from .files import write_whole
+    from .predict import predict, predictions_table
+    from .progress import Display
+
+    found = predict(
+        arguments.run_dir, arguments.images, arguments.top, arguments.best, Display(not sys.stdout.isatty())
+    )
+    Console(width=None if sys.stdout.isatty() else 140).print(predictions_table(found))
+    if found["calibrated"]:
+        print(f"confidences are calibrated on the run's held-out part: temperature {found['temperature']:.3f}")
+    else:
+        print("confidences are not calibrated: the run held nothing out (--data.holdout_fraction 0.1 when training)")
+    if arguments.json:
+        try:
+            write_whole(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
+        print(f"wrote {arguments.json}")
+    unreadable = [row["error"] for row in found["images"] if "error" in row]
+    for error in unreadable:
+        print(f"pskd-timm: {error}", file=sys.stderr)
+    return FAILED if unreadable else DONE
 
 
 def run_bench(arguments, rest):

@@ -130,7 +130,7 @@ def _open(section: DataSection) -> dict:
             saved = datasets.load_from_disk(str(folder))
             return saved if isinstance(saved, dict) else {"train": saved}
         if any(path.suffix.lower() in TABLE_SUFFIXES for path in folder.rglob("*")):
-            return _load(str(folder), section)
+            return _load(str(folder.resolve()), section)
     except Exception as error:  # the library raises whatever its readers raise
         raise InputError(f"data.path: {folder} cannot be read as a data set: {_first_line(error)}") from None
     return _image_folders(folder, section)
