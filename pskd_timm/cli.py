@@ -103,6 +103,19 @@ def make_parser() -> Parser:
     predict.add_argument("--json", metavar="FILE", help="write the predictions there too")
     predict.add_argument("--top", type=int, metavar="N", default=5, help="classes to name for each image (default: 5)")
     predict.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
+    push = command(
+        "push", "write a finished run with its model card for timm and the hub", run_push, takes_recipe=False
+    )
+    push.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
+    push.add_argument("to", metavar="REPO_OR_FOLDER", help="a new folder; with --hub a repository (user/name)")
+    push.add_argument("--hub", action="store_true", help="to the Hugging Face hub")
+    push.add_argument("--private", action="store_true", help="as a private repository, where it is a new one")
+    push.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
+    export = command("export", "write a finished run as one ONNX file", run_export, takes_recipe=False)
+    export.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
+    export.add_argument("file", metavar="FILE", help="where to write it")
+    export.add_argument("--format", choices=["onnx"], default="onnx", help="default: onnx")
+    export.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
     bench.add_argument("what", choices=["store"], help="store: the prediction store's memory and times")
     bench.add_argument("--processes", nargs="+", type=int, metavar="N", default=[1, 2, 4], help="default: 1 2 4")
@@ -261,8 +274,7 @@ def run_models(arguments, rest):
 
 
 def run_predict(arguments, rest):
-    if rest:
-        raise InputError(f"unknown option {rest[0]}{nearest(rest[0], arguments.options)}")
+    refuse(rest, arguments)
     from pathlib import Path
 
     from rich.console import Console
@@ -289,6 +301,32 @@ def run_predict(arguments, rest):
     for error in unreadable:
         print(f"pskd-timm: {error}", file=sys.stderr)
     return FAILED if unreadable else DONE
+
+
+def run_push(arguments, rest):
+    refuse(rest, arguments)
+    from .export import push
+
+    if arguments.private and not arguments.hub:
+        raise InputError("--private is for the hub: add --hub")
+    where = push(arguments.run_dir, arguments.to, arguments.hub, arguments.private, arguments.best)
+    print(f"wrote {where}")
+    return DONE
+
+
+def run_export(arguments, rest):
+    refuse(rest, arguments)
+    from .export import export_onnx
+
+    difference = export_onnx(arguments.run_dir, arguments.file, arguments.best)
+    print(f"wrote {arguments.file}: ONNX Runtime's confidences differ from torch's by {difference:.1g} at most")
+    return DONE
+
+
+def refuse(rest: list[str], arguments: argparse.Namespace):
+    """Raise InputError for what a command without settings does not know."""
+    if rest:
+        raise InputError(f"unknown option {rest[0]}{nearest(rest[0], arguments.options)}")
 
 
 def run_bench(arguments, rest):

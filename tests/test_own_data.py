@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from scipy.optimize import minimize_scalar
@@ -16,6 +18,7 @@ from scipy.optimize import minimize_scalar
 from pskd_timm import InputError, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
+from pskd_timm.metrics import METRICS
 from pskd_timm.predict import Classifier, predict
 from pskd_timm.recipe import METHOD_SECTIONS
 from pskd_timm.train import make_network
@@ -185,3 +188,76 @@ def test_a_pretrained_network_is_fine_tuned_with_each_method(folder, tmp_path, c
     assert start["fc.weight"].shape[0] == 3
     result = train(recipe)
     assert np.isfinite(list(result.last.values())).all() and result.values["class_names"] == sorted(CLASSES)
+
+
+def card(folder):
+    _, head, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+def test_a_pushed_folder_is_timms_and_its_card_tells_the_results(run, folder, tmp_path, monkeypatch, best):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(run), "pushed/shapes", *["--best"] * best]) == 0
+    pushed = Path("pushed/shapes")
+    head, body = card(pushed)
+    result = json.loads((run / "result.json").read_text())["best" if best else "last"]
+    assert head["library_name"] == "timm" and head["pipeline_tag"] == "image-classification" and "pskd" in head["tags"]
+    measured = {each["type"]: each["value"] for each in head["model-index"][0]["results"][0]["metrics"]}
+    assert measured["accuracy"] == pytest.approx(1 - result["top1_error"] / 100) and measured["nll"] == result["nll"]
+    assert "as trained | " + " | ".join(f"{result[name]:.2f}" for name in METRICS) in body
+    assert "with temperature" in body and all(name in body for name in CLASSES) and "(reliability.png)" in body
+    # Where the pictures lay on this machine is nobody's business.
+    assert str(folder.parent) not in (pushed / "recipe.yaml").read_text() + body and f"path: {folder.name}" in body
+    assert load_recipe(str(pushed / "recipe.yaml")).model.kwargs == {"width": 8}
+    assert (pushed / "reliability.png").stat().st_size > 10_000
+    assert main(["push", str(run), "pushed/shapes"]) == 2
+
+    # The card's own lines, on a picture that needs no resizing.
+    Image.open(next((folder / "train" / "三角").iterdir())).convert("RGB").resize((24, 24)).save("image.jpg")
+    code = body.split("```python\n")[1].split("```")[0].replace("local-dir:shapes", "local-dir:pushed/shapes")
+    scope = {}
+    exec(code, scope)
+    (row,) = predict(run, ["image.jpg"], top=3, best=best)["images"]
+    told = {each["class"]: each["confidence"] for each in row["top"]}
+    assert [told[name] for name in sorted(CLASSES)] == pytest.approx(scope["confidences"][0].tolist(), abs=1e-4)
+
+
+def test_pushing_to_the_hub_without_token_or_network_fails_in_one_line(run, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert main(["push", str(run), "me/shapes", "--hub"]) == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    assert main(["push", str(run), "me/shapes", "--hub", "--private"]) == 2
+    assert main(["push", str(run), "me/shapes", "--private"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, says in zip(lines, ("needs a token", "me/shapes: the hub did not take it", "add --hub"), strict=True):
+        assert says in line
+
+
+def test_the_onnx_file_gives_the_calibrated_confidences_from_pixels(run, folder, tmp_path, capsys):
+    import onnxruntime
+
+    path = tmp_path / "shapes.onnx"
+    assert main(["export", str(run), str(path), "--format", "onnx"]) == 0
+    assert "differ from torch's by" in capsys.readouterr().out and [file.name for file in tmp_path.iterdir()] == [
+        path.name
+    ]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["class_names"]) == sorted(CLASSES) and json.loads(about["image_size"]) == [24, 24]
+    found = predict(run, [str(folder / "test")], top=3)
+    assert float(about["temperature"]) == found["temperature"]
+    classifier = Classifier.of_run(run)
+    pixels = np.stack([classifier.prepare(row["image"]) for row in found["images"]]).transpose(0, 3, 1, 2)
+    (confidences,) = session.run(None, {"images": pixels})  # as many at once as one likes
+    for row, of_onnx in zip(found["images"], confidences, strict=True):
+        told = {each["class"]: each["confidence"] for each in row["top"]}
+        assert [told[name] for name in sorted(CLASSES)] == pytest.approx(of_onnx.tolist(), abs=1e-5)
+
+
+def test_export_without_its_packages_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", str(run), str(tmp_path / "x.onnx")]) == 2
+    assert "pip install 'pskd_timm[onnx]'" in capsys.readouterr().err and not list(tmp_path.iterdir())
