@@ -72,6 +72,8 @@ class Data(Section):
     """Name of the test split; by default `test`, `validation` or `val`, whichever there is."""
     test_fraction: Fraction = 0.0
     """Part of the training split to set aside as the test split, where the data set has none."""
+    test: bool = True
+    """Score the test part at the end; `false` leaves it unread and scores the held-out part instead, as a search does."""
     image_size: Annotated[int, Field(ge=4)] | None = None
     """Height and width in pixels: the shorter side is resized, the centre kept; by default the size all images have."""
     crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -101,6 +103,8 @@ class Data(Section):
             raise ValueError(
                 "name a data set: `source` (digits, cifar10, cifar100, imagenet or a hub id) or `path` (a local folder)"
             )
+        if not self.test and not self.holdout_fraction:
+            raise ValueError("test false needs holdout_fraction: else there is nothing to score")
         if self.loading == "streaming" and self.image_size is None:
             raise ValueError("loading streaming needs image_size")
         if self.loading == "streaming" and self.gaussian_noise:

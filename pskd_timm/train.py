@@ -108,8 +108,11 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     network = model  # without the wrappers of several processes
     ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
     evaluated = ema.module if ema else network
-    train_split, test_split = data.train.to(device), data.test.to(device)
-    chosen_on, choosing_split = ("holdout", data.holdout.to(device)) if data.holdout else ("test", test_split)
+    train_split = data.train.to(device)
+    splits = {"test": data.test, "holdout": data.holdout}
+    splits = {name: split.to(device) for name, split in splits.items() if split}
+    chosen_on, choosing_split = list(splits.items())[-1]
+    scored_on, scored_split = list(splits.items())[0]
     method = METHODS[recipe.method].from_section(method_section(recipe))
     method.setup(
         num_samples=len(data.train),
@@ -251,25 +254,28 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {GO_ON}")
                     stop.obey(wish.signal)
 
-        # The result: the last and the best epoch's weights over the test split.
-        of_last = score_split(evaluated, test_split, keep_probabilities=True)
+        # The result: the last and the best epoch's weights over the test split, or where that stays unread the held-out part.
+        of_last = score_split(evaluated, scored_split, keep_probabilities=True)
         of_holdout = score_split(evaluated, choosing_split, keep_probabilities=True) if data.holdout else None
         if is_main:
             save_model(evaluated, run_dir, mean, std, data.image_size, data.class_names)
         evaluated.load_state_dict(parts.best)
-        of_best = score_split(evaluated, test_split, keep_probabilities=True)
+        of_best = score_split(evaluated, scored_split, keep_probabilities=True)
+        best_of_holdout = score_split(evaluated, choosing_split, keep_probabilities=True) if data.holdout else None
         clock.update(progress)
         if is_main:
             values = {
                 "name": recipe.name,
                 "method": recipe.method,
                 "seed": recipe.seed,
+                "evaluated_on": scored_on,
                 "last": {"epoch": recipe.epochs, **of_last.score()},
                 "best": {"epoch": progress.best["epoch"], **of_best.score(), "chosen_on": chosen_on},
                 "seconds": progress.seconds,
                 "num_train": len(data.train),
-                "num_test": len(data.test),
+                "num_test": len(data.test) if data.test else 0,
                 "num_classes": data.num_classes,
+                "class_names": data.class_names,
                 "num_parameters": sum(p.numel() for p in network.parameters()),
                 "num_processes": world_size,
                 **surroundings(device),
@@ -280,8 +286,10 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 of_holdout.write(run_dir / "holdout.parquet")
                 values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout.score()}, "best": progress.best}
             save_model(evaluated, run_dir / "best", mean, std, data.image_size, data.class_names)
+            if best_of_holdout:
+                best_of_holdout.write(run_dir / "best" / "holdout.parquet")
             prediction = of_last.probabilities.argmax(dim=1)
-            shown = partial(pictures, test_split)
+            shown = partial(pictures, scored_split)
             tracker.log_result(values, of_last.outcomes, prediction, of_last.labels, data.class_names, shown)
             write_result(run_dir, of_last, of_best, values)
         accelerator.wait_for_everyone()

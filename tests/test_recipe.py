@@ -162,7 +162,7 @@ LAYERS = [
     },
     {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher"},
     {"train"},
-    {"compare", "report", "show", "bench", "dashboard"},
+    {"compare", "report", "show", "bench", "dashboard", "search", "predict", "export", "adaptors"},
     {"cli"},
     {"__main__", "__init__"},
 ]
