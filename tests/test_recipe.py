@@ -160,7 +160,7 @@ LAYERS = [
         "progress",
         "files",
     },
-    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher"},
+    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher", "graph"},
     {"train"},
     {"compare", "report", "show", "bench", "dashboard", "search", "predict", "export", "adaptors"},
     {"cli"},
