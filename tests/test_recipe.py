@@ -151,6 +151,8 @@ LAYERS = [
         "losses",
         "metrics",
         "calibration",
+        "plots",
+        "significance",
         "augment",
         "ranks",
         "store",
