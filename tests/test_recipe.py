@@ -153,6 +153,8 @@ LAYERS = [
         "losses",
         "metrics",
         "calibration",
+        "plots",
+        "significance",
         "augment",
         "ranks",
         "store",
