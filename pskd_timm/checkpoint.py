@@ -29,7 +29,7 @@ from .recipe import Checkpoint as CheckpointSection
 from .recipe import InputError
 from .store import PredictionStore, home_rows
 
-FORMAT, VERSION = "pskd_timm checkpoint", 2
+FORMAT, VERSION = "pskd_timm checkpoint", 3
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     store: PredictionStore | None
-    sums: Tensor  # this rank's running sums [3] that are not in Progress yet
+    sums: Tensor  # this rank's running sums that are not in Progress yet
     best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best epoch so far, on the CPU
     method: Method = field(default_factory=Method)  # its state_dict, where it has one
 

@@ -72,6 +72,8 @@ class Data(Section):
     """Name of the test split; by default `test`, `validation` or `val`, whichever there is."""
     test_fraction: Fraction = 0.0
     """Part of the training split to set aside as the test split, where the data set has none."""
+    test: bool = True
+    """Score the test part at the end; `false` leaves it unread and scores the held-out part instead, as a search does."""
     image_size: Annotated[int, Field(ge=4)] | None = None
     """Height and width in pixels: the shorter side is resized, the centre kept; by default the size all images have."""
     crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -101,6 +103,8 @@ class Data(Section):
             raise ValueError(
                 "name a data set: `source` (digits, cifar10, cifar100, imagenet or a hub id) or `path` (a local folder)"
             )
+        if not self.test and not self.holdout_fraction:
+            raise ValueError("test false needs holdout_fraction: else there is nothing to score")
         if self.loading == "streaming" and self.image_size is None:
             raise ValueError("loading streaming needs image_size")
         if self.loading == "streaming" and self.gaussian_noise:
@@ -265,8 +269,14 @@ class Tracking(Section):
     """Project that wandb files the run under."""
     entity: str | None = None
     """User or team that wandb files the run under."""
+    tags: list[str] = []
+    """Tags that wandb gives the run beside its data set, network and seed."""
+    notes: str | None = None
+    """What wandb notes down about the run."""
+    artifact: bool = False
+    """Hand the weights of the last and the best epoch to wandb as an artifact."""
     log_every: Count = 50
-    """Steps between two reads of the running loss."""
+    """Steps between two reads of the running loss, its parts and the gradient's norm."""
 
 
 class Recipe(Section):
@@ -435,7 +445,8 @@ if not SHIPPED.is_dir():
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package, as `show` and `compare` take them."""
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    names = {path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml")}
+    return sorted(names - {"sweep"})  # that one is wandb's, not a recipe
 
 
 def find_recipe(name: str) -> Path:

@@ -152,6 +152,7 @@ LAYERS = [
         "batch",
         "losses",
         "metrics",
+        "calibration",
         "augment",
         "ranks",
         "store",
@@ -161,7 +162,7 @@ LAYERS = [
     },
     {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher"},
     {"train"},
-    {"compare", "report", "show", "bench"},
+    {"compare", "report", "show", "bench", "dashboard", "search", "predict", "export", "adaptors"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -59,10 +59,10 @@ class Split:
 
 @dataclass
 class Data:
-    """The parts of a data set; `holdout` is None unless the recipe asks for one."""
+    """The parts of a data set; `holdout` is None unless the recipe asks for one, `test` where it is not to be read."""
 
     train: Split | StreamedSplit
-    test: Split | StreamedSplit
+    test: Split | StreamedSplit | None
     holdout: Split | StreamedSplit | None
     class_names: list[str]
 
@@ -84,12 +84,12 @@ def load_data(section: DataSection, augment: AugmentSection, progress=None) -> D
         raise InputError(f"data: a classifier needs two classes at least, the training split has {len(class_names)}")
     make = _streamed if section.loading == "streaming" else _resident
     train = make("train", train_table, class_names, section, augment, progress)
-    test = make("test", test_table, class_names, section, augment, progress)
-    if train.size != test.size:
+    test = make("test", test_table, class_names, section, augment, progress) if test_table else None
+    if test and train.size != test.size:
         of_train, of_test = ("×".join(map(str, split.size)) for split in (train, test))
         raise InputError(f"data: training images are {of_train}, test images {of_test}: set data.image_size")
     train = _with_noise(_limited(train, section.limit_train, section.seed), section, 0)
-    test = _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
+    test = test and _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
     train, holdout = _held_out(train, section)
     train = replace(train, labels=flip_labels(train.labels, len(class_names), section.label_noise, section.seed))
     return Data(train, test, holdout, class_names)

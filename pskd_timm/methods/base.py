@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
@@ -24,6 +25,8 @@ class Method:
     """Base of all methods. Not an `nn.Module`: a teacher is neither wrapped nor saved with the student."""
 
     needs_partners = False  # whether `Batch.partner_images` is to be filled
+    part_names: tuple[str, ...] = ()  # what the loss is made of, as steps.jsonl and wandb name it
+    parts: Tensor  # [len(part_names)] after `loss`: the values of those in it, means over B without gradient
     store: PredictionStore | None = None  # what a method remembers of the training samples, saved with a checkpoint
 
     @classmethod
@@ -46,6 +49,7 @@ class Method:
         `labels` [N] and the `model` to be trained are given where they are known.
         """
         self.num_classes, self.num_epochs = num_classes, num_epochs
+        self.parts = torch.zeros(len(self.part_names), device=device)
         return self
 
     def check(self, model: nn.Module | None, num_classes: int):

@@ -1,5 +1,6 @@
 """PS-KD (Kim et al., ICCV 2021, arXiv 2006.12000): soften the label with what the network said of the sample an epoch ago."""
 
+import torch
 import torch.nn.functional as F
 
 from .. import losses
@@ -20,6 +21,7 @@ class PSKD(Method):
     snapshot the network as the last epoch left it sees the current images too, in eval mode, and nothing is stored.
     """
 
+    part_names = ("cross_entropy", "last_cross_entropy")
     snapshot: Snapshot | None = None
 
     def __init__(
@@ -72,21 +74,22 @@ class PSKD(Method):
     def loss(self, model, batch):
         logits = model(batch.images)
         wide = losses.at_least_float32(logits)
-        label = F.one_hot(batch.labels, self.num_classes).to(wide.dtype)
-        last = self.last_prediction(model, batch, label).to(wide.dtype)
-        targets = (1.0 - self.alpha_now) * label + self.alpha_now * last
+        last = self.last_prediction(model, batch).to(wide.dtype)
+        log_p = F.log_softmax(wide, dim=1)
+        cross_entropy, last_cross_entropy = F.nll_loss(log_p, batch.labels), -(last * log_p).sum(dim=1).mean()
+        self.parts = torch.stack([cross_entropy, last_cross_entropy]).detach()
         if self.store:
             # What this very forward predicts (training mode, augmented view) is the next visit's target.
             self.store.write(batch.index, wide.detach().softmax(dim=1))
-        return losses.soft_cross_entropy(logits, targets), logits
+        return (1.0 - self.alpha_now) * cross_entropy + self.alpha_now * last_cross_entropy, logits
 
-    def last_prediction(self, model, batch, label):
-        """What was last said of the batch's samples, probabilities [B, K]; one-hot `label` [B, K] where nothing was."""
+    def last_prediction(self, model, batch):
+        """What was last said of the batch's samples, probabilities [B, K]; their one-hot labels where nothing was."""
         if self.store:
             return self.store.read(batch.index, batch.labels)
         self.snapshot.watch(model)
         if self.snapshot.frozen is None:
-            return label
+            return F.one_hot(batch.labels, self.num_classes)
         return losses.at_least_float32(self.snapshot.logits(batch.images)).softmax(dim=1)
 
     def end_epoch(self):

@@ -20,6 +20,8 @@ class TFKD(Method):
     by T where the teacher is a trained one.
     """
 
+    part_names = ("cross_entropy", "kl")
+
     def __init__(
         self,
         teacher: nn.Module | None = None,
@@ -75,6 +77,7 @@ class TFKD(Method):
                 teacher_logits = self.teacher(batch.images)
             kl = losses.tempered_kl(logits, teacher_logits, *temperatures)
         cross_entropy = F.cross_entropy(losses.at_least_float32(logits), batch.labels)
+        self.parts = torch.stack([cross_entropy, kl]).detach()
         return (1.0 - self.alpha) * cross_entropy + self.kl_weight * kl, logits
 
 
