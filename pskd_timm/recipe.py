@@ -53,8 +53,14 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Area = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-# YAML 1.1 reads a bare `no` as false.
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
+# YAML 1.1 reads a bare `no` or `off` as false.
+Precision = Annotated[
+    Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
+Compile = Annotated[
+    Literal["off", "default", "max-autotune", "graphs"],
+    BeforeValidator(lambda value: ("off", "default")[value] if isinstance(value, bool) else value),
+]
 
 
 class Data(Section):
@@ -146,8 +152,8 @@ class Model(Section):
     """Further arguments of the model, as `timm.create_model` takes them: {drop_rate: 0.1}."""
     channels_last: bool = False
     """Lay tensors out as NHWC, which convolutions on GPUs (and often CPUs) run faster on."""
-    compile: bool = False
-    """Run the model through torch.compile."""
+    compile: Compile = "off"
+    """torch.compile in its `default` or `max-autotune` mode, or `graphs`: steps replayed as one CUDA graph (one GPU)."""
     sync_bn: bool = False
     """Take batch norm's statistics over all processes (GPUs only)."""
 
@@ -297,7 +303,7 @@ class Recipe(Section):
     accumulate: Count = 1
     """Forward and backward passes that a step's samples are split into, to fit into memory."""
     mixed_precision: Precision = "no"
-    """Type of the forward pass: float32 (`no`), bfloat16 or float16 with loss scaling."""
+    """Type of the forward pass: float32 (`no`; `tf32` lets GPUs round factors), bfloat16, or float16 with loss scaling."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Evaluate and keep a running mean of the weights with this decay a step (timm's ModelEmaV3)."""
     threads: Count | None = None

@@ -28,10 +28,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from . import checkpoint, ranks, rng
+from .batch import Batch
 from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
+from .graph import StepGraph
 from .methods import METHODS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
@@ -103,8 +105,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     if recipe.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
     mean, std = normalisation(model, recipe)
-    if recipe.model.compile:
-        model.compile()
+    if recipe.model.compile in ("default", "max-autotune"):
+        model.compile(mode=recipe.model.compile, dynamic=False)  # the tail batch is compiled for itself
     network = model  # without the wrappers of several processes
     ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
     evaluated = ema.module if ema else network
@@ -142,6 +144,16 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     running = RunningSums(accelerator, method.part_names)
     progress = Progress()
     parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums, method=method)
+
+    def forward_backward(batch: Batch, weight: float):
+        with accelerator.autocast():
+            loss, logits = method.loss(model, batch)
+        accelerator.backward(loss * weight)
+        running.add(loss, logits, batch.labels, method.parts)
+
+    recorded = recipe.model.compile == "graphs"
+    if recorded:
+        forward_backward = StepGraph(forward_backward, lambda: method.variant)
 
     def score_split(model, split, keep_probabilities=False):
         return predict(model, split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
@@ -188,18 +200,16 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                     for batch in micro_batches:
+                        # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
+                        weight = len(batch.labels) * world_size / global_size
                         with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
-                            with accelerator.autocast():
-                                loss, logits = method.loss(model, batch)
-                            # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
-                            accelerator.backward(loss * (len(batch.labels) * world_size / global_size))
-                        running.add(loss, logits, batch.labels, method.parts)
+                            forward_backward(batch, weight)
                     to_log = (step + 1) % recipe.tracking.log_every == 0
                     if recipe.optim.clip_grad_norm or to_log:
                         longest = recipe.optim.clip_grad_norm or math.inf
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), longest)
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad(set_to_none=not recorded)  # a recording adds to the tensors it has seen
                     if ema:
                         ema.update(network)
                     progress.step += 1
@@ -312,14 +322,22 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError("mixed_precision fp16 needs a GPU; bf16 and no run everywhere")
     if recipe.model.sync_bn and not torch.cuda.is_available():
         raise InputError("model.sync_bn needs GPUs: torch has no batch norm over processes for the CPU")
+    if recipe.model.compile == "graphs" and not torch.cuda.is_available():
+        raise InputError("model.compile graphs needs a GPU: default and max-autotune run everywhere")
+    if recipe.model.compile == "graphs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("model.compile graphs is for one process: use default or max-autotune with several")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    # torch rounds the factors of convolutions on GPUs to TF32 unless it is told not to.
+    torch.set_float32_matmul_precision("highest" if recipe.mixed_precision == "no" else "high")
+    torch.backends.cudnn.allow_tf32 = recipe.mixed_precision != "no"
+    torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
     # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision=recipe.mixed_precision,
+            mixed_precision={"tf32": "no"}.get(recipe.mixed_precision, recipe.mixed_precision),
             step_scheduler_with_optimizer=False,
             log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout_minutes))],

@@ -47,6 +47,7 @@ class PSKD(Method):
 
     def setup(self, *, num_samples, num_classes, num_epochs, device, labels=None, model=None):
         super().setup(num_samples=num_samples, num_classes=num_classes, num_epochs=num_epochs, device=device)
+        self._alpha = torch.zeros((), dtype=torch.float64, device=device)  # where a recorded step reads it
         if self.teacher == "snapshot":
             self.snapshot = Snapshot(model)
             self.told = "snapshot teacher: the network as the last epoch left it, one more forward a step"
@@ -66,6 +67,7 @@ class PSKD(Method):
 
     def begin_epoch(self, epoch, order):
         self.alpha_now = alpha_at(epoch, self.num_epochs, self.alpha, *self.schedule)
+        self._alpha.fill_(self.alpha_now)
         if self.store:
             self.store.checkout(order)
         elif epoch > 0 and self.snapshot.frozen is None:
@@ -81,7 +83,8 @@ class PSKD(Method):
         if self.store:
             # What this very forward predicts (training mode, augmented view) is the next visit's target.
             self.store.write(batch.index, wide.detach().softmax(dim=1))
-        return (1.0 - self.alpha_now) * cross_entropy + self.alpha_now * last_cross_entropy, logits
+        alpha = self._alpha.to(wide.dtype)
+        return (1.0 - alpha) * cross_entropy + alpha * last_cross_entropy, logits
 
     def last_prediction(self, model, batch):
         """What was last said of the batch's samples, probabilities [B, K]; their one-hot labels where nothing was."""
@@ -89,7 +92,7 @@ class PSKD(Method):
             return self.store.read(batch.index, batch.labels)
         self.snapshot.watch(model)
         if self.snapshot.frozen is None:
-            return F.one_hot(batch.labels, self.num_classes)
+            return losses.one_hot(batch.labels, self.num_classes)
         return losses.at_least_float32(self.snapshot.logits(batch.images)).softmax(dim=1)
 
     def end_epoch(self):
@@ -97,6 +100,10 @@ class PSKD(Method):
             self.store.checkin()
         else:
             self.snapshot.take()
+
+    @property
+    def variant(self):
+        return self.snapshot is not None and self.snapshot.frozen is None
 
     def values(self):
         return {"alpha": self.alpha_now}
