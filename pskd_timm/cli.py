@@ -219,7 +219,7 @@ def run_compare(arguments, rest):
     found = compare(recipe, list(methods), list(seeds), arguments.jobs, Display(arguments.quiet))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(terminal_table(found.rows, f"{recipe.name}: {recipe.model.name}, last epoch"))
-    print("wrote " + ", ".join(map(str, found.paths)))
+    print("\n".join([*found.notes, "wrote " + ", ".join(map(str, found.paths))]))
     return FAILED if found.failed else DONE
 
 

@@ -26,11 +26,15 @@ GRACE = 60  # seconds that interrupted runs have to save before they are ended
 
 @dataclass
 class Comparison:
-    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written."""
+    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written.
+
+    `notes` has a line for each run that a trained network taught.
+    """
 
     rows: pd.DataFrame
     runs: dict[str, list[Path]]
     paths: list[Path]
+    notes: list[str]
 
     @property
     def failed(self) -> int:
@@ -92,7 +96,9 @@ def compare(
     finally:
         display.close()
     rows, runs = _collect(all_jobs, failures)
-    return Comparison(rows, runs, report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch"))
+    notes = [note for folders in runs.values() for folder in folders if (note := _of_teacher(Result.read(folder)))]
+    paths = report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch", notes)
+    return Comparison(rows, runs, paths, notes)
 
 
 def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> dict[Path, str]:
@@ -161,8 +167,7 @@ def _tell(job: Job, failures: dict[Path, str], display: Display):
     run_dir = job.recipe.run_dir
     name = f"{job.recipe.method} seed {job.recipe.seed}"
     if job.process.exitcode == 0:
-        result = Result.read(run_dir)
-        display.say(f"{name}: {_short(result.last)}{_of_teacher(result)}")
+        display.say(f"{name}: {_short(Result.read(run_dir).last)}")
         return
     code = job.process.exitcode
     failures[run_dir] = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
@@ -176,9 +181,13 @@ def _short(figures: dict) -> str:
     return f"error {figures['top1_error']:.2f} %  nll {figures['nll']:.3f}  ece {figures['ece']:.2f} %"
 
 
-def _of_teacher(result: Result) -> str:
+def _of_teacher(result: Result) -> str | None:
+    """What a run's teacher reached, where a trained network taught it and its figures are known."""
     teacher = result.values.get("teacher", {})
-    return f"  (its teacher: {_short(teacher)})" if "nll" in teacher else ""
+    if "nll" not in teacher:
+        return None
+    name = f"{result.values['method']} seed {result.values['seed']}"
+    return f"{name} was taught by {teacher['run']} (epoch {teacher['epoch']}): {_short(teacher)}"
 
 
 def _stop(running: list[Job]):
