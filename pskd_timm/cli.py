@@ -120,6 +120,11 @@ def make_parser() -> Parser:
     bench.add_argument("what", choices=["store"], help="store: the prediction store's memory and times")
     bench.add_argument("--processes", nargs="+", type=int, metavar="N", default=[1, 2, 4], help="default: 1 2 4")
     bench.add_argument("--json", metavar="PATH", help="write the figures there too")
+    dashboard = command("dashboard", "build wandb's workspace that compares a recipe's runs", run_dashboard, False)
+    dashboard.add_argument("runs", metavar="RUNS", help="a comparison's folder (runs/digits), or its recipe")
+    dashboard.add_argument("--entity", help="user or team on wandb (default: the recipe's, else the account's own)")
+    dashboard.add_argument("--project", help="project on wandb (default: the recipe's)")
+    dashboard.add_argument("--publish", action="store_true", help="put it on wandb (with an account)")
     command("models", "list this package's networks", run_models, takes_recipe=False)
     for sub in commands.choices.values():
         options = [option.removeprefix("--") for action in sub._actions for option in action.option_strings]
@@ -235,12 +240,13 @@ def run_search(arguments, rest):
 
 def run_show(arguments, rest):
     recipe = load(arguments, rest)
+    recipe.check_preset(recipe.method)
     from rich.console import Console
 
-    from .show import cost_lines, sources_table
+    from .show import cost_lines, loss_lines, sources_table
 
     Console(width=None if sys.stdout.isatty() else 140).print(sources_table(recipe))
-    print("\n".join(cost_lines(recipe)))
+    print("\n".join(loss_lines(recipe) + cost_lines(recipe)))
     return DONE
 
 
@@ -261,6 +267,19 @@ def run_evaluate(arguments, rest):
         recorded = found.pop("recorded")
         agrees = "equal to result.json" if recorded == found else f"result.json has: {figures(recorded)}"
         print(f"{which}: {figures(found)} ({agrees})")
+    return DONE
+
+
+def run_dashboard(arguments, rest):
+    from .dashboard import dashboard
+
+    path, url = dashboard(arguments.runs, arguments.entity, arguments.project, arguments.publish)
+    print(f"wrote {path}")
+    if url:
+        print(f"published {url}")
+    else:
+        print("with a wandb account: `wandb sync` brings runs that were offline to the server, the same command with")
+        print("--publish this dashboard")
     return DONE
 
 
@@ -355,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         arguments, rest = make_parser().parse_known_args(argv)
-        if rest and arguments.command == "models":
+        if rest and arguments.command in ("models", "dashboard"):
             raise InputError(f"unknown option {rest[0]}")
         return arguments.run(arguments, rest)
     except InputError as error:

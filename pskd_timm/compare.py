@@ -17,6 +17,7 @@ from . import report
 from .metrics import METRICS
 from .progress import Display
 from .recipe import METHOD_SECTIONS, InputError, Recipe
+from .teacher import teacher_folder
 from .tracking import read_lines
 from .train import Result, check_recipe, finished, train
 
@@ -46,6 +47,11 @@ class Job:
     seat: int = 0  # which share of the machine it has
 
     @property
+    def teacher(self) -> Path | None:
+        """The run that must be finished before this one, where it is one of the comparison's own."""
+        return teacher_folder(self.recipe) if self.recipe.tfkd.teacher == "baseline" else None
+
+    @property
     def log(self) -> Path:
         return self.recipe.run_dir / "run.log"
 
@@ -59,7 +65,8 @@ def compare(
 ) -> Comparison:
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
-    A failed run is a row that says so; the others go on. Finished runs are not repeated.
+    A failed run is a row that says so; the others go on. Finished runs are not repeated. With `tfkd.teacher: baseline` the
+    baselines are trained before TF-KD, also where `methods` does not name them.
     """
     if unknown := [method for method in methods if method not in METHOD_SECTIONS]:
         raise InputError(f"--methods: unknown method {unknown[0]!r}: choose from {', '.join(METHOD_SECTIONS)}")
@@ -68,6 +75,8 @@ def compare(
             "compare starts its runs itself: call `pskd-timm compare … --jobs N` without accelerate launch"
         )
     display = display or Display()
+    if "tfkd" in methods and "baseline" not in methods and recipe.tfkd.teacher == "baseline":
+        methods = ["baseline", *methods]
     all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
     waiting = [job for job in all_jobs if not finished(job.recipe)]
@@ -98,8 +107,14 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
     previous = signal.signal(signal.SIGTERM, _end) if _in_main_thread() else None
     try:
         while left or running:
-            while left and len(running) < jobs:
-                job = left.pop(0)
+            busy = {job.recipe.run_dir for job in [*left, *running]}
+            while (ready := [job for job in left if job.teacher not in busy]) and len(running) < jobs:
+                job = ready[0]
+                left.remove(job)
+                if job.teacher in failures:
+                    failures[job.recipe.run_dir] = f"failed: its teacher {job.teacher} failed"
+                    display.say(f"{job.recipe.method} seed {job.recipe.seed}: {failures[job.recipe.run_dir]}")
+                    continue
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
                 job.process = context.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
                 _start(job.process)
@@ -146,8 +161,8 @@ def _tell(job: Job, failures: dict[Path, str], display: Display):
     run_dir = job.recipe.run_dir
     name = f"{job.recipe.method} seed {job.recipe.seed}"
     if job.process.exitcode == 0:
-        last = Result.read(run_dir).last
-        display.say(f"{name}: error {last['top1_error']:.2f} %  nll {last['nll']:.3f}  ece {last['ece']:.2f} %")
+        result = Result.read(run_dir)
+        display.say(f"{name}: {_short(result.last)}{_of_teacher(result)}")
         return
     code = job.process.exitcode
     failures[run_dir] = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
@@ -155,6 +170,15 @@ def _tell(job: Job, failures: dict[Path, str], display: Display):
         with suppress(OSError, IndexError):
             failures[run_dir] = f"failed: {job.log.read_text().strip().splitlines()[-1]}"
     display.say(f"{name}: {failures[run_dir]} (all of it: {job.log})")
+
+
+def _short(figures: dict) -> str:
+    return f"error {figures['top1_error']:.2f} %  nll {figures['nll']:.3f}  ece {figures['ece']:.2f} %"
+
+
+def _of_teacher(result: Result) -> str:
+    teacher = result.values.get("teacher", {})
+    return f"  (its teacher: {_short(teacher)})" if "nll" in teacher else ""
 
 
 def _stop(running: list[Job]):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch import nn
 
 from . import checkpoint, ranks, rng
 from .checkpoint import Parts, Progress, Wishes
-from .data import Data, Loader, load_data
+from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
 from .methods import METHODS
@@ -38,6 +39,7 @@ from .order import num_batches
 from .progress import Display
 from .recipe import Diverged, InputError, Recipe
 from .released import start_from
+from .teacher import method_section, teacher_figures
 from .tracking import Tracker, read_lines
 
 GO_ON = "the same command goes on from there"
@@ -80,6 +82,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
+    recipe.check_preset(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -110,13 +113,14 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     splits = {name: split.to(device) for name, split in splits.items() if split}
     chosen_on, choosing_split = list(splits.items())[-1]
     scored_on, scored_split = list(splits.items())[0]
-    method = METHODS[recipe.method].from_section(getattr(recipe, recipe.method).model_dump())
+    method = METHODS[recipe.method].from_section(method_section(recipe))
     method.setup(
         num_samples=len(data.train),
         num_classes=data.num_classes,
         num_epochs=recipe.epochs,
         device=device,
         labels=train_split.labels,
+        model=network,
     )
     loader = Loader(
         train_split,
@@ -135,9 +139,9 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     model, optimizer = accelerator.prepare(model, optimizer)
     # Running statistics matter in evaluation only, and are brought together there (ranks.py): no step waits for them.
     model.broadcast_buffers = False
-    running = RunningSums(accelerator)
+    running = RunningSums(accelerator, method.part_names)
     progress = Progress()
-    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums)
+    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums, method=method)
 
     def score_split(model, split, keep_probabilities=False):
         return predict(model, split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
@@ -189,18 +193,21 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                                 loss, logits = method.loss(model, batch)
                             # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
                             accelerator.backward(loss * (len(batch.labels) * world_size / global_size))
-                        running.add(loss, logits, batch.labels)
-                    if recipe.optim.clip_grad_norm:
-                        accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad_norm)
+                        running.add(loss, logits, batch.labels, method.parts)
+                    to_log = (step + 1) % recipe.tracking.log_every == 0
+                    if recipe.optim.clip_grad_norm or to_log:
+                        longest = recipe.optim.clip_grad_norm or math.inf
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), longest)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     if ema:
                         ema.update(network)
                     progress.step += 1
-                    if (step + 1) % recipe.tracking.log_every == 0:
-                        mean_loss = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
-                        tracker.log_step(step + 1, {"epoch": epoch + 1, "loss": mean_loss, "lr": lr})
-                        facts = f"epoch {epoch + 1}/{recipe.epochs} loss {mean_loss:.3f}"
+                    if to_log:
+                        means = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
+                        line = {"epoch": epoch + 1, **means, "lr": lr, "grad_norm": grad_norm.item(), **method.values()}
+                        tracker.log_step(step + 1, line)
+                        facts = f"epoch {epoch + 1}/{recipe.epochs} loss {means['loss']:.3f}"
                         display.advance(name, step + 1, recipe.epochs * loader.steps, facts)
                     if progress.step < loader.steps:
                         wish = wishes.after(step + 1, stop.received)
@@ -216,6 +223,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     "train_loss": progress.loss_sum / progress.num_seen,
                     "train_error": 100.0 * progress.error_sum / progress.num_seen,
                     **method.values(),
+                    "store_bytes": method.store.nbytes if method.store else 0,
                 }
                 method.end_epoch()
                 if epoch == first_epoch and (news := method.about()) != about:
@@ -272,12 +280,17 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 "num_processes": world_size,
                 **surroundings(device),
             }
+            if of_teacher := teacher_figures(recipe):
+                values["teacher"] = of_teacher
             if of_holdout:
                 of_holdout.write(run_dir / "holdout.parquet")
                 values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout.score()}, "best": progress.best}
             save_model(evaluated, run_dir / "best", mean, std, data.image_size, data.class_names)
             if best_of_holdout:
                 best_of_holdout.write(run_dir / "best" / "holdout.parquet")
+            prediction = of_last.probabilities.argmax(dim=1)
+            shown = partial(pictures, scored_split)
+            tracker.log_result(values, of_last.outcomes, prediction, of_last.labels, data.class_names, shown)
             write_result(run_dir, of_last, of_best, values)
         accelerator.wait_for_everyone()
     finally:
@@ -322,13 +335,18 @@ def connect(recipe: Recipe) -> Accelerator:
 
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
     """What `train` would refuse, for each of `methods`, before any run is started; decodes the images on the way."""
+    for method in methods:
+        recipe.check_preset(method)
     check_name(recipe.model.name)
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)
     check_batches(recipe, len(data.train), 1, model, data.image_size)
     make_optimizer(model, recipe.optim)
     for method in methods:
-        METHODS[method].from_section(getattr(recipe, method).model_dump())
+        if method == "tfkd" and recipe.tfkd.teacher == "baseline":
+            continue  # the teacher is trained first, from this very recipe
+        taught = recipe.model_copy(update={"method": method})
+        METHODS[method].from_section(method_section(taught)).check(model, data.num_classes)
 
 
 def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module, image_size: tuple[int, int]):
@@ -416,17 +434,18 @@ def delete_run(run_dir: Path):
 
 
 class RunningSums:
-    """Loss, error and sample count summed on the device and read only now and then."""
+    """Loss, error, sample count and the loss's parts summed on the device and read only now and then."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.sums = torch.zeros(3, device=accelerator.device)  # loss, errors, samples
+    def __init__(self, accelerator: Accelerator, part_names: tuple[str, ...] = ()):
+        self.accelerator, self.part_names = accelerator, part_names
+        self.sums = torch.zeros(3 + len(part_names), device=accelerator.device)  # loss, errors, samples, parts
 
-    def add(self, loss, logits, labels):
+    def add(self, loss, logits, labels, parts):
         wrong = (logits.detach().argmax(dim=1) != labels).sum()
         self.sums[0] += loss.detach() * len(labels)
         self.sums[1] += wrong
         self.sums[2] += len(labels)
+        self.sums[3:].add_(parts, alpha=len(labels))
 
     def total(self, where: str) -> list[float]:
         """The sums over all ranks (all ranks call it together); raises Diverged where the loss is not finite."""
@@ -435,14 +454,19 @@ class RunningSums:
             raise Diverged(f"the loss is {sums[0]} at {where}")
         return sums
 
-    def read(self, progress: Progress, where: str) -> float:
-        """Add the sums over all ranks to `progress` and start anew; returns the mean loss (all ranks call it together)."""
-        loss, errors, samples = self.total(where)
+    def read(self, progress: Progress, where: str) -> dict[str, float]:
+        """Add the sums over all ranks to `progress` and start anew (all ranks call it together).
+
+        Returns the mean `loss`, the `error` in % and the mean of each part.
+        """
+        loss, errors, samples, *parts = self.total(where)
         self.sums.zero_()
         progress.loss_sum += loss
         progress.error_sum += errors
         progress.num_seen += samples
-        return loss / max(samples, 1)
+        means = [loss, 100.0 * errors, *parts]
+        names = ("loss", "error", *self.part_names)
+        return {name: mean / max(samples, 1) for name, mean in zip(names, means, strict=True)}
 
 
 class Clock:

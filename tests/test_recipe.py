@@ -145,6 +145,8 @@ def test_public_names_are_functions_even_after_their_modules_were_imported():
 LAYERS = [
     {
         "recipe",
+        "presets",
+        "effective",
         "rng",
         "order",
         "batch",
@@ -158,9 +160,9 @@ LAYERS = [
         "progress",
         "files",
     },
-    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate"},
+    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher"},
     {"train"},
-    {"compare", "report", "show", "bench", "search", "predict", "export", "adaptors"},
+    {"compare", "report", "show", "bench", "dashboard", "search", "predict", "export", "adaptors"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -63,10 +63,12 @@ def test_two_equal_runs_are_bitwise_equal_and_another_seed_is_not(tiny, tmp_path
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "pskd snapshot"])
 def test_a_run_interrupted_in_mid_epoch_and_continued_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch, method):
+    method, _, teacher = method.partition(" ")
     settings = {
         "method": method,
+        "pskd__teacher": teacher or "store",
         "epochs": 3,
         "model__kwargs": {"width": 8, "drop_rate": 0.2},
         "ema_decay": 0.9,
@@ -207,8 +209,11 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused_its_f
 
 def test_a_finished_runs_network_teaches_tfkd(finished, tiny):
     _, teacher = finished
-    result = train(tiny(method="tfkd", tfkd__teacher=str(teacher.run_dir)))
+    same_data = {"data__gaussian_noise": 0.65}
+    result = train(tiny(method="tfkd", tfkd__teacher=str(teacher.run_dir), **same_data))
     assert np.isfinite(losses(result.run_dir)).all()
+    recorded = result.values["teacher"]
+    assert recorded == {"run": str(teacher.run_dir), "method": "pskd", "seed": 0, **teacher.last}
     with pytest.raises(InputError, match="no model here"):
         train(tiny(method="tfkd", tfkd__teacher="nowhere", seed=5))
 

@@ -56,7 +56,7 @@ def exchange(folder: Path):
         labels = torch.randint(k, (n,), generator=generator)
         store = PredictionStore(n, k, dtype=dtype, labels=labels, topk=topk)
         exact = getattr(torch, dtype)
-        table = F.one_hot(labels, k).to(torch.promote_types(exact, torch.float32) if topk else exact)
+        table = F.one_hot(labels, k).to(torch.promote_types(exact, torch.float32))
         close = {"rtol": 0, "atol": 1e-6 if topk else 0}
         for _ in range(data.draw(st.integers(1, 3))):
             order = torch.randperm(n, generator=generator)[: data.draw(st.integers(0, n))]
@@ -71,16 +71,21 @@ def exchange(folder: Path):
                     store.write(half, new[half])
                 if done == 0 and middle:
                     store.gather()  # a check-in in the middle of an epoch leaves the rows checked out
-            if len(mine) < n:
-                stray = next(i for i in range(n) if i not in mine.tolist())
-                try:
-                    store.read(torch.tensor([stray]), labels[:1])
-                    raise AssertionError("a row that is not here was read")
-                except InputError as error:
-                    assert f"sample {stray} " in str(error)
             store.checkin()
             for i in order.tolist():
                 table[i] = nearest_row(new[i], topk, exact) if topk else new[i].to(exact)
+            torch.testing.assert_close(store.gather(), table, **close)
+            # One rank reads a row that it did not check out: all of them are told which.
+            store.checkout(mine[:0])
+            stray = int(torch.randint(n, (), generator=generator))
+            if rank == stray % world_size:
+                store.read(torch.tensor([stray]), labels[:1])
+            try:
+                store.checkin()
+                raise AssertionError("a row that was not checked out was read")
+            except InputError as error:
+                assert f"sample {stray} " in str(error)
+            store.checkin()
             torch.testing.assert_close(store.gather(), table, **close)
             checked += 1
 

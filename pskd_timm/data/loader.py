@@ -93,6 +93,12 @@ class Loader:
         return Batch(images[0], self.split.labels[index], index, *images[1:])
 
 
+def pictures(split: Split, rows: Tensor) -> Tensor:
+    """The images uint8 [n, C, H, W] of `rows` [n] as evaluation sees them, before they are normalised."""
+    ids = rows.to(split.ids_device)
+    return next(iter(split.stream([(ids, [(ids, None)])])))[1][0]
+
+
 def eval_part(length: int, batch_size: int, rank: int, world_size: int) -> slice:
     """The samples of a split that `rank` evaluates: whole batches, so that they are the same batches on any number of ranks."""
     batches = order.share(-(-length // batch_size), rank, world_size)
