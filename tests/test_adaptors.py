@@ -1,14 +1,18 @@
 """Each loop is the other library's own; what it must give is what `train` logged, step by step."""
 
+import json
+
 import numpy as np
 import pytest
 import timm.task
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data import create_loader
+from timm.data.loader import PrefetchLoader, fast_collate
 from timm.utils import CheckpointSaver
 
-from pskd_timm import METHODS, InputError, train
+from pskd_timm import METHODS, PSKD, InputError, load_recipe, train
 from pskd_timm.adaptors import Indexed
 from pskd_timm.data import load_data
 from pskd_timm.evaluate import normalisation
@@ -104,9 +108,9 @@ def timms_loop(recipe, data, folder, stop_after=EPOCHS, resume=None):
     return losses, task
 
 
-@pytest.mark.parametrize("method", ["pskd", "tfkd"])
-def test_timms_task_gives_the_losses_and_the_network_of_our_own_loop(plain, tmp_path, method):
-    recipe = plain(method=method)
+@pytest.mark.parametrize("settings", [{}, {"pskd__teacher": "snapshot"}, {"method": "tfkd"}], ids=str)
+def test_timms_task_gives_the_losses_and_the_network_of_our_own_loop(plain, tmp_path, settings):
+    recipe = plain(**settings)
     losses, network = ours(recipe)
     found, task = timms_loop(recipe, load_data(recipe.data, recipe.augment), tmp_path)
     assert len(found) == EPOCHS * 4 and found == pytest.approx(losses, abs=1e-6)
@@ -116,15 +120,86 @@ def test_timms_task_gives_the_losses_and_the_network_of_our_own_loop(plain, tmp_
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_a_resumed_timm_checkpoint_brings_the_predictions_back(plain, tmp_path):
-    recipe = plain()
+@pytest.mark.parametrize("teacher", ["store", "snapshot"])
+def test_a_resumed_timm_checkpoint_brings_back_what_the_method_remembers(plain, tmp_path, teacher):
+    recipe = plain(pskd__teacher=teacher)
     data = load_data(recipe.data, recipe.augment)
     whole, _ = timms_loop(recipe, data, tmp_path)
     timms_loop(recipe, data, tmp_path, stop_after=2)
     rest, task = timms_loop(recipe, data, tmp_path, resume=str(tmp_path / "last.pth.tar"))
     assert rest == whole[8:]
-    with pytest.raises(InputError, match="not of this method and data set"):
-        task.load_task_state({"predictions": torch.zeros(3, 10)})
+    if teacher == "store":
+        with pytest.raises(InputError, match="not of this method and data set"):
+            task.load_task_state({"predictions": torch.zeros(3, 10), "method": {}})
+
+
+def distributed_parts(distributed):
+    """A linear network on 64 digits with timm's loader, and the task for it; in each process, or in one for all."""
+    from pskd_timm.adaptors.timm_task import MethodTask
+
+    given = {"data.limit_train": 64, "model.kwargs": {"width": 4}, "data.gaussian_noise": 0}
+    recipe = load_recipe("digits", given)
+    data = load_data(recipe.data, recipe.augment)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    options = {"is_training": True, "no_aug": True, "num_workers": 0, "device": torch.device("cpu")}
+    loader = create_loader(Indexed(Pictures(data.train)), (3, 8, 8), 8, distributed=distributed, **options)
+    sizes = {"num_samples": 64, "num_classes": 10, "num_epochs": 3, "device": "cpu"}
+    task = MethodTask(model, PSKD(alpha=0.8, store_dtype="float32").setup(**sizes))
+    return loader, task, torch.optim.SGD(model.parameters(), 0.02)
+
+
+def one_rank(rank, folder):
+    """timm's distributed loader, DDP and saver with PS-KD's task: this rank's losses, and rank 0's checkpoints."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    loader, task, optimizer = distributed_parts(distributed=True)
+    saver = CheckpointSaver(task.trainable_module, optimizer, checkpoint_dir=str(folder), task=task)
+    task.prepare_distributed()
+    losses = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        task.begin_epoch(epoch, order=list(loader.sampler))
+        for images, pairs in loader:
+            result = task(images, pairs)
+            optimizer.zero_grad()
+            result["loss"].backward()
+            optimizer.step()
+            losses.append(result["loss"].item())
+        task.end_epoch()
+        if rank == 0:
+            saver.save_checkpoint(epoch, metric=epoch)
+    (folder / f"losses-{rank}").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_timms_task_on_two_processes_gives_the_losses_and_the_table_of_one(tmp_path):
+    # Forked, they have the slow imports done; on one thread each that is safe.
+    torch.multiprocessing.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="fork")
+    by_rank = [json.loads((tmp_path / f"losses-{rank}").read_text()) for rank in (0, 1)]
+    loader, task, optimizer = distributed_parts(distributed=False)
+    dataset, losses = loader.loader.dataset, []
+    for epoch in range(3):
+        # What torch's sampler gives each of two ranks, batch by batch together.
+        orders = [torch.utils.data.DistributedSampler(dataset, 2, rank, seed=0) for rank in (0, 1)]
+        for order in orders:
+            order.set_epoch(epoch)
+        task.begin_epoch(epoch)
+        shares = [torch.tensor(list(order)).split(8) for order in orders]
+        for ids in map(torch.cat, zip(*shares, strict=True)):
+            ((images, pairs),) = PrefetchLoader(
+                [fast_collate([dataset[i] for i in ids.tolist()])], device=torch.device("cpu")
+            )
+            loss = task(images, pairs)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        task.end_epoch()
+    assert np.mean(by_rank, axis=0).tolist() == pytest.approx(losses, abs=1e-6) and by_rank[0] != by_rank[1]
+    saved = torch.load(tmp_path / "last.pth.tar", weights_only=True)["task_state"]["predictions"]
+    torch.testing.assert_close(saved, task.method.store.gather(), atol=1e-6, rtol=0)
 
 
 def test_timms_task_refuses_plain_labels_and_methods_that_need_partners(plain):

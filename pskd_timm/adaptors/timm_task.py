@@ -20,7 +20,7 @@ class MethodTask(ClassificationTask):
     """timm's classification task with the loss of `method`, whose `setup` was called; targets are Indexed's pairs [B, 2].
 
     Call `begin_epoch` before and `end_epoch` after each epoch. timm's CheckpointSaver(task=…) and resume_task_checkpoint
-    keep the method's table of predictions. What asks for partners (CS-KD) is refused.
+    keep what the method remembers: its table of predictions, its snapshot. What asks for partners (CS-KD) is refused.
     """
 
     def __init__(self, model: nn.Module, method: Method, device=None, dtype=None, verbose: bool = True):
@@ -30,6 +30,8 @@ class MethodTask(ClassificationTask):
                 f"{type(method).__name__} needs a partner for each sample, which timm's loaders do not bring"
             )
         self.method = method
+        if snapshot := getattr(method, "snapshot", None):
+            snapshot.watch(model)
 
     def begin_epoch(self, epoch: int, order=None):
         """Before epoch `epoch` (0-based), in which this rank visits the sample ids `order`; alone it may be left out."""
@@ -58,14 +60,19 @@ class MethodTask(ClassificationTask):
             self._rows = ranks.gather_rows(store.shard(), store.parts)
 
     def get_task_state(self, module=None, ema: bool = False) -> dict:
-        """The table of predictions as of the last epoch's end."""
-        return {} if ema or not hasattr(self, "_rows") else {"predictions": self._rows}
+        """What the method remembered at the last epoch's end."""
+        table = {"predictions": self._rows} if hasattr(self, "_rows") else {}
+        return {} if ema else table | {"method": self.method.state_dict()}
 
     def load_task_state(self, state, strict: bool = True, module=None, ema: bool = False):
-        """Put a checkpoint's table in place. Raises InputError if it is of another size."""
+        """Take over what `get_task_state` gave. Raises InputError if its table is of another size."""
         if ema or not state:
             return
-        store, rows = self.method.store, state["predictions"]
+        if state["method"]:
+            self.method.load_state_dict(state["method"])
+        store, rows = self.method.store, state.get("predictions")
+        if store is None or rows is None:
+            return
         if rows.shape[1:] != store.home.shape[1:] or len(rows) != store.num_samples or rows.dtype != store.home.dtype:
             raise InputError(f"the checkpoint's predictions are {list(rows.shape)}, not of this method and data set")
         store.home.copy_(rows[store.own])
