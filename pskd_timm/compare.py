@@ -17,6 +17,7 @@ from . import report
 from .metrics import METRICS
 from .progress import Display, Row, duration
 from .recipe import METHOD_SECTIONS, InputError, Recipe
+from .teacher import teacher_folder
 from .tracking import last_line
 from .train import Result, check_recipe, finished, train
 
@@ -26,11 +27,15 @@ GRACE = 60  # seconds that interrupted runs have to save before they are ended
 
 @dataclass
 class Comparison:
-    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written."""
+    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written.
+
+    `notes` has a line for each run that a trained network taught.
+    """
 
     rows: pd.DataFrame
     runs: dict[str, list[Path]]
     paths: list[Path]
+    notes: list[str]
 
     @property
     def failed(self) -> int:
@@ -45,6 +50,11 @@ class Job:
     recipe: Recipe
     process: multiprocessing.Process | None = None
     seat: int = 0  # which share of the machine it has
+
+    @property
+    def teacher(self) -> Path | None:
+        """The run that must be finished before this one, where it is one of the comparison's own."""
+        return teacher_folder(self.recipe) if self.recipe.tfkd.teacher == "baseline" else None
 
     @property
     def log(self) -> Path:
@@ -67,7 +77,8 @@ def compare(
 ) -> Comparison:
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
-    A failed run is a row that says so; the others go on. Finished runs are not repeated.
+    A failed run is a row that says so; the others go on. Finished runs are not repeated. With `tfkd.teacher: baseline` the
+    baselines are trained before TF-KD, also where `methods` does not name them.
     """
     if unknown := [method for method in methods if method not in METHOD_SECTIONS]:
         raise InputError(f"--methods: unknown method {unknown[0]!r}: choose from {', '.join(METHOD_SECTIONS)}")
@@ -76,6 +87,8 @@ def compare(
             "compare starts its runs itself: call `pskd-timm compare … --jobs N` without accelerate launch"
         )
     display = display or Display()
+    if "tfkd" in methods and "baseline" not in methods and recipe.tfkd.teacher == "baseline":
+        methods = ["baseline", *methods]
     all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
     waiting = [job for job in all_jobs if not finished(job.recipe)]
@@ -91,7 +104,9 @@ def compare(
     finally:
         display.close()
     rows, runs = _collect(all_jobs, failures)
-    return Comparison(rows, runs, report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch"))
+    notes = [note for folders in runs.values() for folder in folders if (note := _of_teacher(Result.read(folder)))]
+    paths = report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch", notes)
+    return Comparison(rows, runs, paths, notes)
 
 
 def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> dict[Path, str]:
@@ -107,8 +122,14 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
     try:
         while left or running:
             _show(waiting, running, left, total, display)
-            while left and len(running) < jobs:
-                job = left.pop(0)
+            busy = {job.recipe.run_dir for job in [*left, *running]}
+            while (ready := [job for job in left if job.teacher not in busy]) and len(running) < jobs:
+                job = ready[0]
+                left.remove(job)
+                if job.teacher in failures:
+                    failures[job.recipe.run_dir] = f"failed: its teacher {job.teacher} failed"
+                    display.say(f"{job.name}: {failures[job.recipe.run_dir]}")
+                    continue
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
                 job.process = context.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
                 _start(job.process)
@@ -171,11 +192,7 @@ def _tell(job: Job, failures: dict[Path, str], display: Display):
     run_dir = job.recipe.run_dir
     if job.process.exitcode == 0:
         result = Result.read(run_dir)
-        last, seconds = result.last, result.values["seconds"]
-        figures = (
-            f"error {last['top1_error']:.2f} %  nll {last['nll']:.3f}  ece {last['ece']:.2f} %  aurc {last['aurc']:.1f}"
-        )
-        display.say(f"{job.name:<{NAME_WIDTH}} {figures}  {duration(seconds)}")
+        display.say(f"{job.name:<{NAME_WIDTH}} {_short(result.last)}  {duration(result.values['seconds'])}")
         return
     code = job.process.exitcode
     failures[run_dir] = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
@@ -183,6 +200,20 @@ def _tell(job: Job, failures: dict[Path, str], display: Display):
         with suppress(OSError, IndexError):
             failures[run_dir] = f"failed: {job.log.read_text().strip().splitlines()[-1]}"
     display.say(f"{job.name}: {failures[run_dir]} (all of it: {job.log})")
+
+
+def _short(figures: dict) -> str:
+    error, nll, ece, aurc = (figures[name] for name in ("top1_error", "nll", "ece", "aurc"))
+    return f"error {error:.2f} %  nll {nll:.3f}  ece {ece:.2f} %  aurc {aurc:.1f}"
+
+
+def _of_teacher(result: Result) -> str | None:
+    """What a run's teacher reached, where a trained network taught it and its figures are known."""
+    teacher = result.values.get("teacher", {})
+    if "nll" not in teacher:
+        return None
+    name = f"{result.values['method']} seed {result.values['seed']}"
+    return f"{name} was taught by {teacher['run']} (epoch {teacher['epoch']}): {_short(teacher)}"
 
 
 def _stop(running: list[Job]):

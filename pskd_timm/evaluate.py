@@ -114,7 +114,7 @@ def normalisation(model: nn.Module, recipe: Recipe) -> tuple[list[float], list[f
 
 
 def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) -> dict[str, dict]:
-    """Score a finished run's weights on its test split again: {"last": …, "best": …} with `recorded` beside each figure."""
+    """Score a finished run's weights where it was scored, again: {"last": …, "best": …}, `recorded` beside each figure."""
     run_dir = Path(run_dir)
     recipe = run_recipe(run_dir, overrides)
     if not (run_dir / "result.json").is_file():
@@ -126,7 +126,7 @@ def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) 
         model = load_model(folder)
         if model.num_classes != data.num_classes:
             raise InputError(f"{folder}: the model has {model.num_classes} classes, the data {data.num_classes}")
-        found[which] = _score(model, data.test, recipe, progress)
+        found[which] = _score(model, data.test or data.holdout, recipe, progress)
         found[which]["recorded"] = {name: recorded[which][name] for name in metrics.METRICS}
     return found
 
@@ -137,7 +137,7 @@ def evaluate_checkpoint(path: str | Path, recipe: Recipe, progress=None) -> dict
     data = load_data(recipe.data, recipe.augment, progress)
     model = create_model(recipe.model, data.num_classes, data.image_size)
     load_weights(path, model)
-    return _score(model, data.test, recipe, progress)
+    return _score(model, data.test or data.holdout, recipe, progress)
 
 
 def _score(model: nn.Module, split: Split, recipe: Recipe, progress) -> dict[str, float]:

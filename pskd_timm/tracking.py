@@ -149,7 +149,7 @@ class Tracker:
         import wandb
 
         rows = most_confident_mistakes(each)
-        mistakes = wandb.Table(["image", "label", "prediction", "confidence", "test sample"])
+        mistakes = wandb.Table(["image", "label", "prediction", "confidence", "sample"])
         for row, image in zip(rows.tolist(), pictures(rows) if len(rows) else [], strict=True):
             shown = wandb.Image(image.permute(1, 2, 0).cpu().numpy())
             mistakes.add_data(shown, names[label[row]], names[prediction[row]], each.confidence[row].item(), row)

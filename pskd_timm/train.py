@@ -28,10 +28,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from . import checkpoint, ranks, rng
+from .batch import Batch
 from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
+from .graph import StepGraph
 from .methods import METHODS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
@@ -39,6 +41,7 @@ from .order import num_batches
 from .progress import Display
 from .recipe import Diverged, InputError, Recipe
 from .released import start_from
+from .teacher import method_section, teacher_figures
 from .tracking import Tracker, read_lines
 
 GO_ON = "the same command goes on from there"
@@ -81,6 +84,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
+    recipe.check_preset(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -101,20 +105,24 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     if recipe.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
     mean, std = normalisation(model, recipe)
-    if recipe.model.compile:
-        model.compile()
+    if recipe.model.compile in ("default", "max-autotune"):
+        model.compile(mode=recipe.model.compile, dynamic=False)  # the tail batch is compiled for itself
     network = model  # without the wrappers of several processes
     ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
     evaluated = ema.module if ema else network
-    train_split, test_split = data.train.to(device), data.test.to(device)
-    chosen_on, choosing_split = ("holdout", data.holdout.to(device)) if data.holdout else ("test", test_split)
-    method = METHODS[recipe.method].from_section(getattr(recipe, recipe.method).model_dump())
+    train_split = data.train.to(device)
+    splits = {"test": data.test, "holdout": data.holdout}
+    splits = {name: split.to(device) for name, split in splits.items() if split}
+    chosen_on, choosing_split = list(splits.items())[-1]
+    scored_on, scored_split = list(splits.items())[0]
+    method = METHODS[recipe.method].from_section(method_section(recipe))
     method.setup(
         num_samples=len(data.train),
         num_classes=data.num_classes,
         num_epochs=recipe.epochs,
         device=device,
         labels=train_split.labels,
+        model=network,
     )
     loader = Loader(
         train_split,
@@ -135,7 +143,17 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     model.broadcast_buffers = False
     running = RunningSums(accelerator, method.part_names)
     progress = Progress()
-    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums)
+    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums, method=method)
+
+    def forward_backward(batch: Batch, weight: float):
+        with accelerator.autocast():
+            loss, logits = method.loss(model, batch)
+        accelerator.backward(loss * weight)
+        running.add(loss, logits, batch.labels, method.parts)
+
+    recorded = recipe.model.compile == "graphs"
+    if recorded:
+        forward_backward = StepGraph(forward_backward, lambda: method.variant)
 
     def score_split(model, split, keep_probabilities=False):
         settings = (recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
@@ -184,18 +202,16 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                     for batch in micro_batches:
+                        # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
+                        weight = len(batch.labels) * world_size / global_size
                         with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
-                            with accelerator.autocast():
-                                loss, logits = method.loss(model, batch)
-                            # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
-                            accelerator.backward(loss * (len(batch.labels) * world_size / global_size))
-                        running.add(loss, logits, batch.labels, method.parts)
+                            forward_backward(batch, weight)
                     to_log = (step + 1) % recipe.tracking.log_every == 0
                     if recipe.optim.clip_grad_norm or to_log:
                         longest = recipe.optim.clip_grad_norm or math.inf
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), longest)
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad(set_to_none=not recorded)  # a recording adds to the tensors it has seen
                     if ema:
                         ema.update(network)
                     progress.step += 1
@@ -249,35 +265,42 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {GO_ON}")
                     stop.obey(wish.signal)
 
-        # The result: the last and the best epoch's weights over the test split.
-        of_last = score_split(evaluated, test_split, keep_probabilities=True)
+        # The result: the last and the best epoch's weights over the test split, or where that stays unread the held-out part.
+        of_last = score_split(evaluated, scored_split, keep_probabilities=True)
         of_holdout = score_split(evaluated, choosing_split, keep_probabilities=True) if data.holdout else None
         if is_main:
             save_model(evaluated, run_dir, mean, std, data.image_size, data.class_names)
         evaluated.load_state_dict(parts.best)
-        of_best = score_split(evaluated, test_split, keep_probabilities=True)
+        of_best = score_split(evaluated, scored_split, keep_probabilities=True)
+        best_of_holdout = score_split(evaluated, choosing_split, keep_probabilities=True) if data.holdout else None
         clock.update(progress)
         if is_main:
             values = {
                 "name": recipe.name,
                 "method": recipe.method,
                 "seed": recipe.seed,
+                "evaluated_on": scored_on,
                 "last": {"epoch": recipe.epochs, **of_last.score()},
                 "best": {"epoch": progress.best["epoch"], **of_best.score(), "chosen_on": chosen_on},
                 "seconds": progress.seconds,
                 "num_train": len(data.train),
-                "num_test": len(data.test),
+                "num_test": len(data.test) if data.test else 0,
                 "num_classes": data.num_classes,
+                "class_names": data.class_names,
                 "num_parameters": sum(p.numel() for p in network.parameters()),
                 "num_processes": world_size,
                 **surroundings(device),
             }
+            if of_teacher := teacher_figures(recipe):
+                values["teacher"] = of_teacher
             if of_holdout:
                 of_holdout.write(run_dir / "holdout.parquet")
                 values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout.score()}, "best": progress.best}
             save_model(evaluated, run_dir / "best", mean, std, data.image_size, data.class_names)
+            if best_of_holdout:
+                best_of_holdout.write(run_dir / "best" / "holdout.parquet")
             prediction = of_last.probabilities.argmax(dim=1)
-            shown = partial(pictures, test_split)
+            shown = partial(pictures, scored_split)
             tracker.log_result(values, of_last.outcomes, prediction, of_last.labels, data.class_names, shown)
             write_result(run_dir, of_last, of_best, values)
         accelerator.wait_for_everyone()
@@ -300,14 +323,22 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError("mixed_precision fp16 needs a GPU; bf16 and no run everywhere")
     if recipe.model.sync_bn and not torch.cuda.is_available():
         raise InputError("model.sync_bn needs GPUs: torch has no batch norm over processes for the CPU")
+    if recipe.model.compile == "graphs" and not torch.cuda.is_available():
+        raise InputError("model.compile graphs needs a GPU: default and max-autotune run everywhere")
+    if recipe.model.compile == "graphs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("model.compile graphs is for one process: use default or max-autotune with several")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    # torch rounds the factors of convolutions on GPUs to TF32 unless it is told not to.
+    torch.set_float32_matmul_precision("highest" if recipe.mixed_precision == "no" else "high")
+    torch.backends.cudnn.allow_tf32 = recipe.mixed_precision != "no"
+    torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
     # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision=recipe.mixed_precision,
+            mixed_precision={"tf32": "no"}.get(recipe.mixed_precision, recipe.mixed_precision),
             step_scheduler_with_optimizer=False,
             log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout_minutes))],
@@ -323,13 +354,18 @@ def connect(recipe: Recipe) -> Accelerator:
 
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
     """What `train` would refuse, for each of `methods`, before any run is started; decodes the images on the way."""
+    for method in methods:
+        recipe.check_preset(method)
     check_name(recipe.model.name)
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)
     check_batches(recipe, len(data.train), 1, model, data.image_size)
     make_optimizer(model, recipe.optim)
     for method in methods:
-        METHODS[method].from_section(getattr(recipe, method).model_dump())
+        if method == "tfkd" and recipe.tfkd.teacher == "baseline":
+            continue  # the teacher is trained first, from this very recipe
+        taught = recipe.model_copy(update={"method": method})
+        METHODS[method].from_section(method_section(taught)).check(model, data.num_classes)
 
 
 def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module, image_size: tuple[int, int]):

@@ -145,11 +145,16 @@ def test_public_names_are_functions_even_after_their_modules_were_imported():
 LAYERS = [
     {
         "recipe",
+        "presets",
+        "effective",
         "rng",
         "order",
         "batch",
         "losses",
         "metrics",
+        "calibration",
+        "plots",
+        "significance",
         "augment",
         "ranks",
         "store",
@@ -157,9 +162,9 @@ LAYERS = [
         "progress",
         "files",
     },
-    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate"},
+    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher", "graph"},
     {"train"},
-    {"compare", "report", "show", "bench", "dashboard"},
+    {"compare", "report", "show", "bench", "dashboard", "search", "predict", "export", "adaptors"},
     {"cli"},
     {"__main__", "__init__"},
 ]
