@@ -88,6 +88,8 @@ class Data(Section):
     """`resident`: all images decoded once and kept in memory; `streaming`: decoded for every batch by `workers` processes."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode for each rank when streaming; by default one for each core, eight at most."""
+    damaged: Literal["fail", "skip"] = "fail"
+    """What a training image that cannot be decoded does: end the run, or be named and left out (a test image always ends it)."""
     limit_train: Count | None = None
     """Train on so many samples only, taken evenly from all classes."""
     limit_test: Count | None = None
@@ -135,6 +137,12 @@ class Augment(Section):
     """Brightness, contrast and saturation are scaled by up to 1 ± this, in random order."""
     lighting: NonNegative = 0.0
     """Standard deviation of the noise along ImageNet's principal colours (0.1 in the AlexNet way)."""
+    auto_augment: str | None = None
+    """timm's policy for each decoded image: `rand-m9-mstd0.5` (RandAugment), `augmix-m3`, `original` (streaming only)."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side in pixels of a square, anywhere on the image, that is set to the mean colour; 0 turns it off."""
+    random_erasing: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Probability of setting a box of 2 to 33 % of the image, ratio 0.3 … 3.3, to the mean colour (Zhong et al., AAAI 2020)."""
     mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
     """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
@@ -339,6 +347,8 @@ class Recipe(Section):
             )
         if self.augment.random_resized_crop and self.data.loading != "streaming":
             raise ValueError("augment.random_resized_crop needs data.loading streaming; augment.crop_padding does not")
+        if self.augment.auto_augment and self.data.loading != "streaming":
+            raise ValueError("augment.auto_augment needs data.loading streaming, where workers hold single images")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}")
         if self.pskd.alpha_warmup_epochs >= self.epochs:
