@@ -237,18 +237,42 @@ def test_the_gradient_of_small_logits_is_that_of_the_stated_weights(problem, met
         target = rows / recipe.tfkd.temperature * stated.temperature  # at the student's temperature: what T makes of it
     found = gradient(method.loss(Echo(), Batch(z, labels, torch.arange(B), partners))[0], z)
     plain = F.kl_div(z.log_softmax(1), target.softmax(1), reduction="batchmean")
-    same = stated.cross_entropy * F.cross_entropy(z, labels) + stated.kl_pull * plain
+    pull = stated.gradient_scale_of_small_logits - stated.cross_entropy
+    same = stated.cross_entropy * F.cross_entropy(z, labels) + pull * plain
     assert found == pytest.approx(gradient(same, z), rel=2e-2, abs=1e-7)
-    assert stated.gradient_scale == stated.cross_entropy + stated.kl_pull
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("tfkd", {"tfkd__teacher": "trained"}),
+        ("tfkd", {"tfkd__teacher": "trained", "tfkd__alpha": 0.9, "tfkd__temperature": 20.0}),
+        ("tfkd", {"tfkd__teacher": "trained", "tfkd__temper_student": False}),
+        ("cskd", {"cskd__weight": 3.0}),
+        ("pskd", {}),
+    ],
+)
+def test_where_a_prediction_is_wholly_wrong_the_gradient_is_cross_entropys_times_the_stated_scale(method, settings):
+    recipe = recipe_of(method, **settings)
+    z, right = torch.zeros(1, K, dtype=torch.float64), torch.zeros(1, K, dtype=torch.float64)
+    z[0, 0], right[0, K - 1] = 1e4, 1e4  # the student is sure of class 0; label and teacher of the last
+    z.requires_grad_()
+    method = taught(recipe, num_samples=1)
+    if recipe.method == "pskd":
+        method.store.write(torch.arange(1), right.softmax(1))
+    labels = torch.tensor([K - 1])
+    found = gradient(method.loss(Echo(), Batch(z, labels, torch.arange(1), right))[0], z)
+    same = effective_loss(recipe, K).gradient_scale * F.cross_entropy(z, labels)
+    assert found == pytest.approx(gradient(same, z), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("settings", "kl", "scale", "warns"),
     [
-        ({"tfkd__alpha": 0.95, "tfkd__temperature": 6, "tfkd__multiplier": 50}, 17.1, 0.525, "hidden"),
-        ({"tfkd__alpha": 0.9, "tfkd__temperature": 20, "tfkd__multiplier": 50}, 180, 0.55, "hidden"),
-        ({"tfkd__alpha": 0.9, "tfkd__temperature": 20, "tfkd__multiplier": 100}, 360, 1.0, ""),
-        ({"tfkd__alpha": 0.95, "tfkd__temperature": 20, "tfkd__multiplier": 1}, 3.8, 0.0595, "hidden"),
+        ({"tfkd__alpha": 0.95, "tfkd__temperature": 6, "tfkd__multiplier": 50}, 17.1, 2.9, "hidden"),
+        ({"tfkd__alpha": 0.9, "tfkd__temperature": 20, "tfkd__multiplier": 50}, 180, 9.1, "hidden"),
+        ({"tfkd__alpha": 0.9, "tfkd__temperature": 20, "tfkd__multiplier": 100}, 360, 18.1, "hidden"),
+        ({"tfkd__alpha": 0.95, "tfkd__temperature": 20, "tfkd__multiplier": 1}, 3.8, 0.24, "hidden"),
         ({"tfkd__teacher": "virtual", "tfkd__temperature": 40, "tfkd__multiplier": 1}, 0.001, 0.901, "inert"),
         ({"tfkd__teacher": "virtual", "tfkd__alpha": 0.5, "tfkd__multiplier": 1}, 0.005, 0.505, "inert hidden"),
     ],
@@ -264,7 +288,7 @@ def test_published_settings_state_their_weights_and_warn_of_what_they_hide(setti
 def test_the_readme_shows_what_show_says_of_mobilenetv2():
     of = {"preset": "official", "preset_of": "cifar100/mobilenetv2", "model__name": "resnet34"}
     lines = effective_lines(recipe_of("tfkd", tfkd__teacher="baseline", **of), 100)
-    assert len(lines) == 2 and "\n".join(lines) in (Path(__file__).parent.parent / "README.md").read_text()
+    assert len(lines) == 3 and "\n".join(lines) in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_methods_that_hide_nothing_get_no_warning():
