@@ -86,8 +86,10 @@ class EffectiveLoss:
             found.append(f"warning: the KL term is inert: {part:.2g} % of the gradient")
         # A term that is added to a whole cross-entropy leaves its learning rate alone; a mixture should weigh 1 in all.
         if self.cross_entropy != 1 and not 1 / UNEQUAL <= self.gradient_scale <= UNEQUAL:
-            rate = f": like optim.lr {lr * self.gradient_scale:.3g} instead of {lr:g}" if lr else ""
-            found.append(f"warning: the gradient scale of {self.gradient_scale:.3g} is a hidden learning rate{rate}")
+            scales = sorted({self.gradient_scale_of_small_logits, self.gradient_scale})
+            rates = " to ".join(f"{lr * scale:.3g}" for scale in scales) if lr else ""
+            like = f": like optim.lr {rates} instead of {lr:g}" if lr else ""
+            found.append(f"warning: the gradient scale is a hidden learning rate{like}")
         return found
 
 

@@ -1,17 +1,21 @@
 """Published settings and what they amount to: losses and gradients against the formulas, written out here once more."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm import create_model
 from torch import nn
 
 from pskd_timm import METHODS, Batch, InputError, load_recipe
+from pskd_timm.cli import main
 from pskd_timm.effective import alpha_at, effective_lines, effective_loss
 from pskd_timm.presets import DEFAULTS, PRESETS
+from pskd_timm.progress import readable
 from pskd_timm.recipe import METHOD_SECTIONS, sections
 
 K, B = 100, 6
@@ -282,7 +286,28 @@ def test_published_settings_state_their_weights_and_warn_of_what_they_hide(setti
     assert stated.kl == pytest.approx(kl) and stated.gradient_scale == pytest.approx(scale)
     text = "\n".join(stated.lines(0.1))
     assert [word for word in ("inert", "hidden") if word in text] == warns.split()
-    assert ("hidden" not in text) or f"like optim.lr {0.1 * scale:.3g} instead of 0.1" in text
+    assert ("hidden" not in text) or f"{0.1 * scale:.3g} instead of 0.1" in text
+
+
+def test_show_says_whose_each_constant_is_what_the_loss_amounts_to_and_what_a_teacher_costs(capsys):
+    of = ["--preset", "official", "--preset_of", "cifar100/resnet18"]
+    assert main(["show", "digits", "--method", "tfkd", "--tfkd.teacher", "baseline", "--tfkd.alpha", "0.95", *of]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        r"tfkd.alpha +│ 0.95 +│ command line \(as in preset official: authors' code\)",
+        r"tfkd.temperature +│ 6.0 +│ preset official of cifar100/resnet18: authors' code",
+        r"tfkd.reduction +│ mean +│ default: authors' code",
+        r"effective loss: 0.05 × cross-entropy \+ 171 × KL",  # m = 50 stays 50 for ten classes
+        r"warning: .* hidden learning rate: like optim.lr 0.48 to 2.86 instead of 0.1",
+    ):
+        assert re.search(line, text), line
+    model = create_model("cifar_preact_resnet_tiny", num_classes=10, width=32)
+    size = readable(sum(tensor.nbytes for tensor in model.state_dict().values()))
+    assert f"trained teacher per rank: {size}; one more forward pass" in text
+    assert main(["show", "digits", "--pskd.teacher", "snapshot"]) == 0
+    assert f"snapshot teacher per rank: {size}; one more forward pass" in capsys.readouterr().out
+    assert main(["show", "digits", "--method", "tfkd", "--preset", "pskd"]) == 2
+    assert capsys.readouterr().err.startswith("pskd-timm: preset pskd: what it used for tfkd is not public")
 
 
 def test_the_readme_shows_what_show_says_of_mobilenetv2():
