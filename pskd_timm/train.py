@@ -84,7 +84,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
-    recipe.check_preset(recipe.method)
+    recipe.check_method(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -156,7 +156,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         forward_backward = StepGraph(forward_backward, lambda: method.variant)
 
     def score_split(model, split, keep_probabilities=False):
-        return predict(model, split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
+        settings = (recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
+        return predict(model, split, *settings, progress=display.advance)
 
     def save():
         clock.update(progress)
@@ -169,7 +170,6 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
     wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
-    name = f"{recipe.method} seed {recipe.seed}"
     try:
         # Resume.
         if whole := checkpoint.newest_whole(run_dir):
@@ -182,6 +182,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
             display.say(f"{run_dir}: starting from {recipe.init_from} after epoch {progress.epoch}")
         tracker.forget_after(progress.epoch, progress.step)
         first_epoch = progress.epoch
+        done = progress.epoch * loader.steps + progress.step
+        display.begin(f"{recipe.method} seed {recipe.seed}", recipe.epochs, loader.steps, done)
         if about := method.about():
             display.say(about)
 
@@ -217,8 +219,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                         means = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
                         line = {"epoch": epoch + 1, **means, "lr": lr, "grad_norm": grad_norm.item(), **method.values()}
                         tracker.log_step(step + 1, line)
-                        facts = f"epoch {epoch + 1}/{recipe.epochs} loss {means['loss']:.3f}"
-                        display.advance(name, step + 1, recipe.epochs * loader.steps, facts)
+                        display.step(epoch + 1, progress.step, progress.num_seen, line)
                     if progress.step < loader.steps:
                         wish = wishes.after(step + 1, stop.received)
                         if wish.save or wish.signal:
@@ -233,6 +234,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     "train_loss": progress.loss_sum / progress.num_seen,
                     "train_error": 100.0 * progress.error_sum / progress.num_seen,
                     **method.values(),
+                    **({"rows_renewed": loader.num_unmixed(epoch)} if method.store else {}),
                     "store_bytes": method.store.nbytes if method.store else 0,
                 }
                 method.end_epoch()
@@ -252,7 +254,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 line |= {"evaluated_on": chosen_on, **figures}
                 line |= {"images_per_second": images_per_second, "seconds": progress.seconds}
                 tracker.log_epoch((epoch + 1) * loader.steps, line)
-                display.say(epoch_line(name, recipe.epochs, line))
+                display.epoch(line)
                 progress.start_epoch(epoch + 1)
                 last_epoch = progress.epoch == recipe.epochs
                 wish = wishes.after((epoch + 1) * loader.steps, stop.received, epoch_end=True)
@@ -354,7 +356,7 @@ def connect(recipe: Recipe) -> Accelerator:
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
     """What `train` would refuse, for each of `methods`, before any run is started; decodes the images on the way."""
     for method in methods:
-        recipe.check_preset(method)
+        recipe.check_method(method)
     check_name(recipe.model.name)
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)
@@ -527,15 +529,6 @@ class StopSignals:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
-
-
-def epoch_line(name: str, epochs: int, line: dict) -> str:
-    """What one line says of an epoch."""
-    return (
-        f"{name}  epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.3f}  "
-        f"{line['evaluated_on']}: error {line['top1_error']:.2f} %  nll {line['nll']:.3f}  ece {line['ece']:.2f} %  "
-        f"{line['images_per_second']:,.0f} images/s"
-    )
 
 
 def cpu_copy(model: nn.Module) -> dict[str, torch.Tensor]:
