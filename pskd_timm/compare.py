@@ -11,30 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
-from . import report
-from .metrics import METRICS
 from .progress import Display
 from .recipe import METHOD_SECTIONS, InputError, Recipe
+from .report import Comparison, report
 from .tracking import read_lines
 from .train import Result, check_recipe, finished, train
 
 GRACE = 60  # seconds that interrupted runs have to save before they are ended
-
-
-@dataclass
-class Comparison:
-    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written."""
-
-    rows: pd.DataFrame
-    runs: dict[str, list[Path]]
-    paths: list[Path]
-
-    @property
-    def failed(self) -> int:
-        """How many runs did not finish."""
-        return int((self.rows.status != "finished").sum())
 
 
 @dataclass
@@ -79,20 +62,18 @@ def compare(
         raise InputError(f"output_dir: {root} cannot be written: {error}") from None
     display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} finished before")
     try:
-        failures = _work_off(waiting, len(all_jobs), jobs, display)
+        _work_off(waiting, len(all_jobs), jobs, display)
     finally:
         display.close()
-    rows, runs = _collect(all_jobs, failures)
-    return Comparison(rows, runs, report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch"))
+    return report([job.recipe.run_dir for job in all_jobs], root)
 
 
-def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> dict[Path, str]:
-    """Run all jobs, `jobs` at a time; returns the reason for each run folder that failed."""
+def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
+    """Run all jobs, `jobs` at a time; one that fails says why in the last line of its log."""
     # Each run is a process of its own, forked from one that has the slow imports done but has trained nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pskd_timm.train", "datasets", "sklearn.datasets", "sklearn.model_selection"])
     running: list[Job] = []
-    failures: dict[Path, str] = {}
     left = list(waiting)
     # A scheduler's SIGTERM must not leave runs behind that nobody watches.
     previous = signal.signal(signal.SIGTERM, _end) if _in_main_thread() else None
@@ -107,7 +88,7 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
             time.sleep(0.2)
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
-                _tell(job, failures, display)
+                _tell(job, display)
             _show(running, total - len(left) - len(running), total, display)
     except (KeyboardInterrupt, SystemExit):
         display.say("stopping: each run saves where it stands; the same command goes on from there")
@@ -116,7 +97,6 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-    return failures
 
 
 def _start(process: multiprocessing.Process):
@@ -142,7 +122,7 @@ def _show(running: list[Job], done: int, total: int, display: Display):
     display.advance("runs", done, total, now)
 
 
-def _tell(job: Job, failures: dict[Path, str], display: Display):
+def _tell(job: Job, display: Display):
     run_dir = job.recipe.run_dir
     name = f"{job.recipe.method} seed {job.recipe.seed}"
     if job.process.exitcode == 0:
@@ -150,11 +130,15 @@ def _tell(job: Job, failures: dict[Path, str], display: Display):
         display.say(f"{name}: error {last['top1_error']:.2f} %  nll {last['nll']:.3f}  ece {last['ece']:.2f} %")
         return
     code = job.process.exitcode
-    failures[run_dir] = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
-    if code == 1:  # it has said why
-        with suppress(OSError, IndexError):
-            failures[run_dir] = f"failed: {job.log.read_text().strip().splitlines()[-1]}"
-    display.say(f"{name}: {failures[run_dir]} (all of it: {job.log})")
+    failure = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
+    with suppress(OSError):
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        said = job.log.read_text().strip().splitlines() if job.log.is_file() else []
+        if code == 1 and said:
+            failure = f"failed: {said[-1]}"
+        with job.log.open("a") as log:
+            log.write(f"{failure}\n")  # for the report, which reads run folders only
+    display.say(f"{name}: {failure} (all of it: {job.log})")
 
 
 def _stop(running: list[Job]):
@@ -187,19 +171,3 @@ def _run(recipe: Recipe, seat: int, seats: int, log: str):
             traceback.print_exc()
             print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
             sys.exit(1)
-
-
-def _collect(jobs: list[Job], failures: dict[Path, str]) -> tuple[pd.DataFrame, dict[str, list[Path]]]:
-    rows, runs = [], {}
-    for job in jobs:
-        row = {
-            "method": job.recipe.method,
-            "seed": job.recipe.seed,
-            "status": failures.get(job.recipe.run_dir, "finished"),
-        }
-        if row["status"] == "finished":
-            result = Result.read(job.recipe.run_dir)
-            row |= {name: result.last[name] for name in METRICS} | {"seconds": result.values["seconds"]}
-            runs.setdefault(job.recipe.method, []).append(job.recipe.run_dir)
-        rows.append(row)
-    return pd.DataFrame(rows, columns=report.COLUMNS), runs

@@ -229,7 +229,7 @@ def per_class_error(
         shift = 0.5 * ((i + 0.5) / len(tables) - 0.5)
         style = {"color": look.colour, "marker": look.marker, "markersize": 5, "linestyle": "none", "label": look.title}
         axes.plot(shown[method], place - shift, **style)
-    axes.set_yticks(place, [class_names[k][:24] for k in shown.index])
+    axes.set_yticks(place, [class_names[k][:24].replace("$", r"\$") for k in shown.index])
     axes.grid(axis="y", visible=False)
     for at in place[:-1]:
         axes.axhline(at + 0.5, color=GRID, linewidth=0.8)

@@ -119,10 +119,10 @@ def against(baseline: str, tables: dict[str, list[pd.DataFrame]], seed: int = 0)
 
 
 QUALITY = {
-    "top1_error": ("makes fewer errors than", "makes more errors than"),
-    "nll": ("has a lower NLL than", "has a higher NLL than"),
-    "ece": ("is better calibrated (ECE) than", "is worse calibrated (ECE) than"),
-    "aurc": ("ranks its mistakes better (AURC) than", "ranks its mistakes worse (AURC) than"),
+    "top1_error": ("makes fewer errors", "makes more errors", "error"),
+    "nll": ("has a lower NLL", "has a higher NLL", "NLL"),
+    "ece": ("is better calibrated (lower ECE)", "is worse calibrated (higher ECE)", "ECE"),
+    "aurc": ("ranks its mistakes better (lower AURC)", "ranks its mistakes worse (higher AURC)", "AURC"),
 }
 
 
@@ -131,8 +131,19 @@ def p_in_words(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def in_words(method: str, baseline: str, metric: str, difference: float, p: float) -> str:
-    """What a test says, in a sentence without its full stop; `method` and `baseline` as they are to be called."""
-    if p >= LEVEL:
-        return f"{method} and {baseline}: no difference can be told from this many samples ({p_in_words(p)})"
-    return f"{method} {QUALITY[metric][difference > 0]} {baseline} ({p_in_words(p)})"
+def in_words(method: str, baseline: str, tests: pd.DataFrame) -> str:
+    """What one method's rows of `against` say, in a sentence; `method` and `baseline` as they are to be called."""
+    told = [
+        f"{QUALITY[test.metric][int(test.difference > 0)]} ({p_in_words(test.p)})"
+        for test in tests.itertuples()
+        if test.p < LEVEL
+    ]
+    rest = [QUALITY[test.metric][2] for test in tests.itertuples() if test.p >= LEVEL]
+    no_difference = f"no difference in {_and(rest)} can be told from this many samples"
+    if not told:
+        return f"{method} against {baseline}: {no_difference}."
+    return f"{method} {_and(told)} than {baseline}" + (f"; {no_difference}." if rest else ".")
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * bool(words[:-1]) + words[-1:])

@@ -161,8 +161,10 @@ LAYERS = [
         "files",
     },
     {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate"},
-    {"train"},
-    {"compare", "report", "show", "bench"},
+    {"train", "runs", "pictures", "paper", "tables"},
+    {"page"},
+    {"report"},
+    {"compare", "show", "bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]
