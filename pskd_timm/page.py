@@ -51,6 +51,7 @@ def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.
         "paper_source": paper.SOURCE,
         "tests": test_lines(tests),
         "untested": untested(finished, tests),
+        "unkept": sum(not (run.folder / PREDICTIONS).is_file() for runs in finished.values() for run in runs),
         "plots": drawings(finished, each) if each else {},
         "evaluated_on": evaluated_on(finished),
         "temperatures": temperatures(finished),
@@ -104,7 +105,6 @@ def facts(found: list[Run]) -> list[tuple[str, str]]:
     """The head of the page: name and value."""
     recipes = [run.recipe for run in found if run.recipe]
     values = [run.values for run in found if run.values]
-    finished = [f"{len(values)} of {len(found)} finished"]
     lines = [
         ("data", _distinct(r.data.source or Path(r.data.path).name for r in recipes)),
         ("network", _distinct(r.model.name for r in recipes)),
@@ -113,7 +113,7 @@ def facts(found: list[Run]) -> list[tuple[str, str]]:
         ("tested on", _distinct(f"{v['num_test']:,} images, {v['num_classes']} classes" for v in values)),
         ("epochs", _distinct(str(r.epochs) for r in recipes)),
         ("seeds", _distinct(str(seed) for seed in sorted({run.seed for run in found}))),
-        ("runs", finished[0]),
+        ("runs", f"{len(values)} of {len(found)} finished"),
         ("training time", str(timedelta(seconds=round(sum(v["seconds"] for v in values)))) + " in all"),
     ]
     return [(name, value) for name, value in lines if value]
@@ -130,7 +130,7 @@ def surroundings(found: list[Run]) -> list[tuple[str, str]]:
     lines = [(name, _distinct(v["versions"].get(name, "?") for v in values)) for name in names]
     hardware = _distinct(
         f"{v['hardware']['name']} ({v['hardware']['device']}, {v['num_processes']} "
-        f"{'process' if v['num_processes'] == 1 else 'processes'}, {v['hardware']['threads']} threads, "
+        f"{'process' if v['num_processes'] == 1 else 'processes'}, threads: {v['hardware']['threads']}, "
         f"{v['hardware']['cpu_count']} cores)"
         for v in values
     )
@@ -140,12 +140,13 @@ def surroundings(found: list[Run]) -> list[tuple[str, str]]:
 def settings_lines(found: list[Run]) -> list[tuple[str, str, bool]]:
     """Every setting with its values over all runs, and whether they differ; a method's own settings from its own runs."""
     seen: dict[str, dict[str, None]] = {}
+    decisive = {key for run in found if run.recipe for key in run.recipe.identity()}
     for run in found:
         for key, value in flatten(run.recipe.model_dump()).items() if run.recipe else ():
             section = key.partition(".")[0]
             if key not in ("method", "seed") and (section not in METHOD_SECTIONS or section == run.name):
                 seen.setdefault(key, {})[str(value)] = None
-    return [(key, " | ".join(values), len(values) > 1) for key, values in seen.items()]
+    return [(key, " | ".join(values), len(values) > 1 and key in decisive) for key, values in seen.items()]
 
 
 def run_lines(found: list[Run]) -> list[dict]:
@@ -175,6 +176,7 @@ def figure_tables(found: list[Run], rows: pd.DataFrame) -> list[dict]:
         {"holdout": "held-out", "test": "test"}[run.values["best"]["chosen_on"]] for run in found if run.values
     )
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
+    looks = plots.looks(figures)
     captions = {
         "last": "Last epoch: mean ± standard deviation over the seeds, on the test part.",
         "best": f"Best epoch: of each run the epoch with the lowest error on the {chosen} part, its figures on the test part.",
@@ -190,6 +192,7 @@ def figure_tables(found: list[Run], rows: pd.DataFrame) -> list[dict]:
             "lines": [
                 {
                     "title": title(method),
+                    "swatch": swatch(looks[method]),
                     "n": cells["nll"].n,
                     "seconds": cells["seconds"].mean,
                     "cells": [

@@ -93,7 +93,7 @@ def interval_and_p(draws: np.ndarray) -> tuple[float, float, float]:
     observed, drawn = draws[0], draws[1:]
     low, high = np.quantile(drawn, [1 - LEVEL / 2, LEVEL / 2])
     beyond = min((drawn <= 2 * observed).sum(), (drawn >= 2 * observed).sum())
-    return 2 * observed - low, 2 * observed - high, float(min(1.0, 2 * (1 + beyond) / (1 + len(drawn))))
+    return 2 * observed - low, 2 * observed - high, float(min(1.0, 2 * max(beyond, 1) / len(drawn)))
 
 
 def against(baseline: str, tables: dict[str, list[pd.DataFrame]], seed: int = 0) -> pd.DataFrame:
@@ -119,11 +119,12 @@ def against(baseline: str, tables: dict[str, list[pd.DataFrame]], seed: int = 0)
 
 
 QUALITY = {
-    "top1_error": ("makes fewer errors", "makes more errors", "error"),
-    "nll": ("has a lower NLL", "has a higher NLL", "NLL"),
-    "ece": ("is better calibrated (lower ECE)", "is worse calibrated (higher ECE)", "ECE"),
-    "aurc": ("ranks its mistakes better (lower AURC)", "ranks its mistakes worse (higher AURC)", "AURC"),
+    "top1_error": ("makes fewer errors", "makes more errors", ""),
+    "nll": ("has a lower NLL", "has a higher NLL", ""),
+    "ece": ("is better calibrated", "is worse calibrated", "ECE, "),
+    "aurc": ("ranks its mistakes better", "ranks its mistakes worse", "AURC, "),
 }
+NAMES = {"top1_error": "error", "nll": "NLL", "ece": "ECE", "aurc": "AURC"}
 
 
 def p_in_words(p: float) -> str:
@@ -134,11 +135,11 @@ def p_in_words(p: float) -> str:
 def in_words(method: str, baseline: str, tests: pd.DataFrame) -> str:
     """What one method's rows of `against` say, in a sentence; `method` and `baseline` as they are to be called."""
     told = [
-        f"{QUALITY[test.metric][int(test.difference > 0)]} ({p_in_words(test.p)})"
+        f"{QUALITY[test.metric][int(test.difference > 0)]} ({QUALITY[test.metric][2]}{p_in_words(test.p)})"
         for test in tests.itertuples()
         if test.p < LEVEL
     ]
-    rest = [QUALITY[test.metric][2] for test in tests.itertuples() if test.p >= LEVEL]
+    rest = [NAMES[test.metric] for test in tests.itertuples() if test.p >= LEVEL]
     no_difference = f"no difference in {_and(rest)} can be told from this many samples"
     if not told:
         return f"{method} against {baseline}: {no_difference}."
