@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .recipe import METHOD_SECTIONS, Recipe, find_recipe, load_recipe, shipped_recipes
+from .recipe import METHOD_SECTIONS, Recipe, find_recipe, load_recipe, read_yaml, shipped_recipes
 
 SOURCE = "Kim et al., Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"
 
@@ -22,9 +22,11 @@ def paper_figures(recipe: Recipe) -> dict[str, dict[str, float]]:
 
 def departures(recipe: Recipe) -> list[str]:
     """Where a recipe of the paper's data set and network departs from the shipped one, as `epochs 2 instead of 300`."""
-    shipped = (load_recipe(name) for name in shipped_recipes() if "source: " in find_recipe(name).read_text())
-    for original in shipped:
-        if (original.data.source, original.model.name) == (recipe.data.source, recipe.model.name):
+    for name in shipped_recipes():
+        if read_yaml(find_recipe(name)).get("data", {}).get("source") != recipe.data.source:
+            continue
+        original = load_recipe(name)
+        if original.model.name == recipe.model.name:
             this, theirs = recipe.identity(), original.identity()
             keys = [
                 k for k in theirs if k.split(".")[0] not in METHOD_SECTIONS and k not in ("method", "seed", "data.path")

@@ -292,6 +292,9 @@ def test_the_papers_figures_stand_beside_runs_of_its_network_with_what_differs()
     assert figures["pskd"] == {"top1_error": 20.82, "top5_error": 5.10, "nll": 0.76, "ece": 1.77, "aurc": 52.10}
     assert set(figures) == set(METHOD_SECTIONS) and departures(recipe) == ["epochs 2 instead of 300"]
     assert departures(load_recipe("cifar100/preact_resnet18", {"data.path": "here"})) == []
+    assert departures(load_recipe("imagenet/resnet152", {"data.holdout_fraction": "0.04"})) == [
+        "data.holdout_fraction 0.04 instead of 0.0"
+    ]
     assert paper_figures(load_recipe("digits")) == {}
     assert paper_figures(load_recipe("imagenet/resnet152"))["baseline"]["aurc"] == 61.79
 
