@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, checked before they are read, loadable onto any number of ranks.
 
-A checkpoint is a folder `checkpoints/<epoch>-<step>`: weights, moving average, optimizer, the best epoch's weights, each
-rank's home rows of the prediction store, and state.json, written last, with the checksum of every other file. Order,
-augmentation and learning rate are functions of (seed, epoch, step) and are not saved. Nothing in it is code.
+A checkpoint is a folder `checkpoints/<epoch>-<step>`: weights, moving average, optimizer, the best epoch's weights, what
+the method keeps (PS-KD's snapshot of the network), each rank's home rows of the prediction store, and state.json, written
+last, with the checksum of every other file. Order, augmentation and learning rate are functions of (seed, epoch, step) and
+are not saved. Nothing in it is code.
 """
 
 import hashlib
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 
 from . import ranks
 from .files import checksum, flush_to_disk, publish, warn
+from .methods.base import Method
 from .models.build import contiguous_state
 from .recipe import Checkpoint as CheckpointSection
 from .recipe import InputError
 from .store import PredictionStore, home_rows
 
-FORMAT, VERSION = "pskd_timm checkpoint", 2
+FORMAT, VERSION = "pskd_timm checkpoint", 3
 
 
 @dataclass
@@ -58,8 +60,9 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     store: PredictionStore | None
-    sums: Tensor  # this rank's running sums [3] that are not in Progress yet
+    sums: Tensor  # this rank's running sums that are not in Progress yet
     best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best epoch so far, on the CPU
+    method: Method = field(default_factory=Method)  # its state_dict, where it has one
 
 
 class CannotWrite(Exception):
@@ -164,6 +167,8 @@ def _write(partial: Path, parts: Parts, rows: Tensor | None, rank: int, world_si
             tensors["ema.safetensors"] = contiguous_state(parts.ema)
         if parts.best:
             tensors["best.safetensors"] = parts.best
+        if state := parts.method.state_dict():
+            tensors["method.safetensors"] = state
         # Through memory, because torch does not say why it could not write a file.
         buffer = io.BytesIO()
         torch.save(parts.optimizer.state_dict(), buffer)
@@ -268,6 +273,8 @@ def load(path: Path, parts: Parts) -> Progress:
         if parts.ema is not None:
             parts.ema.load_state_dict(load_file(path / "ema.safetensors"))
         parts.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+        if "method.safetensors" in state["checksums"]:
+            parts.method.load_state_dict(load_file(path / "method.safetensors"))
     except (RuntimeError, ValueError, KeyError, FileNotFoundError, UnpicklingError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"{path}: does not fit this recipe's network and optimizer: {why}") from None

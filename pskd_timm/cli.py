@@ -74,6 +74,24 @@ def make_parser() -> Parser:
     report.add_argument(
         "--output", metavar="DIR", help="where to write (default: the folder that holds all of the runs)"
     )
+    search = command("search", "choose settings on held-out training data; the test part is not read", run_search)
+    search.add_argument(
+        "--over",
+        nargs="+",
+        action="extend",
+        metavar="SETTING=VALUES",
+        default=[],
+        help="what to choose: pskd.alpha=0.3:0.9, optim.lr=0.01:0.3:log, optim.name=sgd,adamw",
+    )
+    search.add_argument("--trials", type=int, metavar="N", default=8, help="choices to train (default: 8)")
+    search.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="of each trial (default: 0)")
+    search.add_argument(
+        "--metric", metavar="NAME", default="nll", help="lowest on the held-out part wins (default: nll)"
+    )
+    search.add_argument("--prune", action="store_true", help="stop trials that do worse than the median (Optuna's)")
+    search.add_argument("--search_seed", type=int, metavar="SEED", default=0, help="fixes what is drawn (default: 0)")
+    search.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
+    add_settings(search, without=("seed",))
     show = command("show", "print a recipe, where each value comes from, and what the run will cost", run_show)
     add_settings(show)
     evaluate = command(
@@ -84,10 +102,34 @@ def make_parser() -> Parser:
     )
     evaluate.add_argument("--checkpoint", metavar="FILE", help="weights, or a checkpoint of the PS-KD authors' code")
     add_settings(evaluate)
+    predict = command("predict", "classify images of your own with a finished run", run_predict, takes_recipe=False)
+    predict.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
+    predict.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders or quoted patterns")
+    predict.add_argument("--json", metavar="FILE", help="write the predictions there too")
+    predict.add_argument("--top", type=int, metavar="N", default=5, help="classes to name for each image (default: 5)")
+    predict.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
+    push = command(
+        "push", "write a finished run with its model card for timm and the hub", run_push, takes_recipe=False
+    )
+    push.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
+    push.add_argument("to", metavar="REPO_OR_FOLDER", help="a new folder; with --hub a repository (user/name)")
+    push.add_argument("--hub", action="store_true", help="to the Hugging Face hub")
+    push.add_argument("--private", action="store_true", help="as a private repository, where it is a new one")
+    push.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
+    export = command("export", "write a finished run as one ONNX file", run_export, takes_recipe=False)
+    export.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
+    export.add_argument("file", metavar="FILE", help="where to write it")
+    export.add_argument("--format", choices=["onnx"], default="onnx", help="default: onnx")
+    export.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
     bench.add_argument("what", choices=["store"], help="store: the prediction store's memory and times")
     bench.add_argument("--processes", nargs="+", type=int, metavar="N", default=[1, 2, 4], help="default: 1 2 4")
     bench.add_argument("--json", metavar="PATH", help="write the figures there too")
+    dashboard = command("dashboard", "build wandb's workspace that compares a recipe's runs", run_dashboard, False)
+    dashboard.add_argument("runs", metavar="RUNS", help="a comparison's folder (runs/digits), or its recipe")
+    dashboard.add_argument("--entity", help="user or team on wandb (default: the recipe's, else the account's own)")
+    dashboard.add_argument("--project", help="project on wandb (default: the recipe's)")
+    dashboard.add_argument("--publish", action="store_true", help="put it on wandb (with an account)")
     command("models", "list this package's networks", run_models, takes_recipe=False)
     for sub in commands.choices.values():
         options = [option.removeprefix("--") for action in sub._actions for option in action.option_strings]
@@ -142,7 +184,8 @@ def run_train(arguments, rest):
     from .train import train
 
     try:
-        result = train(recipe, Display(arguments.quiet))
+        with Display(arguments.quiet) as display:
+            result = train(recipe, display)
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
         return FAILED
@@ -176,7 +219,8 @@ def run_compare(arguments, rest):
 
     # A seed or method given twice is one run.
     methods, seeds = dict.fromkeys(arguments.methods), dict.fromkeys(arguments.seeds)
-    found = compare(recipe, list(methods), list(seeds), arguments.jobs, Display(arguments.quiet))
+    with Display(arguments.quiet) as display:
+        found = compare(recipe, list(methods), list(seeds), arguments.jobs, display)
     tell(found)
     return FAILED if found.failed else DONE
 
@@ -197,37 +241,72 @@ def tell(comparison):
     from .tables import terminal_table
 
     Console(width=None if sys.stdout.isatty() else 140).print(terminal_table(comparison.rows, comparison.heading))
-    print("wrote " + ", ".join(map(str, comparison.paths)))
+    print("\n".join([*comparison.notes, "wrote " + ", ".join(map(str, comparison.paths))]))
+
+
+def run_search(arguments, rest):
+    recipe = load(arguments, rest)
+    from .progress import Display
+    from .search import search
+
+    seeds = list(dict.fromkeys(arguments.seeds))
+    options = (arguments.trials, seeds, arguments.metric, arguments.prune, arguments.search_seed)
+    found = search(recipe, arguments.over, *options, Display(arguments.quiet))
+    chosen = ", ".join(f"{key} {value}" for key, value in found.best.settings.items())
+    print(f"trial {found.best.number} of {len(found.trials)}: {chosen}")
+    print(f"on the held-out part: {figures(found.best.figures)}")
+    print("wrote " + ", ".join(map(str, found.paths)))
+    return DONE
 
 
 def run_show(arguments, rest):
     recipe = load(arguments, rest)
+    recipe.check_method(recipe.method)
     from rich.console import Console
 
-    from .show import cost_lines, sources_table
+    from .show import cost_lines, loss_lines, sources_table
 
     Console(width=None if sys.stdout.isatty() else 140).print(sources_table(recipe))
-    print("\n".join(cost_lines(recipe)))
+    print("\n".join(loss_lines(recipe) + cost_lines(recipe)))
     return DONE
 
 
 def run_evaluate(arguments, rest):
+    from .progress import Display
+
     given = overrides(arguments, rest)
     if arguments.checkpoint:
         name = arguments.run_or_recipe
         recipe = load_recipe(name, given) if name else lay_over({"epochs": 1}, given, "command line", "evaluate")
         from .evaluate import evaluate_checkpoint
 
-        print(figures(evaluate_checkpoint(arguments.checkpoint, recipe)))
+        with Display() as display:
+            found = evaluate_checkpoint(arguments.checkpoint, recipe, display.advance)
+        print(figures(found))
         return DONE
     if not arguments.run_or_recipe:
         raise InputError("evaluate needs a finished run's folder, or --checkpoint FILE")
     from .evaluate import evaluate
 
-    for which, found in evaluate(arguments.run_or_recipe, given).items():
+    with Display() as display:
+        scores = evaluate(arguments.run_or_recipe, given, display.advance)
+    for which, found in scores.items():
         recorded = found.pop("recorded")
         agrees = "equal to result.json" if recorded == found else f"result.json has: {figures(recorded)}"
         print(f"{which}: {figures(found)} ({agrees})")
+    return DONE
+
+
+def run_dashboard(arguments, rest):
+    from .dashboard import dashboard
+
+    path, url = dashboard(arguments.runs, arguments.entity, arguments.project, arguments.publish)
+    print(f"wrote {path}")
+    if url:
+        print(f"published {url}")
+    else:
+        print("with a wandb account: `wandb sync` brings runs that were offline to the server, the same command with")
+        print("--publish this dashboard")
     return DONE
 
 
@@ -238,6 +317,62 @@ def run_models(arguments, rest):
 
     Console(width=None if sys.stdout.isatty() else 140).print(models_table())
     return DONE
+
+
+def run_predict(arguments, rest):
+    refuse(rest, arguments)
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from .files import write_whole
+    from .predict import predict, predictions_table
+    from .progress import Display
+
+    found = predict(
+        arguments.run_dir, arguments.images, arguments.top, arguments.best, Display(not sys.stdout.isatty())
+    )
+    Console(width=None if sys.stdout.isatty() else 140).print(predictions_table(found))
+    if found["calibrated"]:
+        print(f"confidences are calibrated on the run's held-out part: temperature {found['temperature']:.3f}")
+    else:
+        print("confidences are not calibrated: the run held nothing out (--data.holdout_fraction 0.1 when training)")
+    if arguments.json:
+        try:
+            write_whole(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
+        print(f"wrote {arguments.json}")
+    unreadable = [row["error"] for row in found["images"] if "error" in row]
+    for error in unreadable:
+        print(f"pskd-timm: {error}", file=sys.stderr)
+    return FAILED if unreadable else DONE
+
+
+def run_push(arguments, rest):
+    refuse(rest, arguments)
+    from .export import push
+
+    if arguments.private and not arguments.hub:
+        raise InputError("--private is for the hub: add --hub")
+    where = push(arguments.run_dir, arguments.to, arguments.hub, arguments.private, arguments.best)
+    print(f"wrote {where}")
+    return DONE
+
+
+def run_export(arguments, rest):
+    refuse(rest, arguments)
+    from .export import export_onnx
+
+    difference = export_onnx(arguments.run_dir, arguments.file, arguments.best)
+    print(f"wrote {arguments.file}: ONNX Runtime's confidences differ from torch's by {difference:.1g} at most")
+    return DONE
+
+
+def refuse(rest: list[str], arguments: argparse.Namespace):
+    """Raise InputError for what a command without settings does not know."""
+    if rest:
+        raise InputError(f"unknown option {rest[0]}{nearest(rest[0], arguments.options)}")
 
 
 def run_bench(arguments, rest):
@@ -266,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         arguments, rest = make_parser().parse_known_args(argv)
-        if rest and arguments.command == "models":
+        if rest and arguments.command in ("models", "dashboard"):
             raise InputError(f"unknown option {rest[0]}")
         return arguments.run(arguments, rest)
     except InputError as error:

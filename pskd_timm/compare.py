@@ -11,12 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .progress import Display
+from .progress import Display, Row, duration
 from .recipe import METHOD_SECTIONS, InputError, Recipe
 from .report import Comparison, report
-from .tracking import read_lines
+from .tables import short
+from .teacher import teacher_folder
+from .tracking import last_line
 from .train import Result, check_recipe, finished, train
 
+NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
 GRACE = 60  # seconds that interrupted runs have to save before they are ended
 
 
@@ -29,12 +32,24 @@ class Job:
     seat: int = 0  # which share of the machine it has
 
     @property
+    def teacher(self) -> Path | None:
+        """The run that must be finished before this one, where it is one of the comparison's own."""
+        return teacher_folder(self.recipe) if self.recipe.tfkd.teacher == "baseline" else None
+
+    @property
     def log(self) -> Path:
         return self.recipe.run_dir / "run.log"
 
     @property
-    def epochs_done(self) -> int:
-        return len(read_lines(self.recipe.run_dir / "metrics.jsonl"))
+    def name(self) -> str:
+        return f"{self.recipe.method} seed {self.recipe.seed}"
+
+    def where(self) -> tuple[int, str]:
+        """How many epochs the run has done, and what it logged last."""
+        step, epoch = (last_line(self.recipe.run_dir / name) for name in ("steps.jsonl", "metrics.jsonl"))
+        if epoch:
+            return epoch["epoch"], f"error {epoch['top1_error']:.1f} %  nll {epoch['nll']:.3f}"
+        return 0, f"loss {step['loss']:.3f}" if step else ""
 
 
 def compare(
@@ -42,7 +57,8 @@ def compare(
 ) -> Comparison:
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
-    A failed run is a row that says so; the others go on. Finished runs are not repeated.
+    A failed run is a row that says so; the others go on. Finished runs are not repeated. With `tfkd.teacher: baseline` the
+    baselines are trained before TF-KD, also where `methods` does not name them.
     """
     if unknown := [method for method in methods if method not in METHOD_SECTIONS]:
         raise InputError(f"--methods: unknown method {unknown[0]!r}: choose from {', '.join(METHOD_SECTIONS)}")
@@ -51,6 +67,8 @@ def compare(
             "compare starts its runs itself: call `pskd-timm compare … --jobs N` without accelerate launch"
         )
     display = display or Display()
+    if "tfkd" in methods and "baseline" not in methods and recipe.tfkd.teacher == "baseline":
+        methods = ["baseline", *methods]
     all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
     waiting = [job for job in all_jobs if not finished(job.recipe)]
@@ -74,13 +92,21 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pskd_timm.train", "datasets", "sklearn.datasets", "sklearn.model_selection"])
     running: list[Job] = []
+    failed: set[Path] = set()
     left = list(waiting)
     # A scheduler's SIGTERM must not leave runs behind that nobody watches.
     previous = signal.signal(signal.SIGTERM, _end) if _in_main_thread() else None
     try:
         while left or running:
-            while left and len(running) < jobs:
-                job = left.pop(0)
+            _show(waiting, running, left, total, display)
+            busy = {job.recipe.run_dir for job in [*left, *running]}
+            while (ready := [job for job in left if job.teacher not in busy]) and len(running) < jobs:
+                job = ready[0]
+                left.remove(job)
+                if job.teacher in failed:
+                    failed.add(job.recipe.run_dir)
+                    _fail(job, f"failed: its teacher {job.teacher} failed", display)
+                    continue
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
                 job.process = context.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
                 _start(job.process)
@@ -88,8 +114,9 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
             time.sleep(0.2)
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
+                if job.process.exitcode != 0:
+                    failed.add(job.recipe.run_dir)
                 _tell(job, display)
-            _show(running, total - len(left) - len(running), total, display)
     except (KeyboardInterrupt, SystemExit):
         display.say("stopping: each run saves where it stands; the same command goes on from there")
         _stop(running)
@@ -117,28 +144,48 @@ def _end(number, frame):
     raise SystemExit(128 + number)
 
 
-def _show(running: list[Job], done: int, total: int, display: Display):
-    now = ", ".join(f"{j.recipe.method} seed {j.recipe.seed} epoch {j.epochs_done}/{j.recipe.epochs}" for j in running)
-    display.advance("runs", done, total, now)
+def _show(jobs: list[Job], running: list[Job], left: list[Job], total: int, display: Display):
+    """A bar for all epochs of `jobs` and one for each run that is `running`; what is `left`; `total` runs in all."""
+    where = {job.name: (*job.where(), job.recipe.epochs) for job in running}
+    epochs = sum(job.recipe.epochs for job in jobs)
+    done = epochs - sum(job.recipe.epochs for job in left) - sum(of - epoch for epoch, _, of in where.values())
+    count = f"{total - len(left) - len(running)} of {total} runs {display.left('all', done, epochs)}".rstrip()
+    rows = [Row("all", done, epochs, count)]
+    rows += [Row(name, epoch, of, f"epoch {epoch}/{of}  {facts}") for name, (epoch, facts, of) in where.items()]
+    waiting = _waiting(left)
+    now = ", ".join(f"{name} epoch {epoch}/{of}" for name, (epoch, _, of) in where.items())
+    display.show(rows, f"{count}: {now}; {waiting}".removesuffix("; "), waiting)
+
+
+def _waiting(left: list[Job]) -> str:
+    """`waiting: cskd 1 2, pskd 0 1 2`: methods and their seeds; empty where nothing is left."""
+    by_method = {}
+    for job in left:
+        by_method.setdefault(job.recipe.method, []).append(str(job.recipe.seed))
+    words = ", ".join(f"{method} {' '.join(seeds)}" for method, seeds in by_method.items())
+    return f"waiting: {words}" if words else ""
 
 
 def _tell(job: Job, display: Display):
-    run_dir = job.recipe.run_dir
-    name = f"{job.recipe.method} seed {job.recipe.seed}"
-    if job.process.exitcode == 0:
-        last = Result.read(run_dir).last
-        display.say(f"{name}: error {last['top1_error']:.2f} %  nll {last['nll']:.3f}  ece {last['ece']:.2f} %")
-        return
     code = job.process.exitcode
-    failure = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
+    if code == 0:
+        result = Result.read(job.recipe.run_dir)
+        display.say(f"{job.name:<{NAME_WIDTH}} {short(result.last)}  {duration(result.values['seconds'])}")
+        return
+    why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
+    if code == 1:  # it has said why
+        with suppress(OSError, IndexError):
+            why = job.log.read_text().strip().splitlines()[-1]
+    _fail(job, f"failed: {why}", display)
+
+
+def _fail(job: Job, why: str, display: Display):
+    """Say why a run failed, also in the last line of its log: the report reads run folders only."""
+    display.say(f"{job.name}: {why} (all of it: {job.log})")
     with suppress(OSError):
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        said = job.log.read_text().strip().splitlines() if job.log.is_file() else []
-        if code == 1 and said:
-            failure = f"failed: {said[-1]}"
         with job.log.open("a") as log:
-            log.write(f"{failure}\n")  # for the report, which reads run folders only
-    display.say(f"{name}: {failure} (all of it: {job.log})")
+            log.write(f"{why}\n")
 
 
 def _stop(running: list[Job]):

@@ -30,8 +30,8 @@ CSS_COLOURS = {
 }
 
 
-def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.DataFrame]]) -> str:
-    """The page of all runs `found`, their `rows` and their predictions (method → seed → table)."""
+def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.DataFrame]], notes: list[str]) -> str:
+    """The page of all runs `found`, their `rows`, their predictions (method → seed → table) and the lines of `notes`."""
     finished = by_method(found)
     each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
     tests = compared_with_baseline(finished, tables)
@@ -46,6 +46,7 @@ def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.
         "num_rows": len(rows),
         "headers": list(HEADERS.values()),
         "verdicts": verdicts(tests),
+        "notes": notes,
         "tables": figure_tables(found, rows),
         "paper": paper_notes(finished),
         "paper_source": paper.SOURCE,

@@ -240,6 +240,16 @@ def class_errors(tables: list[pd.DataFrame]) -> pd.Series:
     return pd.concat(each, axis=1).mean(axis=1)
 
 
+def reliability_and_risk(tables: dict[str, list[pd.DataFrame]]) -> Figure:
+    """Reliability beside risk and coverage, in one picture."""
+    figure = Figure(figsize=(9.4, 4), layout="constrained")
+    reliable, risk = figure.subplots(1, 2)
+    reliability(tables, reliable)
+    risk_coverage(tables, risk, legend=False)
+    figure.patch.set_alpha(1)
+    return figure
+
+
 def comparison(history: pd.DataFrame, tables: dict[str, list[pd.DataFrame]], heading: str) -> Figure:
     """One picture of a comparison: the error over the epochs, reliability, risk and coverage."""
     figure = Figure(figsize=(13.5, 4.6), layout="constrained")

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from . import presets
+
 
 class InputError(ValueError):
     """Bad input from the user, in one or two lines: what is wrong, where, and what would be right."""
@@ -50,8 +52,15 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Area = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-# YAML 1.1 reads a bare `no` as false.
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
+Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+# YAML 1.1 reads a bare `no` or `off` as false.
+Precision = Annotated[
+    Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
+Compile = Annotated[
+    Literal["off", "default", "max-autotune", "graphs"],
+    BeforeValidator(lambda value: ("off", "default")[value] if isinstance(value, bool) else value),
+]
 
 
 class Data(Section):
@@ -69,6 +78,8 @@ class Data(Section):
     """Name of the test split; by default `test`, `validation` or `val`, whichever there is."""
     test_fraction: Fraction = 0.0
     """Part of the training split to set aside as the test split, where the data set has none."""
+    test: bool = True
+    """Score the test part at the end; `false` leaves it unread and scores the held-out part instead, as a search does."""
     image_size: Annotated[int, Field(ge=4)] | None = None
     """Height and width in pixels: the shorter side is resized, the centre kept; by default the size all images have."""
     crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -77,6 +88,8 @@ class Data(Section):
     """`resident`: all images decoded once and kept in memory; `streaming`: decoded for every batch by `workers` processes."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode for each rank when streaming; by default one for each core, eight at most."""
+    damaged: Literal["fail", "skip"] = "fail"
+    """What a training image that cannot be decoded does: end the run, or be named and left out (a test image always ends it)."""
     limit_train: Count | None = None
     """Train on so many samples only, taken evenly from all classes."""
     limit_test: Count | None = None
@@ -98,6 +111,8 @@ class Data(Section):
             raise ValueError(
                 "name a data set: `source` (digits, cifar10, cifar100, imagenet or a hub id) or `path` (a local folder)"
             )
+        if not self.test and not self.holdout_fraction:
+            raise ValueError("test false needs holdout_fraction: else there is nothing to score")
         if self.loading == "streaming" and self.image_size is None:
             raise ValueError("loading streaming needs image_size")
         if self.loading == "streaming" and self.gaussian_noise:
@@ -122,6 +137,18 @@ class Augment(Section):
     """Brightness, contrast and saturation are scaled by up to 1 ± this, in random order."""
     lighting: NonNegative = 0.0
     """Standard deviation of the noise along ImageNet's principal colours (0.1 in the AlexNet way)."""
+    auto_augment: str | None = None
+    """timm's policy for each decoded image: `rand-m9-mstd0.5` (RandAugment), `augmix-m3`, `original` (streaming only)."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side in pixels of a square, anywhere on the image, that is set to the mean colour; 0 turns it off."""
+    random_erasing: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Probability of setting a box of 2 to 33 % of the image, ratio 0.3 … 3.3, to the mean colour (Zhong et al., AAAI 2020)."""
+    mixup: NonNegative = 0.0
+    """a of the Beta(a, a) that mixup draws an image's own share from (timm's usual 0.2 … 0.8); 0 turns it off."""
+    cutmix: NonNegative = 0.0
+    """a of the Beta(a, a) that cutmix draws an image's own share from (usually 1); 0 turns it off; with mixup half each."""
+    mix_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Part of the batches that mixup and cutmix mix; the others renew the predictions that PS-KD stores."""
     mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
     """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
@@ -139,8 +166,8 @@ class Model(Section):
     """Further arguments of the model, as `timm.create_model` takes them: {drop_rate: 0.1}."""
     channels_last: bool = False
     """Lay tensors out as NHWC, which convolutions on GPUs (and often CPUs) run faster on."""
-    compile: bool = False
-    """Run the model through torch.compile."""
+    compile: Compile = "off"
+    """torch.compile in its `default` or `max-autotune` mode, or `graphs`: steps replayed as one CUDA graph (one GPU)."""
     sync_bn: bool = False
     """Take batch norm's statistics over all processes (GPUs only)."""
 
@@ -179,6 +206,8 @@ class Baseline(Section):
 class LabelSmoothing(Section):
     epsilon: Fraction = 0.1
     """ε: the target is (1 − ε)·label + ε/K. Default: PS-KD's authors (their repository, issue 6)."""
+    spread: Literal["all", "others"] = "all"
+    """ε goes to `all` K classes, ε/K each, or, as in TF-KD's repository, to the `others`, ε/(K − 1) each."""
 
 
 class CSKD(Section):
@@ -186,17 +215,23 @@ class CSKD(Section):
     """λ, the weight of the KL term. Default: CS-KD's authors for CIFAR-100 (3 for fine-grained data)."""
     temperature: Positive = 4.0
     """T of both softmaxes. Default: CS-KD's authors."""
+    partner_mode: Literal["train", "eval"] = "train"
+    """Mode of the partners' forward: `train` moves running statistics twice a step, as CS-KD's code does; `eval` once."""
 
 
 class TFKD(Section):
     teacher: str = "virtual"
-    """`virtual` (the hand-made distribution, TF-KD_reg), or a finished run's folder, its network trained before (TF-KD_self)."""
+    """`virtual` (hand-made: TF-KD_reg), or trained before (TF-KD_self): a run's folder, or `baseline`: that of this recipe."""
     alpha: Fraction | None = None
     """α: cross-entropy weighs 1 − α. Default: TF-KD's released ResNet-18 settings, 0.1 with the virtual teacher, else 0.95."""
     temperature: Positive | None = None
     """T. Default: TF-KD's released ResNet-18 settings, 20 with the virtual teacher, else 6."""
     multiplier: Positive | None = None
-    """m of the KL/K term. Default: with the virtual teacher K, else K/2 (released for CIFAR-100's K = 100: 100 and 50)."""
+    """m of the KL term. Default: K with the virtual teacher, else K/2 (released for K = 100: 100, 50); 1, 1/2 with batchmean."""
+    reduction: Literal["mean", "batchmean"] = "mean"
+    """KL summed over classes (`batchmean`), or that divided by K (`mean`), as TF-KD's code has it."""
+    temper_student: bool | None = None
+    """Divide the student's logits by T too. Default: TF-KD's code, only with a trained teacher."""
     true_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
     """The virtual teacher's probability of the true class. Default: TF-KD's released code."""
 
@@ -205,12 +240,19 @@ class TFKD(Section):
         virtual = self.teacher == "virtual"
         self.alpha = self.alpha if self.alpha is not None else 0.1 if virtual else 0.95
         self.temperature = self.temperature if self.temperature is not None else 20.0 if virtual else 6.0
+        self.temper_student = self.temper_student if self.temper_student is not None else not virtual
         return self
 
 
 class PSKD(Section):
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
     """α_T, the last epoch's weight of a sample's last prediction. Default: the paper's for CIFAR-100 (0.3 for ImageNet)."""
+    alpha_schedule: Literal["linear", "constant", "cosine"] = "linear"
+    """How α grows to α_T after the warm-up: `linear` (the paper), `constant` (there at once), `cosine` (half a cosine)."""
+    alpha_warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the start with α = 0, plain cross-entropy; the schedule runs over the rest."""
+    teacher: Literal["store", "snapshot"] = "store"
+    """`store`: each sample's last prediction, kept in a table; `snapshot`: the network as the last epoch left it, run again."""
     store_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the stored predictions; the paper's code keeps float32."""
     store_format: Literal["full", "topk"] = "full"
@@ -221,9 +263,11 @@ class PSKD(Section):
     """Where the predictions lie: on the run's device if half of its free memory holds them, or on the CPU."""
 
     @model_validator(mode="after")
-    def _topk_is_asked_for(self):
+    def _fits_together(self):
         if (self.store_format == "topk") != (self.store_topk is not None):
             raise ValueError("store_format topk and store_topk go together: give both or neither")
+        if self.teacher == "snapshot" and self.store_format == "topk":
+            raise ValueError("store_format topk needs teacher store: a snapshot keeps no predictions")
         return self
 
 
@@ -245,8 +289,14 @@ class Tracking(Section):
     """Project that wandb files the run under."""
     entity: str | None = None
     """User or team that wandb files the run under."""
+    tags: list[str] = []
+    """Tags that wandb gives the run beside its data set, network and seed."""
+    notes: str | None = None
+    """What wandb notes down about the run."""
+    artifact: bool = False
+    """Hand the weights of the last and the best epoch to wandb as an artifact."""
     log_every: Count = 50
-    """Steps between two reads of the running loss."""
+    """Steps between two reads of the running loss, its parts and the gradient's norm."""
 
 
 class Recipe(Section):
@@ -254,6 +304,10 @@ class Recipe(Section):
     """What the runs are filed under; by default the recipe file's name."""
     method: Literal["baseline", "label_smoothing", "cskd", "tfkd", "pskd"] = "pskd"
     """How the network is taught."""
+    preset: Literal["official", "pskd"] | None = None
+    """Published constants for the methods' sections: their own authors' (`official`) or those of PS-KD's table (`pskd`)."""
+    preset_of: Names = []
+    """Where nothing is published for this data set and network: those whose preset to take over (cifar100/resnet18)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Fixes everything random about the run."""
     epochs: Count
@@ -263,7 +317,7 @@ class Recipe(Section):
     accumulate: Count = 1
     """Forward and backward passes that a step's samples are split into, to fit into memory."""
     mixed_precision: Precision = "no"
-    """Type of the forward pass: float32 (`no`), bfloat16 or float16 with loss scaling."""
+    """Type of the forward pass: float32 (`no`; `tf32` lets GPUs round factors), bfloat16, or float16 with loss scaling."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Evaluate and keep a running mean of the weights with this decay a step (timm's ModelEmaV3)."""
     threads: Count | None = None
@@ -299,8 +353,18 @@ class Recipe(Section):
             )
         if self.augment.random_resized_crop and self.data.loading != "streaming":
             raise ValueError("augment.random_resized_crop needs data.loading streaming; augment.crop_padding does not")
+        if self.augment.auto_augment and self.data.loading != "streaming":
+            raise ValueError("augment.auto_augment needs data.loading streaming, where workers hold single images")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}")
+        if self.pskd.alpha_warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"pskd.alpha_warmup_epochs {self.pskd.alpha_warmup_epochs} must be below epochs {self.epochs}"
+            )
+        if self.preset_of and self.preset is None:
+            raise ValueError("preset_of needs preset (official or pskd)")
+        if unknown := [of for of in self.preset_of if of not in presets.PLACES]:
+            raise ValueError(f"preset_of: nothing published of {unknown[0]!r}: there is {', '.join(presets.PLACES)}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate {self.accumulate} must not exceed batch_size {self.batch_size}")
         return self
@@ -311,8 +375,33 @@ class Recipe(Section):
         return Path(self.output_dir or f"runs/{self.name}") / self.method / f"seed{self.seed}"
 
     def source_of(self, key: str) -> str:
-        """Where the value of the dotted `key` comes from: `default`, the recipe's file, or `command line`."""
+        """Where the dotted `key`'s value comes from: `default`, a preset, the recipe's file, or `command line`."""
         return self._sources.get(key, "default")
+
+    def published(self, method: str, name: str | None = None) -> presets.Preset | None:
+        """The published constants of `method` under preset `name` (by default the recipe's) that fit this recipe."""
+        return presets.fitting(name or self.preset, *self._taught(method))
+
+    def check_method(self, method: str):
+        """Raise InputError where `method` does not go with the rest: its preset, mixed images."""
+        mixes = self.augment.mixup or self.augment.cutmix
+        if mixes and method == "cskd":
+            raise InputError(
+                "augment.mixup and augment.cutmix do not go with cskd: it compares two images of one class, "
+                "and a mixed image has two"
+            )
+        if mixes and method == "pskd" and self.pskd.teacher == "store" and self.augment.mix_share == 1:
+            raise InputError(
+                "augment.mix_share 1 mixes every batch, and no stored prediction is ever renewed: "
+                "choose one below 1, or pskd.teacher snapshot"
+            )
+        # A preset must be public for the data set and the network.
+        if self.preset and type(getattr(self, method)).model_fields and not self.published(method):
+            raise InputError(presets.refusal(self.preset, *self._taught(method)))
+
+    def _taught(self, method: str) -> tuple[str, str, list[str]]:
+        own = presets.place(self.data.source, (self.model.name, self.model.small_input))
+        return method, "virtual" if self.tfkd.teacher == "virtual" else "trained", [own, *self.preset_of]
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide a run's outcome, flat; two runs of equal identity may continue each other."""
@@ -330,6 +419,8 @@ class Recipe(Section):
 METHOD_SECTIONS = ("baseline", "label_smoothing", "cskd", "tfkd", "pskd")
 _NO_OUTCOME = {
     "name",
+    "preset",
+    "preset_of",
     "output_dir",
     "resume",
     "threads",
@@ -388,7 +479,8 @@ if not SHIPPED.is_dir():
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package, as `show` and `compare` take them."""
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    names = {path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml")}
+    return sorted(names - {"sweep"})  # that one is wandb's, not a recipe
 
 
 def find_recipe(name: str) -> Path:
@@ -492,12 +584,28 @@ def lay_over(written: dict, overrides: dict[str, Any] | None, origin: str, name:
         section, _, setting = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[setting] = value
     tree.setdefault("name", name)
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise InputError(_explain(error.errors()[0], sources, origin)) from None
+    recipe = _validated(tree, sources, origin)
+    if recipe.preset:
+        for method in METHOD_SECTIONS:
+            _fill_from_preset(tree, sources, method, recipe.published(method))
+        recipe = _validated(tree, sources, origin)
     recipe._sources = sources
     return recipe
+
+
+def _validated(tree: dict, sources: dict[str, str], origin: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error.errors()[0], sources, origin)) from None
+
+
+def _fill_from_preset(tree: dict, sources: dict[str, str], method: str, preset: presets.Preset | None):
+    """Put a preset's values where neither file nor command line has said anything."""
+    for setting, value in preset.values.items() if preset else ():
+        if f"{method}.{setting}" not in sources:
+            tree.setdefault(method, {})[setting] = value
+            sources[f"{method}.{setting}"] = f"preset {preset.name} of {preset.of}: {preset.source}"
 
 
 def _explain(error: dict, sources: dict[str, str], origin: str) -> str:

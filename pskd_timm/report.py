@@ -13,17 +13,21 @@ from .files import write_whole
 from .metrics import METRICS
 from .recipe import InputError
 from .runs import Run, by_method, find_runs, history, predictions, rows
-from .tables import FOOTNOTE, best_epoch, latex_table, markdown_table, summary
+from .tables import FOOTNOTE, best_epoch, latex_table, markdown_table, short, summary
 
 
 @dataclass
 class Comparison:
-    """Runs side by side: `rows` (a row a run, columns as runs.COLUMNS), each method's finished runs, the files written."""
+    """Runs side by side: `rows` (a row a run, columns as runs.COLUMNS), each method's finished runs, the files written.
+
+    `notes` has a line for each run that a trained network taught.
+    """
 
     rows: pd.DataFrame
     runs: dict[str, list[Path]]
     paths: list[Path]
     heading: str
+    notes: list[str]
 
     @property
     def failed(self) -> int:
@@ -75,11 +79,11 @@ def heading(runs: list[Run]) -> str:
 def write(found: list[Run], folder: Path) -> Comparison:
     """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`."""
     table, finished, name = rows(found), by_method(found), heading(found)
-    comparison = Comparison(
-        table, {method: [run.folder for run in runs] for method, runs in finished.items()}, [], name
-    )
+    folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
+    notes = [note for runs in finished.values() for run in runs if (note := teacher_note(run))]
+    comparison = Comparison(table, folders, [], name, notes)
     table.to_csv(folder / "comparison.csv", index=False)
-    write_whole(folder / "comparison.md", markdown(table, name))
+    write_whole(folder / "comparison.md", markdown(table, name, notes))
     write_whole(folder / "comparison.tex", latex_table(table, name))
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     tables = predictions(finished)
@@ -87,12 +91,22 @@ def write(found: list[Run], folder: Path) -> Comparison:
         each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
         plots.comparison(comparison.history_frame, each, name).savefig(folder / "comparison.png", dpi=150)
         comparison.paths.append(folder / "comparison.png")
-    write_whole(folder / "report.html", page.render(found, table, tables))
+    write_whole(folder / "report.html", page.render(found, table, tables, notes))
     comparison.paths.append(folder / "report.html")
     return comparison
 
 
-def markdown(table: pd.DataFrame, name: str) -> str:
-    """The tables of the last and of the best epoch."""
+def markdown(table: pd.DataFrame, name: str, notes: list[str]) -> str:
+    """The tables of the last and of the best epoch, and the lines of `notes`."""
+    told = "\n" * bool(notes) + "".join(f"- {note}\n" for note in notes)
     best = f"\n## Best epoch\n\n{markdown_table(best_epoch(table))}" if (table.status == "finished").any() else ""
-    return f"## {name}\n\n{markdown_table(table)}\n{FOOTNOTE}\n{best}"
+    return f"## {name}\n\n{markdown_table(table)}\n{FOOTNOTE}\n{told}{best}"
+
+
+def teacher_note(run: Run) -> str | None:
+    """What a run's teacher reached, where a trained network taught it and its figures are known."""
+    teacher = run.values.get("teacher", {})
+    if "nll" not in teacher:
+        return None
+    name = f"{run.name} seed {run.seed}"
+    return f"{name} was taught by {teacher['run']} (epoch {teacher['epoch']}): {short(teacher)}"

@@ -1,8 +1,10 @@
 """What a recipe says, where each value comes from, and what the run will cost, before any training."""
 
+from . import presets
 from .data.sources import Sizes, known_sizes, open_tables
+from .effective import effective_lines
 from .progress import readable
-from .recipe import InputError, Recipe, find_recipe, flatten, read_yaml, shipped_recipes
+from .recipe import METHOD_SECTIONS, InputError, Recipe, find_recipe, flatten, read_yaml, shipped_recipes
 
 
 def sources_table(recipe: Recipe):
@@ -13,19 +15,35 @@ def sources_table(recipe: Recipe):
     table = Table(title=f"recipe {recipe.name}", title_justify="left")
     for header in ("setting", "value", "source"):
         table.add_column(header, overflow="fold")
-    identity = recipe.identity()
     for key, value in flatten(recipe.model_dump()).items():
-        other_method = key not in identity and key.split(".")[0] in (
-            "baseline",
-            "label_smoothing",
-            "cskd",
-            "tfkd",
-            "pskd",
-        )
-        if not other_method:
-            source = recipe.source_of(key)
-            table.add_row(key, escape(str(value)), escape(source), style="dim" if source == "default" else None)
+        section = key.split(".")[0]
+        if section not in METHOD_SECTIONS or section == recipe.method:
+            source = source_line(recipe, key, value)
+            quiet = recipe.source_of(key) == "default"
+            table.add_row(key, escape(str(value)), escape(source), style="dim" if quiet else None)
     return table
+
+
+def source_line(recipe: Recipe, key: str, value) -> str:
+    """Where a value comes from; for a constant of a method also who published it, where somebody did."""
+    source = recipe.source_of(key)
+    if source == "default" and key in presets.DEFAULTS:
+        return f"default: {presets.DEFAULTS[key]}"
+    method, _, setting = key.partition(".")
+    if method in METHOD_SECTIONS and not source.startswith("preset "):
+        for name in ("official", "pskd"):
+            there = recipe.published(method, name)
+            if there and there.values.get(setting) == value:
+                return f"{source} (as in preset {name}: {there.source})"
+    return source
+
+
+def loss_lines(recipe: Recipe) -> list[str]:
+    """What the loss of the recipe's method amounts to; nothing where the number of classes is not known yet."""
+    try:
+        return effective_lines(recipe, sizes(recipe).num_classes)
+    except InputError:
+        return []
 
 
 def models_table():
@@ -52,7 +70,7 @@ def sizes(recipe: Recipe) -> Sizes | None:
     known = known_sizes(recipe.data)
     if known is None:
         train, test = open_tables(recipe.data)
-        known = Sizes(len(train.dataset), len(test.dataset), len(train.class_names), None)
+        known = Sizes(len(train.dataset), len(test.dataset) if test else 0, len(train.class_names), None)
     num_train = min(known.num_train, recipe.data.limit_train or known.num_train)
     num_train -= round(num_train * recipe.data.holdout_fraction)
     num_test = min(known.num_test, recipe.data.limit_test or known.num_test)
@@ -60,7 +78,7 @@ def sizes(recipe: Recipe) -> Sizes | None:
 
 
 def cost_lines(recipe: Recipe) -> list[str]:
-    """Steps, memory of the prediction store and size of the data, a line each."""
+    """Steps, memory of the prediction store, what a teacher costs, and size of the data, a line each."""
     from .order import num_batches
     from .store import store_bytes
 
@@ -73,13 +91,18 @@ def cost_lines(recipe: Recipe) -> list[str]:
         f"data: {size.num_train:,} training samples, {size.num_test:,} test samples, {size.num_classes} classes",
         f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,}",
     ]
-    if recipe.method == "pskd":
+    if recipe.method == "pskd" and recipe.pskd.teacher == "store":
         shape = (size.num_train, size.num_classes, recipe.pskd.store_dtype)
         per_rank = {n: store_bytes(*shape, n, recipe.pskd.store_topk) for n in (1, 2, 8)}
         parts = [f"{n} rank{'s' * (n > 1)} {readable(count)}" for n, count in per_rank.items()]
         lines.append(f"prediction store per rank: {', '.join(parts)}")
+        if recipe.augment.mixup or recipe.augment.cutmix:
+            renewed = round((1.0 - recipe.augment.mix_share) * size.num_train)
+            lines.append(f"rows renewed: about {renewed:,} of {size.num_train:,} an epoch, those of unmixed batches")
     else:
-        lines.append(f"prediction store: none with {recipe.method}")
+        teacher = "'s snapshot teacher" if recipe.method == "pskd" else ""
+        lines.append(f"prediction store: none with {recipe.method}{teacher}")
+    lines += teacher_lines(recipe, size)
     if recipe.data.loading == "streaming":
         lines.append("data in memory: none, images are decoded for every batch")
     elif side := size.image_size:
@@ -88,3 +111,26 @@ def cost_lines(recipe: Recipe) -> list[str]:
     else:
         lines.append("data in memory: known once images are decoded (data.image_size is not set)")
     return lines
+
+
+def teacher_lines(recipe: Recipe, size: Sizes) -> list[str]:
+    """What a network that teaches, or a partner's pass, costs beside the store: at most a line."""
+    pass_more = "one more forward pass a step, without gradient"
+    if recipe.method == "cskd":
+        return [f"partners: {pass_more}, and as many images again"]
+    if recipe.method == "pskd" and recipe.pskd.teacher == "snapshot":
+        return [f"snapshot teacher per rank: {network_size(recipe, size)}; {pass_more} from the second epoch on"]
+    if recipe.method == "tfkd" and recipe.tfkd.teacher != "virtual":
+        return [f"trained teacher per rank: {network_size(recipe, size)}; {pass_more}"]
+    return []
+
+
+def network_size(recipe: Recipe, size: Sizes) -> str:
+    """How much memory the network's weights take once more, for people."""
+    from .models.build import create_model
+
+    if size.image_size is None:
+        return "the network's weights once more"
+    section = recipe.model.model_copy(update={"pretrained": False})
+    model = create_model(section, size.num_classes, (size.image_size, size.image_size))
+    return readable(sum(tensor.nbytes for tensor in model.state_dict().values()))

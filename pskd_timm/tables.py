@@ -53,6 +53,12 @@ def summary(rows: pd.DataFrame) -> dict[str, dict[str, Cell]]:
     }
 
 
+def short(figures: dict) -> str:
+    """The four figures that tell most, in a line."""
+    error, nll, ece, aurc = (figures[name] for name in ("top1_error", "nll", "ece", "aurc"))
+    return f"error {error:.2f} %  nll {nll:.3f}  ece {ece:.2f} %  aurc {aurc:.1f}"
+
+
 def best_epoch(rows: pd.DataFrame) -> pd.DataFrame:
     """The same rows with the best epoch's figures in the place of the last one's."""
     return rows.assign(**{name: rows[f"best_{name}"] for name in METRICS})

@@ -1,11 +1,21 @@
 """Where numbers go: metrics.jsonl (a line an epoch), steps.jsonl (a line every few steps), and wandb through Accelerate."""
 
 import json
+import os
+import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from .files import Lines, write_whole
+from .metrics import ECE_BINS, METRICS, Outcomes, bin_of, risk_curve
 from .recipe import InputError, Recipe
+
+TAIL = 8192  # bytes, longer than two lines
+MISTAKES = 24  # of the most confident ones, as pictures
+MOST_POINTS = 200  # of a curve
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -16,16 +26,58 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in whole]
 
 
+def last_line(path: Path) -> dict | None:
+    """The last whole object of a JSON-lines file, read from its end; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        whole = [line for line in file.read().splitlines(keepends=True)[-3:] if line.endswith(b"\n")]
+    return json.loads(whole[-1]) if whole else None
+
+
+def tags(recipe: Recipe) -> list[str]:
+    """Data set, network, seed and the recipe's own tags; wandb takes 64 characters of each."""
+    data_set = recipe.data.source or Path(recipe.data.path).resolve().name
+    found = [data_set, recipe.model.name, f"seed{recipe.seed}", *recipe.tracking.tags]
+    return [tag[:64] for tag in dict.fromkeys(found)]
+
+
+def bin_rows(each: Outcomes) -> list[list[float | None]]:
+    """For each of ECE's bins: upper edge, mean confidence, accuracy (None where it is empty), share of the samples in %."""
+    bins, rows = bin_of(each.confidence), []
+    for number in range(ECE_BINS):
+        here = bins == number
+        means = [x[here].double().mean().item() if here.any() else None for x in (each.confidence, each.correct)]
+        rows.append([(number + 1) / ECE_BINS, *means, 100.0 * here.double().mean().item()])
+    return rows
+
+
+def risk_rows(each: Outcomes) -> list[list[float]]:
+    """At most MOST_POINTS of the risk–coverage curve: coverage in %, error among the covered in %."""
+    risk = 100.0 * risk_curve(each.confidence, each.correct)
+    kept = range(len(risk) - 1, -1, -max(1, len(risk) // MOST_POINTS))
+    return [[100.0 * (n + 1) / len(risk), risk[n].item()] for n in reversed(kept)]
+
+
+def most_confident_mistakes(each: Outcomes, count: int = MISTAKES) -> Tensor:
+    """Rows of at most `count` wrong samples, the most confident first."""
+    return each.confidence.masked_fill(each.correct, -1.0).argsort(descending=True)[: min(count, (~each.correct).sum())]
+
+
 class Tracker:
     """Files of a run folder and, where the recipe asks for it, wandb: the same numbers under the same names."""
 
     def __init__(self, accelerator, recipe: Recipe, run_dir: Path, steps_per_epoch: int):
         self.accelerator, self.run_dir, self.steps_per_epoch = accelerator, run_dir, steps_per_epoch
-        self.is_main = accelerator.is_main_process
+        self.is_main, self.recipe = accelerator.is_main_process, recipe
         self.files: dict[str, Lines] = {}
         self.uses_wandb = recipe.tracking.wandb != "disabled"
         if self.uses_wandb:
             self._start_wandb(recipe)
+        if self.uses_wandb and self.is_main:
+            self.wandb_run = accelerator.get_tracker("wandb", unwrap=True)
+            self._define_metrics()
 
     def _start_wandb(self, recipe: Recipe):
         options = {
@@ -34,6 +86,8 @@ class Tracker:
             "name": f"{recipe.name}/{recipe.method}/seed{recipe.seed}",
             "group": recipe.name,
             "job_type": recipe.method,
+            "tags": tags(recipe),
+            "notes": recipe.tracking.notes,
             "entity": recipe.tracking.entity,
             "dir": str(self.run_dir),
             "mode": recipe.tracking.wandb,
@@ -49,8 +103,16 @@ class Tracker:
         """One id for the life of the run: without it a resumed run appears as a second one."""
         path = self.run_dir / "wandb_id"
         if self.is_main and not path.is_file():
-            write_whole(path, secrets.token_hex(4))
+            # A sweep knows its runs by ids of its own.
+            of_sweep = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+            write_whole(path, of_sweep or secrets.token_hex(4))
         return path.read_text() if self.is_main else None
+
+    def _define_metrics(self):
+        self.wandb_run.define_metric("epoch")
+        for name in (*METRICS, "train_loss", "train_error"):
+            self.wandb_run.define_metric(name, step_metric="epoch", summary="min,last")
+        self.wandb_run.define_metric("images_per_second", step_metric="epoch", summary="max,last")
 
     def forget_after(self, epoch: int, step: int):
         """Drop lines that a run resumed at (epoch, step) is about to write again."""
@@ -75,6 +137,44 @@ class Tracker:
             self.files[name].add(values)
         if self.uses_wandb:
             self.accelerator.log({key: value for key, value in values.items() if key != "step"}, step=step)
+
+    def log_result(self, values: dict, each: Outcomes, prediction: Tensor, label: Tensor, names, pictures: Callable):
+        """The end of a run, on the main rank: figures, charts, mistakes and, where the recipe asks for it, the weights.
+
+        `values` are result.json's; `prediction` and `label` [N] index the class `names`; `pictures(rows)` gives images
+        uint8 [n, C, H, W].
+        """
+        if not self.uses_wandb:
+            return
+        import wandb
+
+        rows = most_confident_mistakes(each)
+        mistakes = wandb.Table(["image", "label", "prediction", "confidence", "sample"])
+        for row, image in zip(rows.tolist(), pictures(rows) if len(rows) else [], strict=True):
+            shown = wandb.Image(image.permute(1, 2, 0).cpu().numpy())
+            mistakes.add_data(shown, names[label[row]], names[prediction[row]], each.confidence[row].item(), row)
+        bins = wandb.Table(["confidence up to", "confidence", "accuracy", "samples %"], bin_rows(each))
+        filled = wandb.Table(["confidence", "accuracy"], [row[1:3] for row in bins.data if row[1] is not None])
+        risk = wandb.Table(["coverage %", "error %"], risk_rows(each))
+        charts = {
+            "reliability": wandb.plot.line(filled, "confidence", "accuracy", title="Reliability"),
+            "risk_coverage": wandb.plot.line(risk, "coverage %", "error %", title="Risk and coverage"),
+            "confidences": wandb.plot.bar(bins, "confidence up to", "samples %", title="Confidences"),
+            "most_confident_mistakes": mistakes,
+        }
+        self.wandb_run.log(charts, step=self.recipe.epochs * self.steps_per_epoch)
+        self.wandb_run.summary.update({key: values[key] for key in ("last", "best", "num_parameters")})
+        if self.recipe.tracking.artifact:
+            self.wandb_run.log_artifact(self._artifact(values))
+
+    def _artifact(self, values: dict):
+        import wandb
+
+        name = f"{self.recipe.name}-{self.recipe.method}-seed{self.recipe.seed}"
+        artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]", "-", name), "model", metadata=values)
+        for name in ("model.safetensors", "config.json", "best/model.safetensors", "best/config.json", "recipe.yaml"):
+            artifact.add_file(str(self.run_dir / name), name)
+        return artifact
 
     def sync(self):
         """Have all lines on the disk; raises OSError."""

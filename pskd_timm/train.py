@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,10 +30,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from . import checkpoint, ranks, rng
+from .batch import Batch
 from .checkpoint import Parts, Progress, Wishes
-from .data import Data, Loader, load_data
+from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
+from .graph import StepGraph
 from .methods import METHODS
 from .metrics import METRICS
 from .models.build import check_name, contiguous_state, create_model, save_model
@@ -41,6 +44,7 @@ from .order import num_batches
 from .progress import Display
 from .recipe import Diverged, InputError, Recipe
 from .released import start_from
+from .teacher import method_section, teacher_figures
 from .tracking import Tracker, read_lines
 
 GO_ON = "the same command goes on from there"
@@ -98,6 +102,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
+    recipe.check_method(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -118,20 +123,24 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     if recipe.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
     mean, std = normalisation(model, recipe)
-    if recipe.model.compile:
-        model.compile()
+    if recipe.model.compile in ("default", "max-autotune"):
+        model.compile(mode=recipe.model.compile, dynamic=False)  # the tail batch is compiled for itself
     network = model  # without the wrappers of several processes
     ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
     evaluated = ema.module if ema else network
-    train_split, test_split = data.train.to(device), data.test.to(device)
-    chosen_on, choosing_split = ("holdout", data.holdout.to(device)) if data.holdout else ("test", test_split)
-    method = METHODS[recipe.method].from_section(getattr(recipe, recipe.method).model_dump())
+    train_split = data.train.to(device)
+    splits = {"test": data.test, "holdout": data.holdout}
+    splits = {name: split.to(device) for name, split in splits.items() if split}
+    chosen_on, choosing_split = list(splits.items())[-1]
+    scored_on, scored_split = list(splits.items())[0]
+    method = METHODS[recipe.method].from_section(method_section(recipe))
     method.setup(
         num_samples=len(data.train),
         num_classes=data.num_classes,
         num_epochs=recipe.epochs,
         device=device,
         labels=train_split.labels,
+        model=network,
     )
     loader = Loader(
         train_split,
@@ -150,12 +159,23 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     model, optimizer = accelerator.prepare(model, optimizer)
     # Running statistics matter in evaluation only, and are brought together there (ranks.py): no step waits for them.
     model.broadcast_buffers = False
-    running = RunningSums(accelerator)
+    running = RunningSums(accelerator, method.part_names)
     progress = Progress()
-    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums)
+    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums, method=method)
+
+    def forward_backward(batch: Batch, weight: float):
+        with accelerator.autocast():
+            loss, logits = method.loss(model, batch)
+        accelerator.backward(loss * weight)
+        running.add(loss, logits, batch.labels, method.parts)
+
+    recorded = recipe.model.compile == "graphs"
+    if recorded:
+        forward_backward = StepGraph(forward_backward, lambda: method.variant)
 
     def score_split(model, split, keep_probabilities=False):
-        return predict(model, split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
+        settings = (recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
+        return predict(model, split, *settings, progress=display.advance)
 
     def save():
         clock.update(progress)
@@ -168,7 +188,6 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
     wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
-    name = f"{recipe.method} seed {recipe.seed}"
     try:
         # Resume.
         if whole := checkpoint.newest_whole(run_dir):
@@ -181,6 +200,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
             display.say(f"{run_dir}: starting from {recipe.init_from} after epoch {progress.epoch}")
         tracker.forget_after(progress.epoch, progress.step)
         first_epoch = progress.epoch
+        done = progress.epoch * loader.steps + progress.step
+        display.begin(f"{recipe.method} seed {recipe.seed}", recipe.epochs, loader.steps, done)
         if about := method.about():
             display.say(about)
 
@@ -199,24 +220,24 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                     for batch in micro_batches:
+                        # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
+                        weight = len(batch.labels) * world_size / global_size
                         with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
-                            with accelerator.autocast():
-                                loss, logits = method.loss(model, batch)
-                            # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
-                            accelerator.backward(loss * (len(batch.labels) * world_size / global_size))
-                        running.add(loss, logits, batch.labels)
-                    if recipe.optim.clip_grad_norm:
-                        accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad_norm)
+                            forward_backward(batch, weight)
+                    to_log = (step + 1) % recipe.tracking.log_every == 0
+                    if recipe.optim.clip_grad_norm or to_log:
+                        longest = recipe.optim.clip_grad_norm or math.inf
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), longest)
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad(set_to_none=not recorded)  # a recording adds to the tensors it has seen
                     if ema:
                         ema.update(network)
                     progress.step += 1
-                    if (step + 1) % recipe.tracking.log_every == 0:
-                        mean_loss = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
-                        tracker.log_step(step + 1, {"epoch": epoch + 1, "loss": mean_loss, "lr": lr})
-                        facts = f"epoch {epoch + 1}/{recipe.epochs} loss {mean_loss:.3f}"
-                        display.advance(name, step + 1, recipe.epochs * loader.steps, facts)
+                    if to_log:
+                        means = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
+                        line = {"epoch": epoch + 1, **means, "lr": lr, "grad_norm": grad_norm.item(), **method.values()}
+                        tracker.log_step(step + 1, line)
+                        display.step(epoch + 1, progress.step, progress.num_seen, line)
                     if progress.step < loader.steps:
                         wish = wishes.after(step + 1, stop.received)
                         if wish.save or wish.signal:
@@ -231,6 +252,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     "train_loss": progress.loss_sum / progress.num_seen,
                     "train_error": 100.0 * progress.error_sum / progress.num_seen,
                     **method.values(),
+                    **({"rows_renewed": loader.num_unmixed(epoch)} if method.store else {}),
+                    "store_bytes": method.store.nbytes if method.store else 0,
                 }
                 method.end_epoch()
                 if epoch == first_epoch and (news := method.about()) != about:
@@ -249,7 +272,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 line |= {"evaluated_on": chosen_on, **figures}
                 line |= {"images_per_second": images_per_second, "seconds": progress.seconds}
                 tracker.log_epoch((epoch + 1) * loader.steps, line)
-                display.say(epoch_line(name, recipe.epochs, line))
+                display.epoch(line)
                 progress.start_epoch(epoch + 1)
                 last_epoch = progress.epoch == recipe.epochs
                 wish = wishes.after((epoch + 1) * loader.steps, stop.received, epoch_end=True)
@@ -261,33 +284,43 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {GO_ON}")
                     stop.obey(wish.signal)
 
-        # The result: the last and the best epoch's weights over the test split.
-        of_last = score_split(evaluated, test_split, keep_probabilities=True)
+        # The result: the last and the best epoch's weights over the test split, or where that stays unread the held-out part.
+        of_last = score_split(evaluated, scored_split, keep_probabilities=True)
         of_holdout = score_split(evaluated, choosing_split, keep_probabilities=True) if data.holdout else None
         if is_main:
             save_model(evaluated, run_dir, mean, std, data.image_size, data.class_names)
         evaluated.load_state_dict(parts.best)
-        of_best = score_split(evaluated, test_split, keep_probabilities=True)
+        of_best = score_split(evaluated, scored_split, keep_probabilities=True)
+        best_of_holdout = score_split(evaluated, choosing_split, keep_probabilities=True) if data.holdout else None
         clock.update(progress)
         if is_main:
             values = {
                 "name": recipe.name,
                 "method": recipe.method,
                 "seed": recipe.seed,
+                "evaluated_on": scored_on,
                 "last": {"epoch": recipe.epochs, **of_last.score()},
                 "best": {"epoch": progress.best["epoch"], **of_best.score(), "chosen_on": chosen_on},
                 "seconds": progress.seconds,
                 "num_train": len(data.train),
-                "num_test": len(data.test),
+                "num_test": len(data.test) if data.test else 0,
                 "num_classes": data.num_classes,
+                "class_names": data.class_names,
                 "num_parameters": sum(p.numel() for p in network.parameters()),
                 "num_processes": world_size,
                 **surroundings(device),
             }
+            if of_teacher := teacher_figures(recipe):
+                values["teacher"] = of_teacher
             if of_holdout:
                 of_holdout.write(run_dir / "holdout.parquet")
                 values["holdout"] = {"last": {"epoch": recipe.epochs, **of_holdout.score()}, "best": progress.best}
             save_model(evaluated, run_dir / "best", mean, std, data.image_size, data.class_names)
+            if best_of_holdout:
+                best_of_holdout.write(run_dir / "best" / "holdout.parquet")
+            prediction = of_last.probabilities.argmax(dim=1)
+            shown = partial(pictures, scored_split)
+            tracker.log_result(values, of_last.outcomes, prediction, of_last.labels, data.class_names, shown)
             write_result(run_dir, of_last, of_best, values)
         accelerator.wait_for_everyone()
     finally:
@@ -309,14 +342,22 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError("mixed_precision fp16 needs a GPU; bf16 and no run everywhere")
     if recipe.model.sync_bn and not torch.cuda.is_available():
         raise InputError("model.sync_bn needs GPUs: torch has no batch norm over processes for the CPU")
+    if recipe.model.compile == "graphs" and not torch.cuda.is_available():
+        raise InputError("model.compile graphs needs a GPU: default and max-autotune run everywhere")
+    if recipe.model.compile == "graphs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("model.compile graphs is for one process: use default or max-autotune with several")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    # torch rounds the factors of convolutions on GPUs to TF32 unless it is told not to.
+    torch.set_float32_matmul_precision("highest" if recipe.mixed_precision == "no" else "high")
+    torch.backends.cudnn.allow_tf32 = recipe.mixed_precision != "no"
+    torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
     # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision=recipe.mixed_precision,
+            mixed_precision={"tf32": "no"}.get(recipe.mixed_precision, recipe.mixed_precision),
             step_scheduler_with_optimizer=False,
             log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout_minutes))],
@@ -332,13 +373,18 @@ def connect(recipe: Recipe) -> Accelerator:
 
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
     """What `train` would refuse, for each of `methods`, before any run is started; decodes the images on the way."""
+    for method in methods:
+        recipe.check_method(method)
     check_name(recipe.model.name)
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)
     check_batches(recipe, len(data.train), 1, model, data.image_size)
     make_optimizer(model, recipe.optim)
     for method in methods:
-        METHODS[method].from_section(getattr(recipe, method).model_dump())
+        if method == "tfkd" and recipe.tfkd.teacher == "baseline":
+            continue  # the teacher is trained first, from this very recipe
+        taught = recipe.model_copy(update={"method": method})
+        METHODS[method].from_section(method_section(taught)).check(model, data.num_classes)
 
 
 def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module, image_size: tuple[int, int]):
@@ -426,17 +472,18 @@ def delete_run(run_dir: Path):
 
 
 class RunningSums:
-    """Loss, error and sample count summed on the device and read only now and then."""
+    """Loss, error, sample count and the loss's parts summed on the device and read only now and then."""
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.sums = torch.zeros(3, device=accelerator.device)  # loss, errors, samples
+    def __init__(self, accelerator: Accelerator, part_names: tuple[str, ...] = ()):
+        self.accelerator, self.part_names = accelerator, part_names
+        self.sums = torch.zeros(3 + len(part_names), device=accelerator.device)  # loss, errors, samples, parts
 
-    def add(self, loss, logits, labels):
+    def add(self, loss, logits, labels, parts):
         wrong = (logits.detach().argmax(dim=1) != labels).sum()
         self.sums[0] += loss.detach() * len(labels)
         self.sums[1] += wrong
         self.sums[2] += len(labels)
+        self.sums[3:].add_(parts, alpha=len(labels))
 
     def total(self, where: str) -> list[float]:
         """The sums over all ranks (all ranks call it together); raises Diverged where the loss is not finite."""
@@ -445,14 +492,19 @@ class RunningSums:
             raise Diverged(f"the loss is {sums[0]} at {where}")
         return sums
 
-    def read(self, progress: Progress, where: str) -> float:
-        """Add the sums over all ranks to `progress` and start anew; returns the mean loss (all ranks call it together)."""
-        loss, errors, samples = self.total(where)
+    def read(self, progress: Progress, where: str) -> dict[str, float]:
+        """Add the sums over all ranks to `progress` and start anew (all ranks call it together).
+
+        Returns the mean `loss`, the `error` in % and the mean of each part.
+        """
+        loss, errors, samples, *parts = self.total(where)
         self.sums.zero_()
         progress.loss_sum += loss
         progress.error_sum += errors
         progress.num_seen += samples
-        return loss / max(samples, 1)
+        means = [loss, 100.0 * errors, *parts]
+        names = ("loss", "error", *self.part_names)
+        return {name: mean / max(samples, 1) for name, mean in zip(names, means, strict=True)}
 
 
 class Clock:
@@ -495,15 +547,6 @@ class StopSignals:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
-
-
-def epoch_line(name: str, epochs: int, line: dict) -> str:
-    """What one line says of an epoch."""
-    return (
-        f"{name}  epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.3f}  "
-        f"{line['evaluated_on']}: error {line['top1_error']:.2f} %  nll {line['nll']:.3f}  ece {line['ece']:.2f} %  "
-        f"{line['images_per_second']:,.0f} images/s"
-    )
 
 
 def cpu_copy(model: nn.Module) -> dict[str, torch.Tensor]:

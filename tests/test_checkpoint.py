@@ -81,8 +81,8 @@ DAMAGES = {
     "a missing state": ("state.json", Path.unlink, "state.json is missing"),
     "a future version": (
         "state.json",
-        change_state(version=3),
-        "written in version 3 of the format, this pskd_timm reads version 2",
+        change_state(version=4),
+        "written in version 4 of the format, this pskd_timm reads version 3",
     ),
     "a foreign file": (
         "state.json",

@@ -70,6 +70,12 @@ def test_label_smoothing_spreads_epsilon_over_all_classes(problem):
     assert loss_of(LabelSmoothing(0.1), z, labels) == pytest.approx(cross_entropy(targets, z), rel=1e-12)
 
 
+def test_label_smoothing_can_spread_epsilon_over_the_other_classes(problem):
+    z, labels, _ = problem
+    targets = np.where(one_hot(labels) == 1, 0.9, 0.1 / (K - 1))
+    assert loss_of(LabelSmoothing(0.1, "others"), z, labels) == pytest.approx(cross_entropy(targets, z), rel=1e-12)
+
+
 def test_cskd_adds_the_tempered_kl_from_the_partner(problem):
     z, labels, partners = problem
     expected = cross_entropy(one_hot(labels), z) + 3 * 16 * kl(softmax(partners / 4), softmax(z / 4))
@@ -89,6 +95,41 @@ def test_cskd_runs_partners_in_train_mode_so_running_statistics_move_twice_a_ste
     batch = Batch(torch.randn(B, K), torch.zeros(B, dtype=torch.long), torch.arange(B), torch.randn(B, K))
     ready(CSKD()).loss(model, batch)
     assert model.num_batches_tracked == 2
+
+
+def test_cskds_partners_in_eval_mode_are_seen_through_running_statistics_that_they_do_not_move():
+    class Network(nn.Sequential):
+        num_classes = K
+
+    model, again = (Network(nn.BatchNorm1d(K), nn.Dropout(0.5)) for _ in range(2))
+    model[1].eval()  # a part that was in eval mode stays in it
+    again[1].eval()
+    batch = Batch(torch.randn(B, K), torch.zeros(B, dtype=torch.long), torch.arange(B), torch.randn(B, K))
+    loss, _ = ready(CSKD(weight=1, temperature=4, partner_mode="eval")).loss(model, batch)
+    z = again(batch.images).detach().numpy()
+    norm = again[0]
+    partners = ((batch.partner_images - norm.running_mean) / (norm.running_var + norm.eps).sqrt()).numpy()
+    expected = cross_entropy(one_hot(batch.labels), z) + 16 * kl(softmax(partners / 4), softmax(z / 4))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert model[0].num_batches_tracked == 1 and model[0].training and not model[1].training
+    assert torch.equal(model[0].running_mean, norm.running_mean)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("reduction", "multiplier"), [("mean", 3.0), ("batchmean", 3.0), ("batchmean", None)])
+@pytest.mark.parametrize("temper_student", [False, True])
+def test_tfkds_variants_are_their_formulas(problem, trained, reduction, multiplier, temper_student):
+    z, labels, theirs = problem
+    alpha, temperature = 0.3, 5.0
+    q = softmax(theirs / 5) if trained else softmax(np.where(one_hot(labels) == 1, 0.99, 0.01 / (K - 1)) / 5)
+    weight = (multiplier or (0.5 if trained else 1)) * (25 if trained else 1) / (K if reduction == "mean" else 1)
+    p = softmax(z / 5) if temper_student else softmax(z)
+    expected = 0.7 * cross_entropy(one_hot(labels), z) + 0.3 * weight * kl(q, p)
+    teacher = Echo() if trained else None
+    if trained:
+        teacher.forward = lambda x: torch.tensor(theirs)
+    method = TFKD(teacher, alpha, temperature, multiplier, reduction=reduction, temper_student=temper_student)
+    assert loss_of(method, z, labels) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("multiplier", [None, 3.0])
@@ -199,6 +240,82 @@ def test_pskd_takes_the_softmax_in_float32_of_half_precision_logits(problem):
     loss, _ = pskd.loss(Echo(), Batch(half, torch.tensor(labels), torch.arange(B)))
     assert loss.dtype == torch.float32
     assert torch.equal(pskd.store.rows[:B], half.float().softmax(1))
+
+
+class WithNorm(nn.Sequential):
+    """A network whose modes differ: batch norm and dropout."""
+
+    num_classes = K
+
+    def __init__(self):
+        super().__init__(nn.Linear(K, K), nn.BatchNorm1d(K), nn.Dropout(0.3))
+
+
+def wrapped_by_torch_compile(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, wrapped_by_torch_compile], ids=["bare", "compiled"])
+def test_pskds_snapshot_teacher_is_last_epochs_network_in_eval_mode_on_the_current_view(wrap):
+    torch.manual_seed(0)
+    model = WithNorm()
+    seen = wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    pskd = ready(PSKD(alpha=0.8, teacher="snapshot"))
+    images, labels = torch.randn(N, K), torch.randint(K, (N,))
+    last = None  # weights and statistics at the end of the last epoch
+    for epoch in range(E):
+        pskd.begin_epoch(epoch, torch.arange(N))
+        for index in torch.randperm(N).split(B):
+            view = images[index] + 0.1 * torch.randn(len(index), K)
+            loss, logits = pskd.loss(seen, Batch(view, labels[index], index))
+            label, z = one_hot(labels[index].numpy()), logits.detach().double().numpy()
+            if last is None:
+                target = label
+            else:
+                weight, bias, gamma, beta, mean, var = (t.double().numpy() for t in last)
+                hidden = (view.double().numpy() @ weight.T + bias - mean) / np.sqrt(var + model[1].eps) * gamma + beta
+                target = (1 - 0.8 * (epoch + 1) / E) * label + 0.8 * (epoch + 1) / E * softmax(hidden)
+            assert loss.item() == pytest.approx(cross_entropy(target, z), rel=1e-5)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        last = [t.clone() for name, t in model.state_dict().items() if "num_batches" not in name]
+        pskd.end_epoch()
+    assert model.training and model[1].num_batches_tracked == E * -(-N // B)
+    assert pskd.store is None and not any(p.requires_grad for p in pskd.snapshot.frozen.parameters())
+    again = PSKD(alpha=0.8, teacher="snapshot").setup(
+        num_samples=N, num_classes=K, num_epochs=E, device="cpu", model=WithNorm()
+    )
+    again.load_state_dict(pskd.state_dict())
+    assert torch.equal(again.snapshot.logits(images), pskd.snapshot.logits(images))
+
+
+def test_a_snapshot_teacher_that_starts_in_mid_way_takes_the_network_it_was_given_or_asks_for_it():
+    pskd = PSKD(teacher="snapshot")
+    pskd.setup(num_samples=N, num_classes=K, num_epochs=E, device="cpu", model=WithNorm())
+    pskd.begin_epoch(2, torch.arange(N))
+    assert pskd.snapshot.frozen is not None
+    with pytest.raises(InputError, match="model=model"):
+        ready(PSKD(teacher="snapshot")).begin_epoch(2, torch.arange(N))
+
+
+def test_pskds_schedule_reaches_the_loss(problem):
+    z, labels, _ = problem
+    pskd = ready(PSKD(alpha=0.8, store_dtype="float64", alpha_schedule="cosine", alpha_warmup_epochs=1))
+    last = softmax(np.random.default_rng(3).normal(size=(B, K)))
+    for epoch, alpha in enumerate((0.0, 0.8 * 0.25, 0.8 * 0.75, 0.8)):  # (1 − cos πt)/2 at t = 1/3, 2/3, 1
+        pskd.begin_epoch(epoch, torch.arange(B))
+        pskd.store.write(torch.arange(B), torch.tensor(last))
+        loss, _ = pskd.loss(Echo(), batch_of(z, labels, np.arange(B)))
+        assert loss.item() == pytest.approx(cross_entropy((1 - alpha) * one_hot(labels) + alpha * last, z), rel=1e-12)
+        pskd.end_epoch()
+
+
+@pytest.mark.parametrize("wrong", [{"teacher": "shop"}, {"alpha_schedule": "square"}])
+def test_pskd_refuses_what_it_does_not_know(wrong):
+    with pytest.raises(InputError, match="must be"):
+        PSKD(**wrong)
 
 
 def test_pskd_refuses_an_alpha_that_is_no_weight():

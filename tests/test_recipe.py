@@ -145,6 +145,8 @@ def test_public_names_are_functions_even_after_their_modules_were_imported():
 LAYERS = [
     {
         "recipe",
+        "presets",
+        "effective",
         "rng",
         "order",
         "batch",
@@ -160,11 +162,11 @@ LAYERS = [
         "progress",
         "files",
     },
-    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate"},
+    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher", "graph"},
     {"train", "runs", "pictures", "paper", "tables"},
     {"page"},
     {"report"},
-    {"compare", "show", "bench"},
+    {"compare", "show", "bench", "dashboard", "search", "predict", "export", "adaptors"},
     {"cli"},
     {"__main__", "__init__"},
 ]

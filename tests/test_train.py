@@ -12,6 +12,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 
 from pskd_timm import METHODS, InputError, evaluate, score, train
 from pskd_timm.checkpoint import newest
@@ -63,10 +65,12 @@ def test_two_equal_runs_are_bitwise_equal_and_another_seed_is_not(tiny, tmp_path
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "pskd snapshot"])
 def test_a_run_interrupted_in_mid_epoch_and_continued_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch, method):
+    method, _, teacher = method.partition(" ")
     settings = {
         "method": method,
+        "pskd__teacher": teacher or "store",
         "epochs": 3,
         "model__kwargs": {"width": 8, "drop_rate": 0.2},
         "ema_decay": 0.9,
@@ -159,6 +163,41 @@ def test_the_best_epoch_is_chosen_on_the_held_out_part_and_the_test_part_is_scor
     assert 100 * (1 - table.correct.mean()) == pytest.approx(errors[-1]) and len(table) == 60
 
 
+class Conversions(TorchFunctionMode):
+    """Counts the calls from Python that turn a tensor's value into a Python or numpy one."""
+
+    NAMES = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "method, settings",
+    [("cskd", {}), ("tfkd", {}), ("pskd", {}), ("pskd", {"teacher": "snapshot"})],
+)
+def test_no_step_waits_for_a_value_on_the_device(tiny, method, settings):
+    settings = {f"{method}.{name}": value for name, value in settings.items()}
+
+    def conversions(batch_size):
+        sizes = {"data.limit_train": 48, "data.limit_test": 10, "batch_size": batch_size, "tracking.log_every": 1000}
+        recipe = tiny(**sizes | settings, method=method, output_dir=str(tiny().run_dir / str(batch_size)))
+        with Conversions() as calls, profile(activities=[ProfilerActivity.CPU]) as profiled:
+            train(recipe)
+        inside = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
+        return calls.count, sum(event.count for event in profiled.key_averages() if event.key in inside)
+
+    # Six times the steps, and as many conversions: at the ends of epochs and of the run.
+    few, many = conversions(24), conversions(4)
+    assert few[0] > 0 and few[1] > 0
+    assert many == few
+
+
 def test_callbacks_see_each_epochs_line_and_may_end_a_run_that_goes_on_later(tiny):
     class Enough(Exception):
         pass
@@ -207,8 +246,11 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused_its_f
 
 def test_a_finished_runs_network_teaches_tfkd(finished, tiny):
     _, teacher = finished
-    result = train(tiny(method="tfkd", tfkd__teacher=str(teacher.run_dir)))
+    same_data = {"data__gaussian_noise": 0.65}
+    result = train(tiny(method="tfkd", tfkd__teacher=str(teacher.run_dir), **same_data))
     assert np.isfinite(losses(result.run_dir)).all()
+    recorded = result.values["teacher"]
+    assert recorded == {"run": str(teacher.run_dir), "method": "pskd", "seed": 0, **teacher.last}
     with pytest.raises(InputError, match="no model here"):
         train(tiny(method="tfkd", tfkd__teacher="nowhere", seed=5))
 

@@ -56,7 +56,7 @@ def exchange(folder: Path):
         labels = torch.randint(k, (n,), generator=generator)
         store = PredictionStore(n, k, dtype=dtype, labels=labels, topk=topk)
         exact = getattr(torch, dtype)
-        table = F.one_hot(labels, k).to(torch.promote_types(exact, torch.float32) if topk else exact)
+        table = F.one_hot(labels, k).to(torch.promote_types(exact, torch.float32))
         close = {"rtol": 0, "atol": 1e-6 if topk else 0}
         for _ in range(data.draw(st.integers(1, 3))):
             order = torch.randperm(n, generator=generator)[: data.draw(st.integers(0, n))]
@@ -71,38 +71,58 @@ def exchange(folder: Path):
                     store.write(half, new[half])
                 if done == 0 and middle:
                     store.gather()  # a check-in in the middle of an epoch leaves the rows checked out
-            if len(mine) < n:
-                stray = next(i for i in range(n) if i not in mine.tolist())
-                try:
-                    store.read(torch.tensor([stray]), labels[:1])
-                    raise AssertionError("a row that is not here was read")
-                except InputError as error:
-                    assert f"sample {stray} " in str(error)
             store.checkin()
             for i in order.tolist():
                 table[i] = nearest_row(new[i], topk, exact) if topk else new[i].to(exact)
             torch.testing.assert_close(store.gather(), table, **close)
+            # One rank reads a row that it did not check out: all of them are told which.
+            store.checkout(mine[:0])
+            stray = int(torch.randint(n, (), generator=generator))
+            if rank == stray % world_size:
+                store.read(torch.tensor([stray]), labels[:1])
+            try:
+                store.checkin()
+                raise AssertionError("a row that was not checked out was read")
+            except InputError as error:
+                assert f"sample {stray} " in str(error)
+            store.checkin()
+            torch.testing.assert_close(store.gather(), table, **close)
             checked += 1
 
     check()
+    check_snapshot(rank)
     (folder / f"exchange-{rank}").write_text(str(checked))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def check_snapshot(rank: int):
+    """Each rank's running statistics are its own; the snapshot teacher has the main rank's on all of them."""
+    from pskd_timm.methods.snapshot import Snapshot
+
+    network = torch.nn.BatchNorm1d(3)
+    network.running_mean.fill_(rank)
+    teacher = Snapshot(network)
+    teacher.take()
+    teacher.take()
+    assert teacher.frozen.running_mean.tolist() == [0.0] * 3 and network.running_mean.tolist() == [float(rank)] * 3
+
+
 def train_all(folder: Path):
-    """All five methods on however many processes there are, on a network without batch norm; the store's end state too."""
+    """All five methods, and PS-KD with both its teachers, on however many processes there are and without batch norm."""
     from pskd_timm import METHODS, load_recipe, train
     from pskd_timm.checkpoint import newest
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    for method in METHODS:
-        recipe = load_recipe(
-            "digits",
-            json.loads((folder / "settings.json").read_text())
-            | {"method": method, "output_dir": str(folder / f"on{world_size}")},
-        )
-        result = train(recipe)
+    settings = json.loads((folder / "settings.json").read_text())
+    runs = [{"method": method, "output_dir": str(folder / f"on{world_size}")} for method in METHODS]
+    snapshot = {
+        "method": "pskd",
+        "pskd.teacher": "snapshot",
+        "output_dir": str(folder / f"on{world_size}" / "snapshot"),
+    }
+    for own in [*runs, snapshot]:
+        result = train(load_recipe("digits", settings | own))
         assert newest(result.run_dir)
 
 

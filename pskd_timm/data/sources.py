@@ -81,16 +81,16 @@ def known_sizes(section: DataSection) -> Sizes | None:
     return Sizes(source.num_train, source.num_test, source.num_classes, source.image_size)
 
 
-def open_tables(section: DataSection) -> tuple[Table, Table]:
-    """The training and the test table of the data section of a recipe. Raises InputError where something is missing."""
+def open_tables(section: DataSection) -> tuple[Table, Table | None]:
+    """The training and the test table (None without `test`) of a recipe's data. Raises InputError where one is missing."""
     splits = _digits() if section.source == "digits" else _open(section)
     train = _take(splits, section.train_split, "data.train_split")
     if section.test_fraction:
         both = _checked(train, section).dataset.train_test_split(section.test_fraction, seed=section.seed)
         train, test = both["train"], both["test"]
-    else:
+    elif section.test:
         test = _take(splits, section.test_split or _test_split(splits, section), "data.test_split")
-    return _checked(train, section), _checked(test, section)
+    return _checked(train, section), _checked(test, section) if section.test else None
 
 
 def _digits() -> dict:
@@ -119,19 +119,33 @@ def _open(section: DataSection) -> dict:
     datasets.disable_progress_bars()
     source = SOURCES.get(section.source or "")
     if section.path is None:
-        return _from_hub(source.hub_id if source else section.source)
+        return _from_hub(source.hub_id if source else section.source, section)
     folder = Path(section.path).expanduser()
     if not folder.is_dir():
         raise InputError(f"data.path: no folder {folder}")
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            if not section.test and (folder / section.train_split).is_dir():
+                return {section.train_split: datasets.load_from_disk(str(folder / section.train_split))}
             saved = datasets.load_from_disk(str(folder))
             return saved if isinstance(saved, dict) else {"train": saved}
         if any(path.suffix.lower() in TABLE_SUFFIXES for path in folder.rglob("*")):
-            return datasets.load_dataset(str(folder))
+            return _load(str(folder.resolve()), section)
     except Exception as error:  # the library raises whatever its readers raise
         raise InputError(f"data.path: {folder} cannot be read as a data set: {_first_line(error)}") from None
     return _image_folders(folder, section)
+
+
+def _load(name: str, section: DataSection) -> dict:
+    """The splits of a folder or hub id; without `test` only the training split's files are read."""
+    import datasets
+
+    if section.test:
+        return datasets.load_dataset(name)
+    builder = datasets.load_dataset_builder(name)
+    files = {str(split): paths for split, paths in builder.config.data_files.items()}
+    training = {section.train_split: files[section.train_split]} if section.train_split in files else files
+    return datasets.load_dataset(builder.name, data_files=training, features=builder.info.features)
 
 
 def _image_folders(folder: Path, section: DataSection) -> dict:
@@ -164,11 +178,9 @@ def _image_folder(folder: Path):
     return Dataset.from_dict(rows, features=Features({"image": Image(), "label": names, "stamp": Value("int64")}))
 
 
-def _from_hub(hub_id: str) -> dict:
-    import datasets
-
+def _from_hub(hub_id: str, section: DataSection) -> dict:
     try:
-        return datasets.load_dataset(hub_id)
+        return _load(hub_id, section)
     except Exception as error:  # the library raises whatever its readers raise
         hint = nearest(hub_id, SOURCES) or " (data.path reads a local folder)"
         raise InputError(

@@ -13,7 +13,7 @@ from ..recipe import Data as DataSection
 from ..recipe import InputError
 from .decode import cache_folder, decoded
 from .sources import Table, open_tables
-from .streaming import StreamedSplit
+from .streaming import StreamedSplit, policy
 
 # One number for each thing that data.seed fixes.
 LIMIT, HOLDOUT, FLIPPED, NEW_LABEL, NOISE = range(5)
@@ -59,10 +59,10 @@ class Split:
 
 @dataclass
 class Data:
-    """The parts of a data set; `holdout` is None unless the recipe asks for one."""
+    """The parts of a data set; `holdout` is None unless the recipe asks for one, `test` where it is not to be read."""
 
     train: Split | StreamedSplit
-    test: Split | StreamedSplit
+    test: Split | StreamedSplit | None
     holdout: Split | StreamedSplit | None
     class_names: list[str]
 
@@ -84,12 +84,12 @@ def load_data(section: DataSection, augment: AugmentSection, progress=None) -> D
         raise InputError(f"data: a classifier needs two classes at least, the training split has {len(class_names)}")
     make = _streamed if section.loading == "streaming" else _resident
     train = make("train", train_table, class_names, section, augment, progress)
-    test = make("test", test_table, class_names, section, augment, progress)
-    if train.size != test.size:
+    test = make("test", test_table, class_names, section, augment, progress) if test_table else None
+    if test and train.size != test.size:
         of_train, of_test = ("×".join(map(str, split.size)) for split in (train, test))
         raise InputError(f"data: training images are {of_train}, test images {of_test}: set data.image_size")
     train = _with_noise(_limited(train, section.limit_train, section.seed), section, 0)
-    test = _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
+    test = test and _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
     train, holdout = _held_out(train, section)
     train = replace(train, labels=flip_labels(train.labels, len(class_names), section.label_noise, section.seed))
     return Data(train, test, holdout, class_names)
@@ -106,8 +106,10 @@ def _resident(name: str, table: Table, class_names, section: DataSection, augmen
     labels = _labels(name, table, class_names)
     report = (lambda done, total: progress(f"decoding {name}", done, total)) if progress else None
     crop_pct = section.crop_pct if name == "test" else 1.0
-    images = decoded(table, section.image_size, crop_pct, cache_folder(section.cache_dir), report)
-    return Split(images, labels, torch.arange(len(labels)))
+    skip_damaged = name == "train" and section.damaged == "skip"
+    folder = cache_folder(section.cache_dir)
+    images, rows = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
+    return Split(images, labels[rows], rows)
 
 
 def _streamed(
@@ -117,7 +119,11 @@ def _streamed(
     scale = augment.random_resized_crop if name == "train" else None
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if section.workers is None else section.workers
     size, ids = section.image_size, torch.arange(len(labels))
-    return StreamedSplit(table, size, labels, ids, workers, scale, section.crop_pct)
+    auto_augment = augment.auto_augment if name == "train" else None
+    if auto_augment:
+        policy(auto_augment, size)  # refused here, not in a worker
+    skip_damaged = name == "train" and section.damaged == "skip"
+    return StreamedSplit(table, size, labels, ids, workers, scale, section.crop_pct, auto_augment, skip_damaged)
 
 
 def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:

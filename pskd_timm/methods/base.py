@@ -1,15 +1,33 @@
 """What a method is: a loss that owns the forward pass, and what happens around an epoch."""
 
+from collections.abc import Hashable
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
 from ..store import PredictionStore
 
 
+@contextmanager
+def eval_mode(model: nn.Module):
+    """Runs `model` in eval mode and then puts every part of it back into the mode it was in."""
+    training = [part for part in model.modules() if part.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class Method:
     """Base of all methods. Not an `nn.Module`: a teacher is neither wrapped nor saved with the student."""
 
     needs_partners = False  # whether `Batch.partner_images` is to be filled
+    part_names: tuple[str, ...] = ()  # what the loss is made of, as steps.jsonl and wandb name it
+    parts: Tensor  # [len(part_names)] after `loss`: the values of those in it, means over B without gradient
     store: PredictionStore | None = None  # what a method remembers of the training samples, saved with a checkpoint
 
     @classmethod
@@ -17,10 +35,26 @@ class Method:
         """The method with the settings of its section of a recipe."""
         return cls(**section)
 
-    def setup(self, *, num_samples: int, num_classes: int, num_epochs: int, device, labels: Tensor | None = None):
-        """Prepare for a run over `num_samples` training samples; `labels` [N] where they are known. Returns self."""
+    def setup(
+        self,
+        *,
+        num_samples: int,
+        num_classes: int,
+        num_epochs: int,
+        device,
+        labels: Tensor | None = None,
+        model: nn.Module | None = None,
+    ):
+        """Prepare for a run over `num_samples` training samples; returns self.
+
+        `labels` [N] and the `model` to be trained are given where they are known.
+        """
         self.num_classes, self.num_epochs = num_classes, num_epochs
+        self.parts = torch.zeros(len(self.part_names), device=device)
         return self
+
+    def check(self, model: nn.Module | None, num_classes: int):
+        """Raise InputError where the method cannot teach `model` (where it is known) on so many classes."""
 
     def begin_epoch(self, epoch: int, order: Tensor):
         """Before epoch `epoch` (0-based), in which this rank visits the sample ids `order` [n]; all ranks together."""
@@ -32,9 +66,21 @@ class Method:
     def end_epoch(self):
         """After the last step of an epoch; all ranks together."""
 
+    @property
+    def variant(self) -> Hashable:
+        """Whatever beside tensors decides what `loss` does: another value asks for another recording of the step."""
+        return None
+
     def about(self) -> str | None:
         """A line on what the method holds, told at the start and, if it changed, after the first epoch; all ranks together."""
 
     def values(self) -> dict[str, float]:
         """What the method has to report of the current epoch, by name."""
         return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the method beside its store."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]):
+        """Take over what `state_dict` gave."""

@@ -1,5 +1,7 @@
 """Plain cross-entropy."""
 
+from functools import partial
+
 import torch.nn.functional as F
 
 from .. import losses
@@ -7,6 +9,10 @@ from .base import Method
 
 
 class Baseline(Method):
+    part_names = ("cross_entropy",)
+
     def loss(self, model, batch):
         logits = model(batch.images)
-        return F.cross_entropy(losses.at_least_float32(logits), batch.labels), logits
+        cross_entropy = batch.label_loss(partial(F.cross_entropy, losses.at_least_float32(logits)))
+        self.parts = cross_entropy.detach()[None]
+        return cross_entropy, logits

@@ -1,21 +1,30 @@
-"""PS-KD (Kim et al., ICCV 2021, arXiv 2006.12000): soften the label with the sample's own last prediction."""
+"""PS-KD (Kim et al., ICCV 2021, arXiv 2006.12000): soften the label with what the network said of the sample an epoch ago."""
 
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 
 from .. import losses
+from ..effective import alpha_at
 from ..progress import readable
 from ..ranks import rank_and_world_size
 from ..recipe import InputError
 from ..store import PredictionStore, choose_device, store_bytes
 from .base import Method
+from .snapshot import Snapshot
 
 
 class PSKD(Method):
-    """Target in epoch e of E: (1 − α_e)·label + α_e·last prediction, α_e = `alpha`·(e + 1)/E.
+    """Target in epoch e of E: (1 − α_e)·label + α_e·last prediction, α_e = `alpha`·(e + 1)/E or as `alpha_schedule` says.
 
-    Predictions are kept in `store_dtype` on `store_device` (`auto` or `cpu`), in full or with `store_format` topk the
-    `store_topk` largest of each.
+    With `teacher` store a sample's last prediction is that of its last training step, kept in `store_dtype` on
+    `store_device` (`auto` or `cpu`), in full or with `store_format` topk the `store_topk` largest of each. With `teacher`
+    snapshot the network as the last epoch left it sees the current images too, in eval mode, and nothing is stored.
     """
+
+    part_names = ("cross_entropy", "last_cross_entropy")
+    snapshot: Snapshot | None = None
 
     def __init__(
         self,
@@ -24,14 +33,27 @@ class PSKD(Method):
         store_format: str = "full",
         store_topk: int | None = None,
         store_device: str = "auto",
+        teacher: str = "store",
+        alpha_schedule: str = "linear",
+        alpha_warmup_epochs: int = 0,
     ):
         if not 0.0 <= alpha <= 1.0:
             raise InputError(f"alpha must lie in [0, 1], got {alpha}")
-        self.alpha, self.store_dtype, self.store_device = alpha, store_dtype, store_device
+        if teacher not in ("store", "snapshot"):
+            raise InputError(f"teacher must be store or snapshot, got {teacher!r}")
+        if alpha_schedule not in ("linear", "constant", "cosine"):
+            raise InputError(f"alpha_schedule must be linear, constant or cosine, got {alpha_schedule!r}")
+        self.alpha, self.schedule, self.teacher = alpha, (alpha_schedule, alpha_warmup_epochs), teacher
+        self.store_dtype, self.store_device = store_dtype, store_device
         self.topk = store_topk if store_format == "topk" else None
 
-    def setup(self, *, num_samples, num_classes, num_epochs, device, labels=None):
+    def setup(self, *, num_samples, num_classes, num_epochs, device, labels=None, model=None):
         super().setup(num_samples=num_samples, num_classes=num_classes, num_epochs=num_epochs, device=device)
+        self._alpha = torch.zeros((), dtype=torch.float64, device=device)  # where a recorded step reads it
+        if self.teacher == "snapshot":
+            self.snapshot = Snapshot(model)
+            self.told = "snapshot teacher: the network as the last epoch left it, one more forward a step"
+            return self
         num_bytes = store_bytes(num_samples, num_classes, self.store_dtype, rank_and_world_size()[1], self.topk)
         where = choose_device(self.store_device, device, num_bytes)
         self.store = PredictionStore(num_samples, num_classes, where, self.store_dtype, labels, self.topk)
@@ -46,21 +68,55 @@ class PSKD(Method):
         return f"{self.told}; {100 * error:.2g} % of a row's mass is misplaced on average" if error else self.told
 
     def begin_epoch(self, epoch, order):
-        self.alpha_now = self.alpha * (epoch + 1) / self.num_epochs
-        self.store.checkout(order)
+        self.alpha_now = alpha_at(epoch, self.num_epochs, self.alpha, *self.schedule)
+        self._alpha.fill_(self.alpha_now)
+        if self.store:
+            self.store.checkout(order)
+        elif epoch > 0 and self.snapshot.frozen is None:
+            self.snapshot.take()  # a run that starts in mid-way from a file: its weights are those of the last epoch
 
     def loss(self, model, batch):
         logits = model(batch.images)
         wide = losses.at_least_float32(logits)
-        last = self.store.read(batch.index, batch.labels).to(wide.dtype)
-        label = F.one_hot(batch.labels, self.num_classes).to(wide.dtype)
-        targets = (1.0 - self.alpha_now) * label + self.alpha_now * last
-        # What this very forward predicts (training mode, augmented view) is the next visit's target.
-        self.store.write(batch.index, wide.detach().softmax(dim=1))
-        return losses.soft_cross_entropy(logits, targets), logits
+        last = self.last_prediction(model, batch).to(wide.dtype)
+        log_p = F.log_softmax(wide, dim=1)
+        cross_entropy = batch.label_loss(partial(F.nll_loss, log_p))
+        last_cross_entropy = -(last * log_p).sum(dim=1).mean()
+        self.parts = torch.stack([cross_entropy, last_cross_entropy]).detach()
+        if self.store and batch.mate is None:
+            # What this very forward predicts (training mode, augmented view) is the next visit's target; of a mixed image
+            # it is neither sample's.
+            self.store.write(batch.index, wide.detach().softmax(dim=1))
+        alpha = self._alpha.to(wide.dtype)
+        return (1.0 - alpha) * cross_entropy + alpha * last_cross_entropy, logits
+
+    def last_prediction(self, model, batch):
+        """What was last said, probabilities [B, K]; one-hot labels where nothing was.
+
+        The store's is of the samples, mixed as a mixed batch's images are; the snapshot looks at the mixed images themselves.
+        """
+        if self.store:
+            return batch.mixed(self.store.read(batch.index, batch.labels))
+        self.snapshot.watch(model)
+        if self.snapshot.frozen is None:
+            return batch.mixed(losses.one_hot(batch.labels, self.num_classes))
+        return losses.at_least_float32(self.snapshot.logits(batch.images)).softmax(dim=1)
 
     def end_epoch(self):
-        self.store.checkin()
+        if self.store:
+            self.store.checkin()
+        else:
+            self.snapshot.take()
+
+    @property
+    def variant(self):
+        return self.snapshot is not None and self.snapshot.frozen is None
 
     def values(self):
         return {"alpha": self.alpha_now}
+
+    def state_dict(self):
+        return self.snapshot.state_dict() if self.snapshot else {}
+
+    def load_state_dict(self, state):
+        self.snapshot.load_state_dict(state)

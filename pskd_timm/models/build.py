@@ -30,7 +30,11 @@ def create_model(section: ModelSection, num_classes: int, image_size: tuple[int,
         model = timm.create_model(section.name, pretrained=section.pretrained, **arguments)
     except Exception as error:  # each model raises what it likes
         hint = " (--model.kwargs '{}' drops the recipe's arguments)" if section.kwargs else ""
-        raise InputError(f"model {section.name} cannot be made with {arguments}: {_first_line(error)}{hint}") from None
+        weights = ""
+        if section.pretrained:
+            weights, hint = " and pretrained weights", f"{hint} (--model.pretrained false starts without)"
+        made = f"model {section.name} cannot be made with {arguments}{weights}"
+        raise InputError(f"{made}: {_first_line(error)}{hint}") from None
     if section.small_input:
         try:
             model = small_input(model)

@@ -1,0 +1,248 @@
+"""A finished run for others: a folder or hub repository that timm loads, with a model card; an ONNX file."""
+
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from torch import Tensor, nn
+
+from . import __version__
+from .augment import normalize
+from .evaluate import normalisation
+from .metrics import METRICS, score
+from .plots import TITLES, reliability_and_risk
+from .predict import Classifier
+from .recipe import InputError, Recipe
+from .tables import HEADERS
+from .train import Result
+
+
+def push(run: str | Path, to: str, hub: bool = False, private: bool = False, best: bool = False) -> str:
+    """Write a finished run with its model card into the new folder `to`, or with `hub` into that repository of the hub.
+
+    Returns where it is. Raises InputError where there is no such run, or the folder or the hub cannot take it.
+    """
+    classifier = Classifier.of_run(run, best)
+    if not hub:
+        folder = Path(to).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{to}: there is something already: name a new folder, or a repository with --hub")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                partial = Path(temporary) / "model"
+                write_folder(Path(run).expanduser(), partial, classifier, best, f"local-dir:{folder.name}")
+                partial.replace(folder)
+        except OSError as error:
+            raise InputError(f"{to}: cannot be written: {error}") from None
+        return str(folder)
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise InputError("push --hub needs a token of the Hugging Face hub: `hf auth login`, or HF_TOKEN")
+    with tempfile.TemporaryDirectory() as temporary:
+        write_folder(Path(run).expanduser(), Path(temporary) / "model", classifier, best, f"hf-hub:{to}")
+        try:
+            api = HfApi()
+            repository = api.create_repo(to, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository.repo_id, folder_path=Path(temporary) / "model")
+        except Exception as error:  # whatever the library and the network raise
+            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise InputError(f"{to}: the hub did not take it: {line}") from None
+    return str(repository)
+
+
+def write_folder(run: Path, folder: Path, classifier: Classifier, best: bool, timm_name: str):
+    """The files of `push`: model.safetensors, config.json, recipe.yaml, result.json, reliability.png and README.md."""
+    source = run / "best" if best else run
+    folder.mkdir()
+    shutil.copy(source / "model.safetensors", folder)
+    config = json.loads((source / "config.json").read_text())
+    # What timm's own transforms need to show the network what it was tested on.
+    config["pretrained_cfg"] |= {"crop_pct": classifier.recipe.data.crop_pct, "interpolation": "bicubic"}
+    config["temperature"] = classifier.temperature or 1.0
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
+    (folder / "recipe.yaml").write_text(recipe_for_others(classifier.recipe))
+    shutil.copy(run / "result.json", folder)
+    table = pd.read_parquet(source / "predictions.parquet", columns=["confidence", "correct"])
+    reliability_and_risk({classifier.recipe.method: [table]}).savefig(folder / "reliability.png", dpi=150)
+    (folder / "README.md").write_text(model_card(Result.read(run), classifier, best, timm_name))
+
+
+def recipe_for_others(recipe: Recipe) -> str:
+    """The settings that differ from the defaults, without what says something of this machine alone."""
+    tree = recipe.model_dump(exclude_defaults=True)
+    for key in ("output_dir", "tracking", "threads"):
+        tree.pop(key, None)
+    tree["data"].pop("cache_dir", None)
+    if "path" in tree["data"]:
+        tree["data"]["path"] = Path(tree["data"]["path"]).name
+    if "init_from" in tree:
+        tree["init_from"] = Path(tree["init_from"]).name
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+CARD = """
+# {name}: {model}, {method}
+
+An image classifier for {num_classes} classes, trained by pskd_timm {version} with {method} for {epochs} epochs; the {which}
+epoch's weights, {num_parameters:,} parameters.
+
+{table}
+On the {split} part. Errors and ECE in %, NLL in nats, AURC and E-AURC × 10³; lower is better.
+
+![Reliability diagram and risk–coverage curve](reliability.png)
+
+## Use
+
+```python
+import timm, torch
+from PIL import Image
+{imports}
+model = {loading}.eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    logits = model(transform(Image.open("image.jpg").convert("RGB"))[None])
+confidences = (logits / {temperature:.4f}).softmax(dim=1)
+```
+
+Classes, in the order of the outputs: {classes}.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def model_card(result: Result, classifier: Classifier, best: bool, timm_name: str) -> str:
+    """README.md as the hub reads it: YAML with the figures, then the table, the picture, how to load it and the recipe."""
+    recipe, name = classifier.recipe, classifier.recipe.model.name
+    imports, loading = "", f'timm.create_model("{timm_name}", pretrained=True)'
+    if recipe.model.small_input:  # timm alone would build the large stem
+        imports, loading = "from pskd_timm.models.build import load_model\n", 'load_model("FOLDER")'
+    elif name.startswith("cifar_"):
+        imports = "import pskd_timm.models  # registers this network with timm\n"
+    return card_head(result, recipe, best) + CARD.format(
+        name=recipe.name,
+        model=name,
+        method=TITLES[recipe.method],
+        num_classes=len(classifier.class_names),
+        version=__version__,
+        epochs=recipe.epochs,
+        which="best" if best else "last",
+        num_parameters=result.values["num_parameters"],
+        table=card_table(result, classifier, best),
+        split=result.values.get("evaluated_on", "test"),
+        imports=imports,
+        loading=loading,
+        temperature=classifier.temperature or 1.0,
+        classes=", ".join(classifier.class_names),
+        recipe=recipe_for_others(recipe),
+    )
+
+
+def card_head(result: Result, recipe: Recipe, best: bool) -> str:
+    """The card's YAML: what the hub files the model under, and its figures as a model index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    figures = result.best if best else result.last
+    about = {"task_type": "image-classification", "dataset_type": recipe.name, "dataset_name": recipe.name}
+    measured = {"accuracy": 1 - figures["top1_error"] / 100, "nll": figures["nll"], "ece": figures["ece"] / 100}
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "pskd_timm", "calibration", recipe.method],
+        metrics=["accuracy"],
+        model_name=f"{recipe.name} {recipe.model.name} {recipe.method}",
+        eval_results=[
+            EvalResult(
+                **about, dataset_split=result.values.get("evaluated_on", "test"), metric_type=name, metric_value=value
+            )
+            for name, value in measured.items()
+        ],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def card_table(result: Result, classifier: Classifier, best: bool) -> str:
+    """The six figures as the network gives them, and with the temperature that was fitted on held-out images."""
+    figures = result.best if best else result.last
+    rows = {"as trained": figures}
+    if classifier.temperature:
+        predictions = pd.read_parquet((result.run_dir / "best" if best else result.run_dir) / "predictions.parquet")
+        probabilities = classifier.confidences(torch.tensor(np.stack(predictions.probabilities)))
+        label = f"with temperature {classifier.temperature:.4f}, fitted on held-out training images"
+        rows[label] = score(probabilities, torch.tensor(predictions.label.to_numpy()))
+    lines = [["confidences", *(HEADERS[name] for name in METRICS)], ["---", *("---:" for _ in METRICS)]]
+    lines += [[label, *(f"{row[name]:.2f}" for name in METRICS)] for label, row in rows.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+class Deployed(nn.Module):
+    """From pixels to confidences in one graph: normalisation, network, temperature, softmax."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.model = classifier.model.cpu()
+        mean, std = normalisation(classifier.model, classifier.recipe)
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+        self.temperature = classifier.temperature or 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Confidences [B, K] for RGB pixels uint8 [B, 3, H, W]."""
+        return (self.model(normalize(images, self.mean, self.std)) / self.temperature).softmax(dim=1)
+
+
+def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
+    """Write a finished run as one ONNX file: uint8 `images` [B, 3, H, W], RGB, in; calibrated `confidences` [B, K] out.
+
+    Class names, temperature and image size are in the file's metadata. Returns the largest difference between ONNX
+    Runtime's and torch's confidences on random pixels.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401, torch's exporter needs it
+    except ImportError:
+        raise InputError("export to ONNX needs a few packages: pip install 'pskd_timm[onnx]'") from None
+    path = Path(path).expanduser()
+    classifier = Classifier.of_run(run, best)
+    deployed = Deployed(classifier).eval()
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randint(0, 256, (2, 3, *classifier.image_size), dtype=torch.uint8, generator=generator)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            deployed,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["confidences"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        )
+    program.model.metadata_props.update(
+        class_names=json.dumps(classifier.class_names, ensure_ascii=False),
+        temperature=str(deployed.temperature),
+        image_size=json.dumps(classifier.image_size),
+    )
+    try:
+        partial = path.with_name(f"{path.name}.partial")
+        program.save(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error}") from None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    pixels = torch.randint(0, 256, (5, 3, *classifier.image_size), dtype=torch.uint8, generator=generator)
+    (confidences,) = session.run(None, {"images": pixels.numpy()})
+    with torch.no_grad():
+        return float((torch.from_numpy(confidences) - deployed(pixels)).abs().max())

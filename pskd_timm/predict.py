@@ -1,0 +1,184 @@
+"""A finished run's network on images of one's own: decoded as the test images were, with calibrated confidences."""
+
+import glob
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from .augment import normalize
+from .calibration import fit_temperature, with_temperature
+from .data.decode import fit, open_image
+from .data.sources import PICTURE_SUFFIXES
+from .evaluate import autocast, normalisation, run_recipe
+from .losses import at_least_float32
+from .models.build import load_model
+from .progress import Display
+from .recipe import InputError, Recipe
+
+
+@dataclass
+class Classifier:
+    """A finished run's network, on the CPU or the GPU there is, and what it needs to know to be asked."""
+
+    model: nn.Module
+    recipe: Recipe
+    class_names: list[str]
+    temperature: float | None  # fitted on the held-out part; None where the run has none
+
+    @classmethod
+    def of_run(cls, run: str | Path, best: bool = False) -> "Classifier":
+        """The last epoch's network of the run in a folder, or with `best` the best epoch's."""
+        run = Path(run).expanduser()
+        recipe = run_recipe(run)
+        if not (run / "result.json").is_file():
+            raise InputError(f"{run}: the run is not finished (no result.json); the same train command goes on with it")
+        folder = run / "best" if best else run
+        model = load_model(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        names = json.loads((folder / "config.json").read_text())["label_names"]
+        return cls(model, recipe, names, held_out_temperature(folder))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width that the network was trained on."""
+        return tuple(self.model.pretrained_cfg["input_size"][-2:])
+
+    def prepare(self, path: str | Path) -> np.ndarray:
+        """An image file as the test images are decoded: uint8 [H, W, 3]. Raises InputError if that cannot be done."""
+        image = open_image({"bytes": None, "path": str(path)}, 0)[0]
+        if self.recipe.data.image_size:
+            return np.asarray(fit(image, self.recipe.data.image_size, self.recipe.data.crop_pct))
+        # The data were all of one size, which these pictures need not be.
+        height, width = self.image_size
+        return np.asarray(
+            image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        )
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Softmax outputs [N, K] (CPU) for uint8 `images` [N, 3, H, W], without temperature: those of predictions.parquet."""
+        device = next(self.model.parameters()).device
+        mean, std = (torch.tensor(values, device=device) for values in normalisation(self.model, self.recipe))
+        found = []
+        for batch in images.split(self.recipe.batch_size):
+            with autocast(device, self.recipe.mixed_precision):
+                logits = self.model(normalize(batch.to(device), mean, std))
+            found.append(at_least_float32(logits).softmax(dim=1).cpu())
+        return torch.cat(found)
+
+    def confidences(self, probabilities: Tensor) -> Tensor:
+        """`probabilities` [N, K], calibrated where the run has a held-out part to do so."""
+        return probabilities if self.temperature is None else with_temperature(probabilities, self.temperature)
+
+
+def held_out_temperature(folder: Path) -> float | None:
+    """The temperature that suits the held-out predictions in a run's folder, or None where there are none."""
+    path = folder / "holdout.parquet"
+    if not path.is_file():
+        return None
+    table = pd.read_parquet(path, columns=["label", "probabilities"])
+    return fit_temperature(torch.tensor(np.stack(table.probabilities)), torch.tensor(table.label.to_numpy()))
+
+
+def find_images(names: list[str]) -> list[Path]:
+    """The image files that `names` (files, folders with all below them, patterns) stand for, each once, in that order."""
+    found = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+            if not inside:
+                raise InputError(f"{name}: no images in this folder")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        elif matches := sorted(glob.glob(str(path), recursive=True)):
+            found += map(Path, matches)
+        else:
+            raise InputError(f"{name}: no such image, folder or pattern")
+    return list(dict.fromkeys(found))
+
+
+def predict(
+    run: str | Path, images: list[str], top: int = 5, best: bool = False, display: Display | None = None
+) -> dict:
+    """What a finished run's network says of `images` (files, folders, patterns), as `pskd-timm predict --json` writes it.
+
+    {"run", "weights", "calibrated", "temperature", "images": [{"image", "prediction", "confidence", "top"}, …]}, with
+    {"image", "error"} for each that cannot be read. Raises InputError where there is no run, or a name stands for nothing.
+    """
+    if top < 1:
+        raise InputError(f"--top must be at least 1, got {top}")
+    paths = find_images(images)
+    classifier = Classifier.of_run(run, best)
+    display = display or Display(quiet=True)
+    rows, step = [], classifier.recipe.batch_size
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), step):
+            rows += _predict_batch(classifier, paths[start : start + step], top, pool)
+            display.advance("predicting", len(rows), len(paths))
+    display.close()
+    return {
+        "run": str(run),
+        "weights": "best" if best else "last",
+        "calibrated": classifier.temperature is not None,
+        "temperature": classifier.temperature or 1.0,
+        "images": rows,
+    }
+
+
+def _predict_batch(classifier: Classifier, paths: list[Path], top: int, pool) -> list[dict]:
+    decoded = list(pool.map(lambda path: _decoded(classifier, path), paths))
+    readable = [image for image in decoded if not isinstance(image, InputError)]
+    if readable:
+        images = torch.from_numpy(np.stack(readable)).permute(0, 3, 1, 2)
+        confidences = iter(classifier.confidences(classifier.probabilities(images)))
+    rows = []
+    for path, image in zip(paths, decoded, strict=True):
+        if isinstance(image, InputError):
+            rows.append({"image": str(path), "error": str(image)})
+        else:
+            rows.append({"image": str(path), **_ranked(next(confidences), classifier.class_names, top)})
+    return rows
+
+
+def _decoded(classifier: Classifier, path: Path) -> np.ndarray | InputError:
+    try:
+        return classifier.prepare(path)
+    except InputError as error:
+        # Which number it would have in a data set says nothing here.
+        return InputError(f"{path} cannot be decoded: {str(error).partition('cannot be decoded: ')[2]}")
+
+
+def _ranked(confidences: Tensor, class_names: list[str], top: int) -> dict:
+    values, classes = confidences.topk(min(top, len(class_names)))
+    ranked = [
+        {"class": class_names[k], "confidence": value}
+        for k, value in zip(classes.tolist(), values.tolist(), strict=True)
+    ]
+    return {"prediction": ranked[0]["class"], "confidence": ranked[0]["confidence"], "top": ranked}
+
+
+def predictions_table(found: dict):
+    """A rich table of what `predict` gives: an image a row, its prediction and confidence, and the runners-up."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for header, side in (("image", "left"), ("prediction", "left"), ("confidence", "right"), ("then", "left")):
+        table.add_column(header, justify=side, overflow="fold")
+    for row in found["images"]:
+        if "error" in row:
+            table.add_row(escape(row["image"]), "[red]cannot be read[/red]", "", "")
+            continue
+        then = ", ".join(f"{other['class']} {100 * other['confidence']:.1f} %" for other in row["top"][1:])
+        table.add_row(escape(row["image"]), escape(row["prediction"]), f"{100 * row['confidence']:.1f} %", escape(then))
+    return table

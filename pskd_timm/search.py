@@ -1,0 +1,412 @@
+"""Constants chosen on the held-out part of the training data: trials of one recipe, the test part left unread."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, get_args, get_origin
+
+import pandas as pd
+import yaml
+
+from . import rng
+from .files import write_whole
+from .metrics import METRICS
+from .progress import Display
+from .recipe import Diverged, InputError, Recipe, lay_over, nearest, settings
+from .train import Result, check_recipe, train
+
+HOLDOUT_FRACTION = 0.1  # of a recipe that holds nothing out itself
+DIGITS = 4  # of a drawn number: what a recipe shows of it is all there is to it
+RANDOM_TRIALS = 5  # before Optuna's TPE looks at what they gave
+SAMPLER = 12  # stream of random numbers
+# What a search fixes itself: who is compared with whom, and on what.
+NOT_SEARCHED = (
+    "method",
+    "seed",
+    "data.seed",
+    "data.test",
+    "data.test_fraction",
+    "data.test_split",
+    "data.holdout_fraction",
+)
+DONE, STOPPED, DIVERGED = "finished", "stopped early", "diverged"
+LABELS = {"nll": "NLL", "ece": "ECE %", "top1_error": "top-1 error %"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a setting is drawn from: uniform from `low` to `high`, log-uniform with `log`, or one of `choices`."""
+
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    choices: tuple[str, ...] = ()
+    whole: bool = False  # whole numbers only
+
+    @property
+    def ends(self) -> tuple:
+        """The values that the setting's bounds are checked at."""
+        return self.choices or (self.low, self.high)
+
+    def draw(self, trial, key: str):
+        """A value for `key` from an Optuna trial."""
+        if self.choices:
+            return trial.suggest_categorical(key, self.choices)
+        suggest = trial.suggest_int if self.whole else trial.suggest_float
+        drawn = suggest(key, self.low, self.high, log=self.log)
+        return min(max(float(f"{drawn:.{DIGITS}g}"), self.low), self.high) if not self.whole else drawn
+
+
+@dataclass
+class Trial:
+    """One choice of settings: how it ended, its figures on the held-out part (mean over seeds), its metric by epoch."""
+
+    number: int
+    state: str
+    settings: dict
+    figures: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)  # sample standard deviation over seeds
+    by_epoch: dict[int, float] = field(default_factory=dict)  # of the first seed
+    seconds: float = 0.0
+
+
+@dataclass
+class Found:
+    """What `search` gives: all trials, the best of them, the recipe with its settings and the files written."""
+
+    trials: list[Trial]
+    best: Trial
+    recipe: Recipe
+    paths: list[Path]
+
+
+def search(
+    recipe: Recipe,
+    over: list[str],
+    trials: int = 8,
+    seeds=(0,),
+    metric: str = "nll",
+    prune: bool = False,
+    search_seed: int = 0,
+    display: Display | None = None,
+) -> Found:
+    """Train `trials` choices of the settings `over` ("pskd.alpha=0.3:0.9") and rank them by `metric` on the held-out part.
+
+    Everything goes into <output root>/search-<method>; the same call goes on with what is there. With `prune`, a trial whose
+    first seed does worse than the median of the earlier ones at the same epoch ends there (Optuna's median pruner).
+    Raises InputError for bad input, before anything is trained.
+    """
+    optuna = _optuna()
+    if "WORLD_SIZE" in os.environ:
+        raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
+    if metric not in METRICS:
+        raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, METRICS)} (of {', '.join(METRICS)})")
+    if trials < 1 or not seeds or min(seeds) < 0:
+        raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
+    display = display or Display()
+    ranges = parse_over(over, recipe)
+    folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
+    base = _on_holdout(recipe)
+    _check(base, ranges, folder, display)
+    done = _trials_of_before(folder, base, ranges, seeds, metric, search_seed)
+    if done:
+        display.say(f"{folder}: {len(done)} trials done before")
+    for number in range(len(done) + 1, trials + 1):
+        # A draw is a function of the seed, its number and the trials before it: a search that was stopped goes on as it was.
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=RANDOM_TRIALS, seed=rng.fold(search_seed, SAMPLER, number) % 2**32
+        )
+        study = optuna.create_study(sampler=sampler, pruner=_pruner(optuna, recipe.epochs))
+        study.add_trials([_known(optuna, trial, ranges, metric) for trial in done])
+        asked = study.ask()
+        values = {key: drawn_from.draw(asked, key) for key, drawn_from in ranges.items()}
+        display.say(f"trial {number} of {trials}: {_settings(values)}")
+        if twin := next((trial for trial in done if trial.settings == values), None):
+            trial = replace(twin, number=number, seconds=0.0)  # choices are drawn more than once
+        else:
+            trial = _train_trial(base, number, values, folder, seeds, metric, asked if prune else None, display)
+        done.append(trial)
+        write_whole(folder / "trials.jsonl", "".join(json.dumps(asdict(trial)) + "\n" for trial in done))
+        display.say(_line(trial, metric))
+    finished = [trial for trial in done if trial.state == DONE]
+    if not finished:
+        raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
+    best = min(finished, key=lambda trial: trial.figures[metric])
+    chosen = lay_over(recipe.model_dump(), best.settings, str(folder), recipe.name)
+    return Found(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
+
+
+def parse_over(over: list[str], recipe: Recipe) -> dict[str, Range]:
+    """`key=a:b`, `key=a:b:log` or `key=x,y,z` by key, for settings that decide how `recipe` turns out."""
+    ranges = {}
+    for text in over:
+        key, equals, values = text.partition("=")
+        known = settings()
+        inside = known.get(key.rpartition(".")[0]) if key not in known else None
+        is_mapping = inside is not None and "dict" in str(inside.annotation)
+        if not equals or not values:
+            raise InputError(f"--over {text}: write --over setting=low:high, setting=low:high:log or setting=one,other")
+        if key not in known and not is_mapping:
+            raise InputError(f"--over {text}: unknown setting {key!r}{nearest(key, known)}")
+        if key in NOT_SEARCHED or (key in known and key not in recipe.identity()):
+            why = "a search fixes it" if key in NOT_SEARCHED else f"with method {recipe.method} it decides nothing"
+            raise InputError(f"--over {text}: {key} cannot be searched: {why}")
+        if key in ranges:
+            raise InputError(f"--over {text}: {key} is given twice")
+        ranges[key] = _range(text, values, known[key].annotation if key in known else None)
+    if not ranges:
+        raise InputError("--over names no setting: write --over pskd.alpha=0.3:0.9")
+    return ranges
+
+
+def _range(text: str, values: str, annotation) -> Range:
+    if ":" not in values:
+        choices = tuple(dict.fromkeys(values.split(",")))
+        if len(choices) < 2:
+            raise InputError(f"--over {text}: a single value is no choice: write low:high, or values with commas")
+        return Range(choices=choices)
+    low, high, *more = values.split(":")
+    try:
+        numbers = [float(low), float(high)]
+    except ValueError:
+        raise InputError(f"--over {text}: {low!r} and {high!r} should be numbers") from None
+    if more not in ([], ["log"]):
+        raise InputError(f"--over {text}: write low:high or low:high:log")
+    if not all(map(math.isfinite, numbers)) or numbers[0] >= numbers[1]:
+        raise InputError(f"--over {text}: {low} should be below {high}")
+    if more and numbers[0] <= 0:
+        raise InputError(f"--over {text}: a logarithmic range starts above 0")
+    whole = _is_whole(annotation) if annotation is not None else all(number.is_integer() for number in numbers)
+    if whole and not all(number.is_integer() for number in numbers):
+        raise InputError(f"--over {text}: this setting is a whole number")
+    return Range(*(map(int, numbers) if whole else numbers), log=bool(more), whole=whole)
+
+
+def _is_whole(annotation) -> bool:
+    """Whether a setting's type is int, bounded or optional."""
+    if get_origin(annotation) is Annotated or isinstance(annotation, UnionType):
+        return any(_is_whole(part) for part in get_args(annotation))
+    return annotation is int
+
+
+def _on_holdout(recipe: Recipe) -> Recipe:
+    """The recipe as its trials train it: part of the training data held out, the test part left unread."""
+    fraction = recipe.data.holdout_fraction or HOLDOUT_FRACTION
+    given = {"data.test": False, "data.holdout_fraction": fraction}
+    return lay_over(recipe.model_dump(), given, "search", recipe.name)
+
+
+def _trial_recipe(base: Recipe, values: dict, folder: Path, number: int, seed: int = 0) -> Recipe:
+    given = {**values, "output_dir": str(folder / f"trial{number}"), "seed": seed}
+    given["name"] = f"{base.name} search {base.method} trial {number}"
+    return lay_over(base.model_dump(), given, "search", base.name)
+
+
+def _check(base: Recipe, ranges: dict[str, Range], folder: Path, display: Display):
+    """Raise InputError where a trial could not be trained: the ends of all ranges, and networks and data once."""
+    check_recipe(base, (base.method,), display)
+    for key, drawn_from in ranges.items():
+        for value in drawn_from.ends:
+            recipe = _trial_recipe(base, {key: value}, folder, 0)
+            if drawn_from.choices or key.startswith("model."):
+                check_recipe(recipe, (base.method,), display)
+
+
+def _train_trial(base, number, values, folder, seeds, metric, asked, display) -> Trial:
+    """Train one choice of settings with every seed; `asked`, where trials are pruned, is told of the first one's epochs."""
+    import optuna
+
+    trial = Trial(number, DONE, values)
+    results, reported = [], set()
+    runs = [_trial_recipe(base, values, folder, number, seed) for seed in seeds]
+    first = Result(runs[0].run_dir, {})
+
+    def watch(line: dict):
+        if asked is None or results:
+            return
+        for earlier in first.history:  # of a run that goes on, what it logged before it was stopped too
+            if earlier["epoch"] not in reported:
+                asked.report(earlier[metric], earlier["epoch"])
+                reported.add(earlier["epoch"])
+        if asked.should_prune() and line["epoch"] < base.epochs:
+            raise optuna.TrialPruned
+
+    try:
+        for run in runs:
+            results.append(train(run, display, callbacks=[watch]))
+    except optuna.TrialPruned:
+        trial.state = STOPPED
+    except Diverged as error:
+        trial.state = DIVERGED
+        display.say(f"trial {number}: {error}")
+    lines = first.history
+    trial.by_epoch = {line["epoch"]: line[metric] for line in lines}
+    if trial.state == DONE:
+        table = pd.DataFrame([{name: result.last[name] for name in METRICS} for result in results])
+        trial.figures = table.mean().to_dict()
+        trial.spread = table.std().to_dict() if len(table) > 1 else {}
+    elif lines:
+        trial.figures = {name: lines[-1][name] for name in METRICS}
+    trial.seconds = sum(result.values["seconds"] for result in results) or (lines[-1]["seconds"] if lines else 0.0)
+    return trial
+
+
+def _optuna():
+    try:
+        import optuna
+    except ImportError:
+        raise InputError("search needs Optuna: pip install 'pskd_timm[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _pruner(optuna, epochs: int):
+    # The first third of a run says little: PS-KD's α is small there whatever its last value.
+    return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=epochs // 3)
+
+
+def _known(optuna, trial: Trial, ranges: dict[str, Range], metric: str):
+    """A trial of before as Optuna takes it."""
+    kinds, states = optuna.distributions, optuna.trial.TrialState
+    distributions = {}
+    for key, drawn_from in ranges.items():
+        if drawn_from.choices:
+            distributions[key] = kinds.CategoricalDistribution(drawn_from.choices)
+        else:
+            kind = kinds.IntDistribution if drawn_from.whole else kinds.FloatDistribution
+            distributions[key] = kind(drawn_from.low, drawn_from.high, log=drawn_from.log)
+    return optuna.trial.create_trial(
+        state={DONE: states.COMPLETE, STOPPED: states.PRUNED, DIVERGED: states.FAIL}[trial.state],
+        value=None if trial.state == DIVERGED else trial.figures[metric],
+        params=trial.settings,
+        distributions=distributions,
+        intermediate_values=trial.by_epoch,
+    )
+
+
+def _trials_of_before(folder: Path, base: Recipe, ranges, seeds, metric, search_seed) -> list[Trial]:
+    """The trials in `folder`, whose search.json must say the same as this search; it is written where there is none."""
+    identity = {key: value for key, value in base.identity().items() if key not in ("seed", "output_dir")}
+    this = {
+        "over": {key: asdict(drawn_from) for key, drawn_from in ranges.items()},
+        "seeds": list(seeds),
+        "metric": metric,
+        "search_seed": search_seed,
+        "recipe": {key: value for key, value in identity.items() if key not in ranges},
+    }
+    this = json.loads(json.dumps(this))
+    path = folder / "search.json"
+    if path.is_file():
+        there = json.loads(path.read_text())
+        if different := [key for key in this if key != "recipe" and there[key] != this[key]]:
+            what = f"{different[0].replace('_', ' ')} {there[different[0]]}"
+        elif different := [key for key in this["recipe"] if there["recipe"].get(key) != this["recipe"][key]]:
+            what = f"{different[0]} {there['recipe'].get(different[0])!r}"
+        if different:
+            raise InputError(f"{folder} holds another search, with {what}: choose another --output_dir, or delete it")
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(this, indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise InputError(f"output_dir: {folder} cannot be written: {error}") from None
+    lines = folder / "trials.jsonl"
+    return [_read_trial(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
+
+
+def _read_trial(line: str) -> Trial:
+    trial = Trial(**json.loads(line))
+    trial.by_epoch = {int(epoch): value for epoch, value in trial.by_epoch.items()}
+    return trial
+
+
+def _line(trial: Trial, metric: str) -> str:
+    figure = f", {metric} {trial.figures[metric]:.4f}" if trial.figures else ""
+    return f"trial {trial.number}: {_settings(trial.settings)}: {trial.state}{figure}"
+
+
+def _settings(values: dict) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in values.items())
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def trials_table(trials: list[Trial]) -> pd.DataFrame:
+    """A row a trial: trial, state, each setting by its dotted name, the six figures, their `_std` over seeds, seconds."""
+    rows = []
+    for trial in trials:
+        spread = {f"{name}_std": value for name, value in trial.spread.items()}
+        rows.append(
+            {
+                "trial": trial.number,
+                "state": trial.state,
+                **trial.settings,
+                **trial.figures,
+                **spread,
+                "seconds": trial.seconds,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def search_figure(frame: pd.DataFrame, metric: str = "nll"):
+    """Each searched setting (the columns between `state` and the figures) against NLL, ECE and top-1 error.
+
+    `frame` is what `trials_table` gives or trials.csv holds; the trial with the lowest `metric` is marked. A matplotlib
+    Figure with a row a setting.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    keys = list(frame.columns[2 : list(frame.columns).index(METRICS[0])])
+    done, stopped = frame[frame.state == DONE], frame[frame.state == STOPPED]
+    chosen = done.loc[[done[metric].idxmin()]]
+    figure = Figure(figsize=(11, 3.2 * len(keys)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for row, key in zip(figure.subplots(len(keys), 3, squeeze=False), keys, strict=True):
+        is_number = pd.api.types.is_numeric_dtype(frame[key])
+        # With a second setting that changes too, a line from trial to trial would show nothing.
+        line = "-" if is_number and len(keys) == 1 else "none"
+        ordered = done.sort_values(key)
+        for axes, (name, label) in zip(row, LABELS.items(), strict=True):
+            style = {"color": "#D55E00", "marker": "o", "markersize": 4, "linestyle": line, "capsize": 3}
+            axes.errorbar(ordered[key], ordered[name], yerr=ordered.get(f"{name}_std"), label="finished", **style)
+            axes.plot(chosen[key], chosen[name], "o", markersize=11, fillstyle="none", color="black", label="chosen")
+            if len(stopped):
+                axes.plot(stopped[key], stopped[name], "x", color="0.6", label="stopped early")
+            if is_number and frame[key].min() > 0 and frame[key].max() / frame[key].min() >= 10:
+                axes.set_xscale("log")
+            axes.set(xlabel=key, ylabel=f"{label} (held out)")
+            axes.grid(color="0.92")
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    return figure
+
+
+def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> list[Path]:
+    """trials.csv, best.yaml and search.png."""
+    paths = [folder / "best.yaml", folder / "trials.csv", folder / "search.png"]
+    table = trials_table(trials)
+    write_whole(paths[1], table.to_csv(index=False))
+    search_figure(table, metric).savefig(paths[2], dpi=150)
+    spread = f" ± {best.spread[metric]:.4f}" if best.spread else ""
+    held_out = f"{100 * base.data.holdout_fraction:g} % of the training part (data.seed {base.data.seed})"
+    header = [
+        "# Chosen by `pskd-timm search` on held-out training data:",
+        f"# {held_out}; the test part was not read.",
+        f"# Of {len(trials)} trials over {' '.join(over)}, trial {best.number} had the lowest {metric}:",
+        f"# {best.figures[metric]:.4f}{spread} after the last epoch (mean over seeds {' '.join(map(str, seeds))}).",
+        *(f"#   {key}: {_short(value)}" for key, value in best.settings.items()),
+        "#",
+        f"#   pskd-timm compare {paths[0]} --methods baseline {recipe.method} --seeds 0 1 2",
+    ]
+    # Under a name of its own, so that its runs go beside those of the recipe it was chosen for.
+    tree = chosen.model_dump(exclude_defaults=True) | {"name": f"{recipe.name}-best"}
+    tree.pop("output_dir", None)
+    write_whole(paths[0], "\n".join(header) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return paths

@@ -1,0 +1,263 @@
+"""A stranger's folder: unbalanced classes, pictures of every mode and size, names in any script."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from scipy.optimize import minimize_scalar
+
+from pskd_timm import InputError, load_recipe, train
+from pskd_timm.cli import main
+from pskd_timm.data import load_data
+from pskd_timm.metrics import METRICS
+from pskd_timm.predict import Classifier, predict
+from pskd_timm.recipe import METHOD_SECTIONS
+from pskd_timm.train import make_network
+
+CLASSES = {"Kreis ○": 22, "deux carrés": 12, "三角": 7}  # how many training pictures each has
+MODES = ["RGB", "L", "RGBA", "P", "1", "LA"]
+
+
+def picture(kind, seed):
+    """A shape of one of three kinds, its mode and size by `seed`."""
+    rng = np.random.default_rng(seed)
+    width, height = rng.integers(20, 60, 2).tolist()
+    image = Image.new("RGB", (width, height), tuple(rng.integers(0, 90, 3).tolist()))
+    draw, colour = ImageDraw.Draw(image), tuple(rng.integers(130, 255, 3).tolist())
+    box = [width // 5, height // 5, width - width // 5, height - height // 5]
+    if kind == 0:
+        draw.ellipse(box, fill=colour)
+    elif kind == 1:
+        draw.rectangle(box, fill=colour)
+    else:
+        draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) // 2, box[1])], fill=colour)
+    return image.convert(MODES[seed % len(MODES)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("my images")
+    for kind, (name, count) in enumerate(CLASSES.items()):
+        for part, number in (("train", count), ("test", 4)):
+            (root / part / name).mkdir(parents=True)
+            for i in range(number):
+                picture(kind, 1000 * kind + 100 * (part == "test") + i).save(root / part / name / f"bild {i}.png")
+    return root
+
+
+def recipe_for(folder, output, **settings):
+    given = {"data.path": str(folder), "data.image_size": 24, "epochs": 3, "batch_size": 16, "threads": 1}
+    given |= {
+        "model.name": "cifar_preact_resnet_tiny",
+        "model.kwargs": {"width": 8},
+        "optim.lr": 0.05,
+        "optim.warmup_epochs": 0,
+    }
+    given |= {"data.holdout_fraction": 0.25, "tracking.wandb": "disabled", "output_dir": str(output)}
+    return load_recipe("custom", given | {key.replace("__", "."): value for key, value in settings.items()})
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    return train(recipe_for(folder, tmp_path_factory.mktemp("runs"))).run_dir
+
+
+def test_a_folder_of_mixed_pictures_trains_and_its_class_names_are_in_the_results(run, folder):
+    result = json.loads((run / "result.json").read_text())
+    assert result["class_names"] == sorted(CLASSES) and result["num_test"] == 12
+    assert json.loads((run / "config.json").read_text())["label_names"] == sorted(CLASSES)
+    # A quarter of each class is held out, the small ones too.
+    held_out = pd.read_parquet(run / "holdout.parquet").label.value_counts()
+    assert [held_out[k] for k in range(3)] == [round(CLASSES[name] / 4) for name in sorted(CLASSES)]
+
+
+def test_predictions_for_the_test_images_are_those_of_the_test_split(run, folder):
+    for best, at in ((False, run), (True, run / "best")):
+        table = pd.read_parquet(at / "predictions.parquet")
+        held_out = pd.read_parquet(at / "holdout.parquet")
+        raw, labels = np.stack(held_out.probabilities), held_out.label.to_numpy()
+
+        def nll(log_temperature, raw=raw, labels=labels):
+            tempered = raw ** np.exp(-log_temperature)
+            return -np.log(tempered[range(len(labels)), labels] / tempered.sum(axis=1)).mean()
+
+        temperature = np.exp(minimize_scalar(nll, bounds=(-4, 4), method="bounded", options={"xatol": 1e-9}).x)
+        expected = np.stack(table.probabilities) ** (1 / temperature)
+        expected /= expected.sum(axis=1, keepdims=True)
+
+        found = predict(run, [str(folder / "test")], top=3, best=best)
+        assert found["calibrated"] and found["temperature"] == pytest.approx(temperature, rel=1e-3)
+        for row, label, probabilities in zip(found["images"], table.label, expected, strict=True):
+            assert Path(row["image"]).parent.name == sorted(CLASSES)[label]
+            told = {each["class"]: each["confidence"] for each in row["top"]}
+            assert [told[name] for name in sorted(CLASSES)] == pytest.approx(probabilities, abs=1e-4)
+            assert row["prediction"] == sorted(CLASSES)[np.argmax(probabilities)]
+
+        classifier = Classifier.of_run(run, best)
+        images = [classifier.prepare(row["image"]) for row in found["images"]]
+        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        same = torch.tensor(np.stack(table.probabilities))
+        torch.testing.assert_close(classifier.probabilities(images), same, atol=1e-6, rtol=1e-5)
+
+
+def test_unreadable_images_are_named_and_the_others_predicted(run, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "test" / "三角", "some/三角")
+    Path("some/broken.jpg").write_bytes(b"no picture")
+    command = ["predict", str(run), "some", "some/三角/*0.png", "--json", "out.json", "--top", "2"]
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "some/broken.jpg cannot be decoded" in said.err and "三角" in said.out and "cannot be read" in said.out
+    assert "calibrated on the run's held-out part: temperature" in said.out
+    rows = {row["image"]: row for row in json.loads(Path("out.json").read_text())["images"]}
+    assert len(rows) == 5 and "error" in rows["some/broken.jpg"]  # what two names stand for is there once
+    assert len(rows["some/三角/bild 0.png"]["top"]) == 2
+    Path("some/broken.jpg").unlink()
+    assert main(command) == 0
+    for bad, says in (
+        (["predict", str(run), "nowhere/*.png"], "nowhere/*.png: no such image"),
+        (["predict", "nowhere", "some"], "no run here"),
+        (["predict", str(run), "some", "--top", "0"], "--top must be at least 1"),
+        (["predict", str(run), "some", "--topp", "3"], "did you mean top"),
+    ):
+        assert main(bad) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_run_that_held_nothing_out_says_that_its_confidences_are_not_calibrated(folder, tmp_path, capsys):
+    # The pictures of one size that the run saw are cut out of others: no data.image_size.
+    for path in (folder / "train").rglob("*.png"):
+        to = tmp_path / "same size" / path.parent.name / path.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").resize((24, 16)).save(to)
+    settings = {"data__image_size": None, "data__test_fraction": 0.3, "data__holdout_fraction": 0, "epochs": 1}
+    result = train(recipe_for(tmp_path / "same size", tmp_path / "runs", augment__crop_padding=0, **settings))
+    assert main(["predict", str(result.run_dir), str(folder / "test" / "三角")]) == 0
+    assert "not calibrated: the run held nothing out" in capsys.readouterr().out
+    found = predict(result.run_dir, [str(folder / "test")])
+    assert not found["calibrated"] and found["temperature"] == 1.0 and len(found["images"]) == 12
+    assert Classifier.of_run(result.run_dir).prepare(found["images"][0]["image"]).shape == (16, 24, 3)
+
+
+@pytest.fixture(scope="module")
+def cached_weights():
+    """Random weights under the name of a small pretrained network, where the hub's cache would have them."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    model = timm.create_model("test_resnet")
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        k: torch.randn(v.shape, generator=generator) * 0.05 if v.ndim > 1 else v for k, v in model.state_dict().items()
+    }
+    repository = Path(HF_HUB_CACHE) / "models--timm--test_resnet.r160_in1k"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    save_file(state, snapshot / "model.safetensors")
+    yield state
+    shutil.rmtree(repository)
+
+
+PRETRAINED = {"model__name": "test_resnet.r160_in1k", "model__kwargs": {}, "model__pretrained": True, "epochs": 1}
+
+
+def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line(folder, tmp_path):
+    with pytest.raises(InputError, match="test_efficientnet.r160_in1k") as error:
+        train(recipe_for(folder, tmp_path, **PRETRAINED | {"model__name": "test_efficientnet.r160_in1k"}))
+    assert "\n" not in str(error.value) and "--model.pretrained false" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", METHOD_SECTIONS)
+def test_a_pretrained_network_is_fine_tuned_with_each_method(folder, tmp_path, cached_weights, method):
+    recipe = recipe_for(folder, tmp_path, method=method, **PRETRAINED)
+    start = make_network(recipe, load_data(recipe.data, recipe.augment)).state_dict()
+    for name, weights in cached_weights.items():
+        if "fc" not in name:
+            torch.testing.assert_close(start[name], weights, msg=name)
+    assert start["fc.weight"].shape[0] == 3
+    result = train(recipe)
+    assert np.isfinite(list(result.last.values())).all() and result.values["class_names"] == sorted(CLASSES)
+
+
+def card(folder):
+    _, head, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+def test_a_pushed_folder_is_timms_and_its_card_tells_the_results(run, folder, tmp_path, monkeypatch, best):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(run), "pushed/shapes", *["--best"] * best]) == 0
+    pushed = Path("pushed/shapes")
+    head, body = card(pushed)
+    result = json.loads((run / "result.json").read_text())["best" if best else "last"]
+    assert head["library_name"] == "timm" and head["pipeline_tag"] == "image-classification" and "pskd" in head["tags"]
+    measured = {each["type"]: each["value"] for each in head["model-index"][0]["results"][0]["metrics"]}
+    assert measured["accuracy"] == pytest.approx(1 - result["top1_error"] / 100) and measured["nll"] == result["nll"]
+    assert "as trained | " + " | ".join(f"{result[name]:.2f}" for name in METRICS) in body
+    assert "with temperature" in body and all(name in body for name in CLASSES) and "(reliability.png)" in body
+    # Where the pictures lay on this machine is nobody's business.
+    assert str(folder.parent) not in (pushed / "recipe.yaml").read_text() + body and f"path: {folder.name}" in body
+    assert load_recipe(str(pushed / "recipe.yaml")).model.kwargs == {"width": 8}
+    assert (pushed / "reliability.png").stat().st_size > 10_000
+    assert main(["push", str(run), "pushed/shapes"]) == 2
+
+    # The card's own lines, on a picture that needs no resizing.
+    Image.open(next((folder / "train" / "三角").iterdir())).convert("RGB").resize((24, 24)).save("image.jpg")
+    code = body.split("```python\n")[1].split("```")[0].replace("local-dir:shapes", "local-dir:pushed/shapes")
+    scope = {}
+    exec(code, scope)
+    (row,) = predict(run, ["image.jpg"], top=3, best=best)["images"]
+    told = {each["class"]: each["confidence"] for each in row["top"]}
+    assert [told[name] for name in sorted(CLASSES)] == pytest.approx(scope["confidences"][0].tolist(), abs=1e-4)
+
+
+def test_pushing_to_the_hub_without_token_or_network_fails_in_one_line(run, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert main(["push", str(run), "me/shapes", "--hub"]) == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    assert main(["push", str(run), "me/shapes", "--hub", "--private"]) == 2
+    assert main(["push", str(run), "me/shapes", "--private"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, says in zip(lines, ("needs a token", "me/shapes: the hub did not take it", "add --hub"), strict=True):
+        assert says in line
+
+
+def test_the_onnx_file_gives_the_calibrated_confidences_from_pixels(run, folder, tmp_path, capsys):
+    import onnxruntime
+
+    path = tmp_path / "shapes.onnx"
+    assert main(["export", str(run), str(path), "--format", "onnx"]) == 0
+    assert "differ from torch's by" in capsys.readouterr().out and [file.name for file in tmp_path.iterdir()] == [
+        path.name
+    ]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["class_names"]) == sorted(CLASSES) and json.loads(about["image_size"]) == [24, 24]
+    found = predict(run, [str(folder / "test")], top=3)
+    assert float(about["temperature"]) == found["temperature"]
+    classifier = Classifier.of_run(run)
+    pixels = np.stack([classifier.prepare(row["image"]) for row in found["images"]]).transpose(0, 3, 1, 2)
+    (confidences,) = session.run(None, {"images": pixels})  # as many at once as one likes
+    for row, of_onnx in zip(found["images"], confidences, strict=True):
+        told = {each["class"]: each["confidence"] for each in row["top"]}
+        assert [told[name] for name in sorted(CLASSES)] == pytest.approx(of_onnx.tolist(), abs=1e-5)
+
+
+def test_export_without_its_packages_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", str(run), str(tmp_path / "x.onnx")]) == 2
+    assert "pip install 'pskd_timm[onnx]'" in capsys.readouterr().err and not list(tmp_path.iterdir())

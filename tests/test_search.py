@@ -1,0 +1,211 @@
+import json
+import os
+import re
+import signal
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pskd_timm import InputError, load_recipe, train
+from pskd_timm.cli import main
+from pskd_timm.data import load_data
+from pskd_timm.progress import Display
+from pskd_timm.search import search, search_figure
+
+OVER = ["pskd.alpha=0.3:0.9"]
+
+
+@pytest.fixture(scope="module")
+def unreadable_test(tmp_path_factory):
+    """Digits as Parquet files whose test part is garbage."""
+    from pskd_timm.data.sources import _digits
+
+    folder = tmp_path_factory.mktemp("unreadable")
+    _digits()["train"].select(range(300)).to_parquet(folder / "train.parquet")
+    (folder / "test.parquet").write_bytes(b"not to be read")
+    return folder
+
+
+@pytest.fixture
+def closed(tiny, unreadable_test):
+    """The tiny recipe on data whose test part cannot be read."""
+
+    def recipe(**settings):
+        return tiny(data__source="null", data__path=str(unreadable_test), data__limit_train=200, **settings)
+
+    return recipe
+
+
+def test_a_search_ranks_by_the_held_out_part_and_never_reads_the_test_part(closed, tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        train(closed())
+    found = search(closed(data__holdout_fraction=0.25), OVER, trials=3, seeds=[0, 1], metric="ece")
+    folder = tmp_path / "runs" / "search-pskd"
+    by_hand = []
+    for trial in found.trials:
+        assert 0.3 <= trial.settings["pskd.alpha"] <= 0.9
+        runs = [folder / f"trial{trial.number}" / "pskd" / f"seed{seed}" for seed in (0, 1)]
+        of_seeds = []
+        for run in runs:
+            held_out = pd.read_parquet(run / "holdout.parquet")
+            assert len(held_out) == 50 and json.loads((run / "result.json").read_text())["num_test"] == 0
+            bins = np.minimum(np.ceil(held_out.confidence * 10), 10)
+            gaps = held_out.groupby(bins)[["correct", "confidence"]].agg(["mean", "size"])
+            gap = (gaps.correct["mean"] - gaps.confidence["mean"]).abs() * gaps.correct["size"]
+            of_seeds.append(100 * gap.sum() / len(held_out))
+        by_hand.append(np.mean(of_seeds))
+    table = pd.read_csv(folder / "trials.csv")
+    assert table.ece.tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert found.best.number == table.trial[int(np.argmin(by_hand))]
+
+    chosen = load_recipe(str(folder / "best.yaml"))
+    assert chosen.pskd.alpha == found.best.settings["pskd.alpha"] == found.recipe.pskd.alpha
+    assert chosen.data.test and chosen.data.holdout_fraction == 0.25
+    assert {k: v for k, v in chosen.identity().items() if k not in ("pskd.alpha",)} == {
+        k: v for k, v in closed(data__holdout_fraction=0.25).identity().items() if k not in ("pskd.alpha",)
+    }
+    header = (folder / "best.yaml").read_text().split("\nname")[0]
+    assert "test part was not read" in header and "lowest ece" in header and OVER[0] in header
+    assert (folder / "search.png").stat().st_size > 10_000
+
+
+def test_image_folders_and_saved_data_sets_leave_their_test_part_unread_too(tmp_path):
+    from PIL import Image
+
+    from pskd_timm.data.sources import _digits
+
+    for part, label in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
+        (tmp_path / "images" / part / label).mkdir(parents=True)
+        for i in range(4):
+            path = tmp_path / "images" / part / label / f"{i}.png"
+            path.write_bytes(b"no image") if part == "test" else Image.new("L", (8, 8), 9 * i).save(path)
+    from datasets import DatasetDict
+
+    saved = DatasetDict({"train": _digits()["train"].select(range(40)), "test": _digits()["test"].select(range(40))})
+    saved.save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved" / "test").glob("*.arrow")).write_bytes(b"no table")
+    for name in ("images", "saved"):
+        given = {"data.source": "null", "data.path": str(tmp_path / name), "data.gaussian_noise": 0}
+        given |= {"data.image_size": 8, "data.holdout_fraction": 0.5}
+        with pytest.raises(InputError):
+            load_data(*_data(given))
+        data = load_data(*_data(given | {"data.test": False}))
+        assert data.test is None and len(data.train) and len(data.holdout)
+
+
+def _data(given):
+    recipe = load_recipe("digits", given)
+    return recipe.data, recipe.augment
+
+
+def test_a_run_without_a_test_part_needs_a_held_out_one_and_is_scored_on_it(tiny):
+    with pytest.raises(InputError, match="test false needs holdout_fraction"):
+        tiny(data__test=False)
+    result = train(tiny(data__test=False, data__holdout_fraction=0.2, epochs=1))
+    assert result.values["evaluated_on"] == "holdout" and result.values["num_test"] == 0
+    assert result.last == result.values["holdout"]["last"]
+    assert len(pd.read_parquet(result.run_dir / "predictions.parquet")) == 60
+
+
+class Stopping(Display):
+    """Sends SIGINT once the first epoch of the second trial is told."""
+
+    def say(self, text):
+        self.trial = text if text.startswith("trial 2") else getattr(self, "trial", "")
+        if self.trial and "epoch 1/3" in text:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_search_stopped_in_mid_trial_and_continued_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch):
+    options = {"over": OVER, "trials": 3, "search_seed": 5, "prune": True}
+    recipe = tiny(epochs=3)
+    whole = search(recipe, **options, display=Display(quiet=True))
+    elsewhere = recipe.model_copy(update={"output_dir": str(tmp_path / "stopped")})
+    with pytest.raises(KeyboardInterrupt):
+        search(elsewhere, **options, display=Stopping())
+    folder = tmp_path / "stopped" / "search-pskd"
+    assert len((folder / "trials.jsonl").read_text().splitlines()) == 1
+    assert not (folder / "trial2" / "pskd" / "seed0" / "result.json").is_file()
+    seen = []
+    monkeypatch.setattr(Display, "say", lambda self, text: seen.append(text))
+    found = search(elsewhere, **options)
+    assert any("going on after epoch 1" in text for text in seen)
+    for one, other in zip(whole.trials, found.trials, strict=True):
+        assert (one.settings, one.figures, one.by_epoch) == (other.settings, other.figures, other.by_epoch)
+    assert len({trial.settings["pskd.alpha"] for trial in found.trials}) == 3
+
+    # More trials go on from these; another search in this folder is refused.
+    assert search(elsewhere, **options | {"trials": 4}).trials[:3] == found.trials
+    with pytest.raises(InputError, match="holds another search, with metric nll"):
+        search(elsewhere, **options, metric="ece")
+    with pytest.raises(InputError, match="holds another search, with epochs 3"):
+        search(elsewhere.model_copy(update={"epochs": 4}), **options)
+
+
+def test_a_poor_trial_stops_early_and_one_that_diverges_does_not_end_the_search(tiny, tmp_path):
+    rates = "optim.lr=0.02,0.05,0.08,1e-5,1e30"
+    recipe = tiny(epochs=4, method="baseline")
+    found = search(recipe, [rates], trials=10, prune=True, display=Display(quiet=True))
+    states = {trial.settings["optim.lr"]: trial.state for trial in found.trials}
+    assert states["1e30"] == "diverged" and states["1e-5"] == "stopped early" and "finished" in states.values()
+    assert 1e-5 < float(found.best.settings["optim.lr"]) < 1
+    stopped = next(trial for trial in found.trials if trial.state == "stopped early")
+    assert len(stopped.by_epoch) < 4
+    figure = search_figure(pd.read_csv(tmp_path / "runs" / "search-baseline" / "trials.csv"))
+    assert [axes.get_ylabel().split(" (")[0] for axes in figure.axes] == ["NLL", "ECE %", "top-1 error %"]
+
+
+def test_whole_numbers_are_drawn_for_whole_settings_and_logarithmic_ranges_evenly_in_the_logarithm(tiny):
+    import optuna
+
+    from pskd_timm.search import parse_over
+
+    ranges = parse_over(["batch_size=8:64", "optim.lr=0.001:0.1:log", "model.kwargs.width=4:8"], tiny())
+    assert ranges["batch_size"].whole and ranges["model.kwargs.width"].whole and not ranges["optim.lr"].whole
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [[ranges[key].draw(study.ask(), key) for _ in range(60)] for key in ("batch_size", "optim.lr")]
+    assert all(type(value) is int and 8 <= value <= 64 for value in drawn[0])
+    assert 0.3 < np.mean(np.array(drawn[1]) < 0.01) < 0.7
+    assert all(len(f"{value:.10g}".lstrip("0.")) <= 4 for value in drawn[1])
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ("pskd.alfa=0.1:0.5", "unknown setting 'pskd.alfa': did you mean pskd.alpha"),
+        ("pskd.alpha=0.3:1.5", r"pskd.alpha should be less than or equal to 1"),
+        ("pskd.alpha=0.9:0.3", "0.9 should be below 0.3"),
+        ("pskd.alpha=0:1:log", "logarithmic range starts above 0"),
+        ("pskd.alpha=0.1:0.5:lin", "low:high:log"),
+        ("pskd.alpha=a:b", "'a' and 'b' should be numbers"),
+        ("pskd.alpha=0.5", "a single value is no choice"),
+        ("pskd.alpha", "write --over setting=low:high"),
+        ("epochs=1.5:4", "whole number"),
+        ("cskd.weight=1:3", "with method pskd it decides nothing"),
+        ("tracking.log_every=1:3", "decides nothing"),
+        ("seed=1:3", "a search fixes it"),
+        ("data.holdout_fraction=0.1:0.5", "a search fixes it"),
+        ("optim.name=sgd,adamm", "optim.name"),
+        ("model.name=cifar_preact_resnet_tiny,resnet1888", "timm has no model 'resnet1888'"),
+    ],
+)
+def test_a_bad_range_is_refused_in_one_line_before_anything_is_trained(over, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["search", "digits", "--over", over, "--data.limit_train", "100"]
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(says, said) and "\n" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_search_without_optuna_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(["search", "digits", "--over", *OVER]) == 2
+    assert "pip install 'pskd_timm[search]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["search", "digits", "--over", *OVER, "--metric", "nnl"]) == 2
+    assert "did you mean nll" in capsys.readouterr().err
+    assert main(["search", "digits"]) == 2
+    assert "--over pskd.alpha=0.3:0.9" in capsys.readouterr().err
