@@ -5,8 +5,9 @@ from pathlib import Path
 
 from .files import write_whole
 from .metrics import METRICS
+from .plots import COLOURS
 from .recipe import InputError, Recipe, load_recipe
-from .report import COLOURS, HEADERS
+from .tables import HEADERS
 
 TRAINING = {
     "train_loss": "training loss",
