@@ -6,7 +6,8 @@ from pathlib import Path
 from .files import write_whole
 from .metrics import METRICS
 from .recipe import InputError, Recipe, load_recipe
-from .report import COLOURS, HEADERS
+from .plots import COLOURS
+from .report import HEADERS
 
 TRAINING = {
     "train_loss": "training loss",

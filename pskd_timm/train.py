@@ -308,6 +308,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         tracker.finish()
         display.close()
         lock.release()
+        if world_size == 1:  # Accelerate refuses to start several processes where it has run one before
+            AcceleratorState._reset_state(reset_partial_state=True)
     return Result.read(run_dir)
 
 

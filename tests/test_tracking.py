@@ -18,8 +18,8 @@ from pskd_timm import METHODS, load_recipe, train
 from pskd_timm.cli import main, make_parser
 from pskd_timm.data import load_data
 from pskd_timm.metrics import ECE_BINS, METRICS
+from pskd_timm.plots import COLOURS
 from pskd_timm.recipe import SHIPPED
-from pskd_timm.report import COLOURS
 from pskd_timm.tracking import read_lines
 from pskd_timm.train import make_network
 
