@@ -1,6 +1,8 @@
 """Augmentation of whole batches on the device; every draw a function of (seed, epoch, sample), see rng.py."""
 
+import random
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,3 +132,46 @@ def augment(images: Tensor, index: Tensor, key: int, section: Augment, mean: Ten
     if section.random_erasing:
         images = random_erasing(images, index, key, section.random_erasing)
     return images
+
+
+class Mix(NamedTuple):
+    """How a batch is mixed: mixup or cutmix, the share that is an image's own, and the box's centre (0 … 1 down, across)."""
+
+    kind: str
+    own: float
+    centre: tuple[float, float]
+
+
+def drawn_mix(section: Augment, key: int) -> Mix | None:
+    """How the batch with this `key` is mixed: `mix_share` of the batches are, with the share drawn from Beta(a, a)."""
+    kinds = [kind for kind in ("mixup", "cutmix") if getattr(section, kind)]
+    if not kinds:
+        return None
+    draws = random.Random(key)
+    if draws.random() >= section.mix_share:
+        return None
+    kind = draws.choice(kinds)
+    a = getattr(section, kind)
+    return Mix(kind, draws.betavariate(a, a), (draws.random(), draws.random()))
+
+
+def mixup(images: Tensor, mate: Tensor, own: float) -> Tensor:
+    """own·image + (1 − own)·its mate, for `images` [B, C, H, W] and their mates' positions [B] (Zhang et al., ICLR 2018)."""
+    return torch.lerp(images[mate], images, own)
+
+
+def cutmix(images: Tensor, mate: Tensor, own: float, centre: tuple[float, float]) -> tuple[Tensor, float]:
+    """`images` [B, C, H, W] with a box of 1 − `own` of their area, clipped at the edges, from their mates; and their own share.
+
+    Yun et al., ICCV 2019. The share that is returned is the one that is left after clipping.
+    """
+    bounds = []
+    for middle, size in zip(centre, images.shape[-2:], strict=True):
+        side = round(size * (1.0 - own) ** 0.5)
+        start = int(middle * size) - side // 2
+        bounds.append(slice(max(start, 0), min(start + side, size)))
+    down, across = bounds
+    mixed = images.clone()
+    mixed[..., down, across] = images[mate][..., down, across]
+    area = (down.stop - down.start) * (across.stop - across.start)
+    return mixed, 1.0 - area / (images.shape[-2] * images.shape[-1])

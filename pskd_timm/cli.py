@@ -242,7 +242,7 @@ def run_search(arguments, rest):
 
 def run_show(arguments, rest):
     recipe = load(arguments, rest)
-    recipe.check_preset(recipe.method)
+    recipe.check_method(recipe.method)
     from rich.console import Console
 
     from .show import cost_lines, loss_lines, sources_table

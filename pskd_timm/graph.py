@@ -1,5 +1,6 @@
 """A training step as one CUDA graph: its kernels are launched together, without Python in between."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import fields
 
@@ -8,15 +9,14 @@ from torch import Tensor
 
 from .batch import Batch
 
-WARMUP = 3  # steps of one shape taken as they are before one is recorded: they allocate and choose algorithms
+WARMUP = 3  # steps of one kind taken as they are before one is recorded: they allocate and choose algorithms
 
 
 class StepGraph:
-    """`step(batch, weight)`, recorded once and replayed for all batches of the same shapes, weight and `variant()`.
+    """`step(batch, weight)`, recorded and replayed: one recording for each set of shapes, weight and `variant()` that recurs.
 
-    Others, such as an epoch's tail, take the step itself. What the step reads and changes must keep its place in memory:
-    weights, gradients (zeroed, not set to None), the prediction store, running sums, α; what it returns is lost.
-    `record(work)` returns what replays `work`.
+    What the step reads and changes must keep its place in memory: weights, gradients (zeroed, not set to None), the
+    prediction store, running sums, α; what it returns is lost. `record(work)` returns what replays `work`.
     """
 
     def __init__(
@@ -25,35 +25,40 @@ class StepGraph:
         variant: Callable[[], Hashable],
         record: Callable | None = None,
     ):
-        self.step, self.variant, self.record = step, variant, record or cuda_graph
-        self.recorded = self.last = None  # shapes, weight and variant: of the recording, and of the last batch
-        self.in_a_row = 0
+        self.step, self.variant, self.record = step, variant, record or Recorder()
+        self.seen, self.recordings = Counter(), {}
 
     def __call__(self, batch: Batch, weight: float):
         tensors = _tensors(batch)
-        key = weight, self.variant(), {name: tensor.shape for name, tensor in tensors.items()}
-        self.in_a_row = self.in_a_row + 1 if key == self.last else 1
-        self.last = key
-        if key != self.recorded and self.in_a_row > WARMUP:
-            self.place = Batch(**{name: tensor.clone() for name, tensor in tensors.items()})
-            self.replay = self.record(lambda: self.step(self.place, weight))
-            self.recorded = key
-        if key == self.recorded:
-            for name, tensor in _tensors(self.place).items():
+        key = weight, self.variant(), *((name, tensor.shape) for name, tensor in tensors.items())
+        if key not in self.recordings and self.seen[key] == WARMUP:
+            place = Batch(**{name: tensor.clone() for name, tensor in tensors.items()})
+            self.recordings[key] = place, self.record(lambda: self.step(place, weight))
+        if key in self.recordings:
+            place, replay = self.recordings[key]
+            for name, tensor in _tensors(place).items():
                 tensor.copy_(tensors[name])
-            self.replay()
-        elif tensors["images"].is_cuda:
+            replay()
+            return
+        self.seen[key] += 1
+        if batch.images.is_cuda:
             _aside(lambda: self.step(batch, weight))
         else:
             self.step(batch, weight)
 
 
-def cuda_graph(work: Callable[[], None]) -> Callable[[], None]:
-    """Record `work` as a CUDA graph; returns what replays it. Recording runs nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+class Recorder:
+    """Records work as CUDA graphs, which share their memory: none of them keeps anything in it between replays."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What replays `work`, which recording does not run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            work()
+        return graph.replay
 
 
 def _aside(work: Callable[[], None]):

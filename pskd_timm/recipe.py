@@ -143,6 +143,12 @@ class Augment(Section):
     """Side in pixels of a square, anywhere on the image, that is set to the mean colour; 0 turns it off."""
     random_erasing: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Probability of setting a box of 2 to 33 % of the image, ratio 0.3 … 3.3, to the mean colour (Zhong et al., AAAI 2020)."""
+    mixup: NonNegative = 0.0
+    """a of the Beta(a, a) that mixup draws an image's own share from (timm's usual 0.2 … 0.8); 0 turns it off."""
+    cutmix: NonNegative = 0.0
+    """a of the Beta(a, a) that cutmix draws an image's own share from (usually 1); 0 turns it off; with mixup half each."""
+    mix_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Part of the batches that mixup and cutmix mix; the others renew the predictions that PS-KD stores."""
     mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
     """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
@@ -376,8 +382,20 @@ class Recipe(Section):
         """The published constants of `method` under preset `name` (by default the recipe's) that fit this recipe."""
         return presets.fitting(name or self.preset, *self._taught(method))
 
-    def check_preset(self, method: str):
-        """Raise InputError where a preset is asked for and nothing public fits `method`, the data set and the network."""
+    def check_method(self, method: str):
+        """Raise InputError where `method` does not go with the rest: its preset, mixed images."""
+        mixes = self.augment.mixup or self.augment.cutmix
+        if mixes and method == "cskd":
+            raise InputError(
+                "augment.mixup and augment.cutmix do not go with cskd: it compares two images of one class, "
+                "and a mixed image has two"
+            )
+        if mixes and method == "pskd" and self.pskd.teacher == "store" and self.augment.mix_share == 1:
+            raise InputError(
+                "augment.mix_share 1 mixes every batch, and no stored prediction is ever renewed: "
+                "choose one below 1, or pskd.teacher snapshot"
+            )
+        # A preset must be public for the data set and the network.
         if self.preset and type(getattr(self, method)).model_fields and not self.published(method):
             raise InputError(presets.refusal(self.preset, *self._taught(method)))
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, get_args, get_origin
@@ -124,7 +124,10 @@ def search(
         asked = study.ask()
         values = {key: drawn_from.draw(asked, key) for key, drawn_from in ranges.items()}
         display.say(f"trial {number} of {trials}: {_settings(values)}")
-        trial = _train_trial(base, number, values, folder, seeds, metric, asked if prune else None, display)
+        if twin := next((trial for trial in done if trial.settings == values), None):
+            trial = replace(twin, number=number, seconds=0.0)  # choices are drawn more than once
+        else:
+            trial = _train_trial(base, number, values, folder, seeds, metric, asked if prune else None, display)
         done.append(trial)
         write_whole(folder / "trials.jsonl", "".join(json.dumps(asdict(trial)) + "\n" for trial in done))
         display.say(_line(trial, metric))

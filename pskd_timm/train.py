@@ -84,7 +84,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
-    recipe.check_preset(recipe.method)
+    recipe.check_method(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -234,6 +234,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     "train_loss": progress.loss_sum / progress.num_seen,
                     "train_error": 100.0 * progress.error_sum / progress.num_seen,
                     **method.values(),
+                    **({"rows_renewed": loader.num_unmixed(epoch)} if method.store else {}),
                     "store_bytes": method.store.nbytes if method.store else 0,
                 }
                 method.end_epoch()
@@ -357,7 +358,7 @@ def connect(recipe: Recipe) -> Accelerator:
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
     """What `train` would refuse, for each of `methods`, before any run is started; decodes the images on the way."""
     for method in methods:
-        recipe.check_preset(method)
+        recipe.check_method(method)
     check_name(recipe.model.name)
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)

@@ -169,9 +169,9 @@ def test_the_command_line_lies_over_the_file_the_file_over_the_preset_and_the_pr
 def test_what_nobody_published_is_refused_with_what_there_is(method, settings, says):
     recipe = load_recipe("digits", {"method": method, **settings})
     with pytest.raises(InputError, match=says) as error:
-        recipe.check_preset(method)
+        recipe.check_method(method)
     assert "\n" not in str(error.value)
-    load_recipe("digits", settings).check_preset("baseline")
+    load_recipe("digits", settings).check_method("baseline")
 
 
 @pytest.mark.parametrize("settings", [{"preset": "official", "preset_of": "cifar10"}, {"preset_of": "cifar100"}])

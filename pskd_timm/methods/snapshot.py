@@ -60,5 +60,5 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` that is in eval mode, learns nothing, and is compiled in place where `model` is."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     if model._compiled_call_impl is not None:  # a copy is not
-        copied.compile()
+        copied.compile(dynamic=False)
     return copied
