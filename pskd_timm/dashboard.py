@@ -5,8 +5,8 @@ from pathlib import Path
 
 from .files import write_whole
 from .metrics import METRICS
-from .recipe import InputError, Recipe, load_recipe
 from .plots import COLOURS
+from .recipe import InputError, Recipe, load_recipe
 from .report import HEADERS
 
 TRAINING = {
