@@ -167,7 +167,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
 
     lock = FileLock(run_dir / ".lock")
     ranks.on_main(lambda: prepare_folder(recipe, lock))
-    tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
+    tracker = Tracker(accelerator, recipe, run_dir, loader.steps, display.quiet)
     wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
     try:
