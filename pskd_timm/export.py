@@ -209,7 +209,7 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError:
-        raise InputError("export to ONNX needs a few packages: pip install 'pskd_timm[onnx]'") from None
+        raise InputError("export to ONNX needs a few packages: pip install onnx onnxscript onnxruntime") from None
     path = Path(path).expanduser()
     classifier = Classifier.of_run(run, best)
     deployed = Deployed(classifier).eval()
@@ -233,6 +233,7 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
         image_size=json.dumps(classifier.image_size),
     )
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         program.save(partial)
         partial.replace(path)

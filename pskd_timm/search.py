@@ -196,6 +196,8 @@ def _on_holdout(recipe: Recipe) -> Recipe:
     """The recipe as its trials train it: part of the training data held out, the test part left unread."""
     fraction = recipe.data.holdout_fraction or HOLDOUT_FRACTION
     given = {"data.test": False, "data.holdout_fraction": fraction}
+    if recipe.source_of("tracking.wandb") == "default":
+        given["tracking.wandb"] = "disabled"  # trials are many, and trials.csv holds them together
     return lay_over(recipe.model_dump(), given, "search", recipe.name)
 
 
@@ -258,7 +260,7 @@ def _optuna():
     try:
         import optuna
     except ImportError:
-        raise InputError("search needs Optuna: pip install 'pskd_timm[search]'") from None
+        raise InputError("search needs Optuna: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
