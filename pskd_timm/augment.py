@@ -1,6 +1,8 @@
 """Augmentation of whole batches on the device; every draw a function of (seed, epoch, sample), see rng.py."""
 
+import random
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,10 @@ from .recipe import Augment
 
 # One number for each thing that is drawn: a new draw takes a new number and leaves the others' values alone.
 TOP, LEFT, FLIP, JITTER_ORDER, BRIGHTNESS, CONTRAST, SATURATION, LIGHTING, RESIZED_CROP = range(9)
+AUTO_AUGMENT, CUT_DOWN, CUT_ACROSS, ERASE, ERASED_AREA, ERASED_RATIO, ERASE_DOWN, ERASE_ACROSS = range(9, 17)
+
+ERASED = (0.02, 1 / 3)  # range of a random erasing's area, as a part of the image's (timm's default)
+ERASED_RATIOS = (0.3, 1 / 0.3)  # range of its height over its width
 
 GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601)
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
@@ -69,10 +75,44 @@ def lighting(images: Tensor, alpha: Tensor) -> Tensor:
     return images + 255.0 * ((alpha * values) @ vectors.T)[:, :, None, None]
 
 
+def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """`images` [B, C, H, W] with zeros in the boxes of `height` × `width` [B] at (top, left) [B], which may stick out."""
+    rows = torch.arange(images.shape[-2], device=images.device)
+    columns = torch.arange(images.shape[-1], device=images.device)
+    down = (rows >= top[:, None]) & (rows < (top + height)[:, None])
+    across = (columns >= left[:, None]) & (columns < (left + width)[:, None])
+    return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0.0)
+
+
+def cutout(images: Tensor, index: Tensor, key: int, side: int) -> Tensor:
+    """`images` [B, C, H, W] with a square of `side` pixels zero around a pixel of each (DeVries and Taylor, 2017)."""
+    down, across = (
+        rng.integers(rng.fold(key, draw), index, size)
+        for draw, size in zip((CUT_DOWN, CUT_ACROSS), images.shape[-2:], strict=True)
+    )
+    sides = torch.full_like(down, side)
+    return erase(images, down - side // 2, across - side // 2, sides, sides)
+
+
+def random_erasing(images: Tensor, index: Tensor, key: int, probability: float) -> Tensor:
+    """`images` [B, C, H, W], of which each has with `probability` a random box of zeros (Zhong et al., AAAI 2020)."""
+    height, width = images.shape[-2:]
+    chosen, area, ratio, down, across = (
+        rng.uniform(rng.fold(key, draw), index) for draw in (ERASE, ERASED_AREA, ERASED_RATIO, ERASE_DOWN, ERASE_ACROSS)
+    )
+    area = height * width * (ERASED[0] + area * (ERASED[1] - ERASED[0]))
+    ratio = ERASED_RATIOS[0] * (ERASED_RATIOS[1] / ERASED_RATIOS[0]) ** ratio
+    tall = (area * ratio).sqrt().round().clamp(1, height)
+    wide = (area / ratio).sqrt().round().clamp(1, width)
+    top, left = (down * (height - tall + 1)).floor(), (across * (width - wide + 1)).floor()
+    return erase(images, top, left, torch.where(chosen < probability, tall, 0.0), wide)
+
+
 def augment(images: Tensor, index: Tensor, key: int, section: Augment, mean: Tensor, std: Tensor) -> Tensor:
     """Normalised images of the samples `index` [B] from uint8 `images` [B, 3, H, W], as the section says; `key` names the epoch.
 
-    Crop and flip on uint8, then colour jitter, lighting and normalisation in float32, nothing clipped in between.
+    Crop and flip on uint8, then colour jitter, lighting and normalisation in float32, nothing clipped in between; what is
+    erased is zero, the mean colour.
     """
     if section.crop_padding:
         top, left = (rng.integers(rng.fold(key, draw), index, 2 * section.crop_padding + 1) for draw in (TOP, LEFT))
@@ -86,4 +126,52 @@ def augment(images: Tensor, index: Tensor, key: int, section: Augment, mean: Ten
     if section.lighting:
         alpha = [rng.normal(rng.fold(key, LIGHTING, component), index) for component in range(3)]
         images = lighting(images.float(), section.lighting * torch.stack(alpha, dim=1))
-    return normalize(images, mean, std)
+    images = normalize(images, mean, std)
+    if section.cutout:
+        images = cutout(images, index, key, section.cutout)
+    if section.random_erasing:
+        images = random_erasing(images, index, key, section.random_erasing)
+    return images
+
+
+class Mix(NamedTuple):
+    """How a batch is mixed: mixup or cutmix, the share that is an image's own, and the box's centre (0 … 1 down, across)."""
+
+    kind: str
+    own: float
+    centre: tuple[float, float]
+
+
+def drawn_mix(section: Augment, key: int) -> Mix | None:
+    """How the batch with this `key` is mixed: `mix_share` of the batches are, with the share drawn from Beta(a, a)."""
+    kinds = [kind for kind in ("mixup", "cutmix") if getattr(section, kind)]
+    if not kinds:
+        return None
+    draws = random.Random(key)
+    if draws.random() >= section.mix_share:
+        return None
+    kind = draws.choice(kinds)
+    a = getattr(section, kind)
+    return Mix(kind, draws.betavariate(a, a), (draws.random(), draws.random()))
+
+
+def mixup(images: Tensor, mate: Tensor, own: float) -> Tensor:
+    """own·image + (1 − own)·its mate, for `images` [B, C, H, W] and their mates' positions [B] (Zhang et al., ICLR 2018)."""
+    return torch.lerp(images[mate], images, own)
+
+
+def cutmix(images: Tensor, mate: Tensor, own: float, centre: tuple[float, float]) -> tuple[Tensor, float]:
+    """`images` [B, C, H, W] with a box of 1 − `own` of their area, clipped at the edges, from their mates; and their own share.
+
+    Yun et al., ICCV 2019. The share that is returned is the one that is left after clipping.
+    """
+    bounds = []
+    for middle, size in zip(centre, images.shape[-2:], strict=True):
+        side = round(size * (1.0 - own) ** 0.5)
+        start = int(middle * size) - side // 2
+        bounds.append(slice(max(start, 0), min(start + side, size)))
+    down, across = bounds
+    mixed = images.clone()
+    mixed[..., down, across] = images[mate][..., down, across]
+    area = (down.stop - down.start) * (across.stop - across.start)
+    return mixed, 1.0 - area / (images.shape[-2] * images.shape[-1])

@@ -179,7 +179,8 @@ def run_train(arguments, rest):
     from .train import train
 
     try:
-        result = train(recipe, Display(arguments.quiet))
+        with Display(arguments.quiet) as display:
+            result = train(recipe, display)
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
         return FAILED
@@ -216,10 +217,11 @@ def run_compare(arguments, rest):
 
     # A seed or method given twice is one run.
     methods, seeds = dict.fromkeys(arguments.methods), dict.fromkeys(arguments.seeds)
-    found = compare(recipe, list(methods), list(seeds), arguments.jobs, Display(arguments.quiet))
+    with Display(arguments.quiet) as display:
+        found = compare(recipe, list(methods), list(seeds), arguments.jobs, display)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(terminal_table(found.rows, f"{recipe.name}: {recipe.model.name}, last epoch"))
-    print("wrote " + ", ".join(map(str, found.paths)))
+    print("\n".join([*found.notes, "wrote " + ", ".join(map(str, found.paths))]))
     return FAILED if found.failed else DONE
 
 
@@ -240,7 +242,7 @@ def run_search(arguments, rest):
 
 def run_show(arguments, rest):
     recipe = load(arguments, rest)
-    recipe.check_preset(recipe.method)
+    recipe.check_method(recipe.method)
     from rich.console import Console
 
     from .show import cost_lines, loss_lines, sources_table
@@ -251,19 +253,25 @@ def run_show(arguments, rest):
 
 
 def run_evaluate(arguments, rest):
+    from .progress import Display
+
     given = overrides(arguments, rest)
     if arguments.checkpoint:
         name = arguments.run_or_recipe
         recipe = load_recipe(name, given) if name else lay_over({"epochs": 1}, given, "command line", "evaluate")
         from .evaluate import evaluate_checkpoint
 
-        print(figures(evaluate_checkpoint(arguments.checkpoint, recipe)))
+        with Display() as display:
+            found = evaluate_checkpoint(arguments.checkpoint, recipe, display.advance)
+        print(figures(found))
         return DONE
     if not arguments.run_or_recipe:
         raise InputError("evaluate needs a finished run's folder, or --checkpoint FILE")
     from .evaluate import evaluate
 
-    for which, found in evaluate(arguments.run_or_recipe, given).items():
+    with Display() as display:
+        scores = evaluate(arguments.run_or_recipe, given, display.advance)
+    for which, found in scores.items():
         recorded = found.pop("recorded")
         agrees = "equal to result.json" if recorded == found else f"result.json has: {figures(recorded)}"
         print(f"{which}: {figures(found)} ({agrees})")

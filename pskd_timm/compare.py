@@ -15,22 +15,27 @@ import pandas as pd
 
 from . import report
 from .metrics import METRICS
-from .progress import Display
+from .progress import Display, Row, duration
 from .recipe import METHOD_SECTIONS, InputError, Recipe
 from .teacher import teacher_folder
-from .tracking import read_lines
+from .tracking import last_line
 from .train import Result, check_recipe, finished, train
 
+NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
 GRACE = 60  # seconds that interrupted runs have to save before they are ended
 
 
 @dataclass
 class Comparison:
-    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written."""
+    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written.
+
+    `notes` has a line for each run that a trained network taught.
+    """
 
     rows: pd.DataFrame
     runs: dict[str, list[Path]]
     paths: list[Path]
+    notes: list[str]
 
     @property
     def failed(self) -> int:
@@ -56,8 +61,15 @@ class Job:
         return self.recipe.run_dir / "run.log"
 
     @property
-    def epochs_done(self) -> int:
-        return len(read_lines(self.recipe.run_dir / "metrics.jsonl"))
+    def name(self) -> str:
+        return f"{self.recipe.method} seed {self.recipe.seed}"
+
+    def where(self) -> tuple[int, str]:
+        """How many epochs the run has done, and what it logged last."""
+        step, epoch = (last_line(self.recipe.run_dir / name) for name in ("steps.jsonl", "metrics.jsonl"))
+        if epoch:
+            return epoch["epoch"], f"error {epoch['top1_error']:.1f} %  nll {epoch['nll']:.3f}"
+        return 0, f"loss {step['loss']:.3f}" if step else ""
 
 
 def compare(
@@ -92,7 +104,9 @@ def compare(
     finally:
         display.close()
     rows, runs = _collect(all_jobs, failures)
-    return Comparison(rows, runs, report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch"))
+    notes = [note for folders in runs.values() for folder in folders if (note := _of_teacher(Result.read(folder)))]
+    paths = report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch", notes)
+    return Comparison(rows, runs, paths, notes)
 
 
 def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> dict[Path, str]:
@@ -107,13 +121,14 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
     previous = signal.signal(signal.SIGTERM, _end) if _in_main_thread() else None
     try:
         while left or running:
+            _show(waiting, running, left, total, display)
             busy = {job.recipe.run_dir for job in [*left, *running]}
             while (ready := [job for job in left if job.teacher not in busy]) and len(running) < jobs:
                 job = ready[0]
                 left.remove(job)
                 if job.teacher in failures:
                     failures[job.recipe.run_dir] = f"failed: its teacher {job.teacher} failed"
-                    display.say(f"{job.recipe.method} seed {job.recipe.seed}: {failures[job.recipe.run_dir]}")
+                    display.say(f"{job.name}: {failures[job.recipe.run_dir]}")
                     continue
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
                 job.process = context.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
@@ -123,7 +138,6 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
                 _tell(job, failures, display)
-            _show(running, total - len(left) - len(running), total, display)
     except (KeyboardInterrupt, SystemExit):
         display.say("stopping: each run saves where it stands; the same command goes on from there")
         _stop(running)
@@ -152,33 +166,54 @@ def _end(number, frame):
     raise SystemExit(128 + number)
 
 
-def _show(running: list[Job], done: int, total: int, display: Display):
-    now = ", ".join(f"{j.recipe.method} seed {j.recipe.seed} epoch {j.epochs_done}/{j.recipe.epochs}" for j in running)
-    display.advance("runs", done, total, now)
+def _show(jobs: list[Job], running: list[Job], left: list[Job], total: int, display: Display):
+    """A bar for all epochs of `jobs` and one for each run that is `running`; what is `left`; `total` runs in all."""
+    where = {job.name: (*job.where(), job.recipe.epochs) for job in running}
+    epochs = sum(job.recipe.epochs for job in jobs)
+    done = epochs - sum(job.recipe.epochs for job in left) - sum(of - epoch for epoch, _, of in where.values())
+    count = f"{total - len(left) - len(running)} of {total} runs {display.left('all', done, epochs)}".rstrip()
+    rows = [Row("all", done, epochs, count)]
+    rows += [Row(name, epoch, of, f"epoch {epoch}/{of}  {facts}") for name, (epoch, facts, of) in where.items()]
+    waiting = _waiting(left)
+    now = ", ".join(f"{name} epoch {epoch}/{of}" for name, (epoch, _, of) in where.items())
+    display.show(rows, f"{count}: {now}; {waiting}".removesuffix("; "), waiting)
+
+
+def _waiting(left: list[Job]) -> str:
+    """`waiting: cskd 1 2, pskd 0 1 2`: methods and their seeds; empty where nothing is left."""
+    by_method = {}
+    for job in left:
+        by_method.setdefault(job.recipe.method, []).append(str(job.recipe.seed))
+    words = ", ".join(f"{method} {' '.join(seeds)}" for method, seeds in by_method.items())
+    return f"waiting: {words}" if words else ""
 
 
 def _tell(job: Job, failures: dict[Path, str], display: Display):
     run_dir = job.recipe.run_dir
-    name = f"{job.recipe.method} seed {job.recipe.seed}"
     if job.process.exitcode == 0:
         result = Result.read(run_dir)
-        display.say(f"{name}: {_short(result.last)}{_of_teacher(result)}")
+        display.say(f"{job.name:<{NAME_WIDTH}} {_short(result.last)}  {duration(result.values['seconds'])}")
         return
     code = job.process.exitcode
     failures[run_dir] = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
     if code == 1:  # it has said why
         with suppress(OSError, IndexError):
             failures[run_dir] = f"failed: {job.log.read_text().strip().splitlines()[-1]}"
-    display.say(f"{name}: {failures[run_dir]} (all of it: {job.log})")
+    display.say(f"{job.name}: {failures[run_dir]} (all of it: {job.log})")
 
 
 def _short(figures: dict) -> str:
-    return f"error {figures['top1_error']:.2f} %  nll {figures['nll']:.3f}  ece {figures['ece']:.2f} %"
+    error, nll, ece, aurc = (figures[name] for name in ("top1_error", "nll", "ece", "aurc"))
+    return f"error {error:.2f} %  nll {nll:.3f}  ece {ece:.2f} %  aurc {aurc:.1f}"
 
 
-def _of_teacher(result: Result) -> str:
+def _of_teacher(result: Result) -> str | None:
+    """What a run's teacher reached, where a trained network taught it and its figures are known."""
     teacher = result.values.get("teacher", {})
-    return f"  (its teacher: {_short(teacher)})" if "nll" in teacher else ""
+    if "nll" not in teacher:
+        return None
+    name = f"{result.values['method']} seed {result.values['seed']}"
+    return f"{name} was taught by {teacher['run']} (epoch {teacher['epoch']}): {_short(teacher)}"
 
 
 def _stop(running: list[Job]):

@@ -1,6 +1,7 @@
 """A model over a split: per-sample outcomes on each rank's slice, metrics once over the whole split."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +55,17 @@ def predict(
     std,
     mixed_precision: str = "no",
     keep_probabilities: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Predictions:
-    """Outcomes of `split` in eval mode, each rank its slice, gathered on every rank and moved to the CPU."""
+    """Outcomes of `split` in eval mode, each rank its slice, gathered on every rank and moved to the CPU.
+
+    `progress` is told ("evaluating", samples on their way, samples) of this rank.
+    """
     rank, world_size = ranks.rank_and_world_size()
     ranks.copy_buffers_from_main(model)
     model.eval()
     num_classes = model.num_classes
-    each, kept = [], []
+    each, kept, done = [], [], 0
     parts = [eval_part(len(split), batch_size, r, world_size) for r in range(world_size)]
     for images, labels in eval_batches(split, batch_size, mean, std, parts[rank]):
         with autocast(images.device, mixed_precision):
@@ -72,6 +77,9 @@ def predict(
         each.append(metrics.outcomes(probabilities, labels)._replace(nll=nll))
         if keep_probabilities:
             kept.append(probabilities)
+        done += len(labels)
+        if progress:
+            progress("evaluating", done, parts[rank].stop - parts[rank].start)
     device = split.labels.device
     empty = Outcomes(
         *(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64))
@@ -118,7 +126,7 @@ def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) 
         model = load_model(folder)
         if model.num_classes != data.num_classes:
             raise InputError(f"{folder}: the model has {model.num_classes} classes, the data {data.num_classes}")
-        found[which] = _score(model, data.test or data.holdout, recipe)
+        found[which] = _score(model, data.test or data.holdout, recipe, progress)
         found[which]["recorded"] = {name: recorded[which][name] for name in metrics.METRICS}
     return found
 
@@ -129,10 +137,10 @@ def evaluate_checkpoint(path: str | Path, recipe: Recipe, progress=None) -> dict
     data = load_data(recipe.data, recipe.augment, progress)
     model = create_model(recipe.model, data.num_classes, data.image_size)
     load_weights(path, model)
-    return _score(model, data.test or data.holdout, recipe)
+    return _score(model, data.test or data.holdout, recipe, progress)
 
 
-def _score(model: nn.Module, split: Split, recipe: Recipe) -> dict[str, float]:
+def _score(model: nn.Module, split: Split, recipe: Recipe, progress) -> dict[str, float]:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,4 +148,5 @@ def _score(model: nn.Module, split: Split, recipe: Recipe) -> dict[str, float]:
     if recipe.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
     normalise = normalisation(model, recipe)
-    return predict(model, split.to(device), recipe.batch_size, *normalise, recipe.mixed_precision).score()
+    settings = (recipe.batch_size, *normalise, recipe.mixed_precision)
+    return predict(model, split.to(device), *settings, progress=progress).score()

@@ -27,6 +27,12 @@ def tempered_kl(
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
+def one_hot(labels: Tensor, num_classes: int, dtype=torch.float32) -> Tensor:
+    """`labels` [B] as rows [B, K]; unlike torch's own it never waits for the device to look at them."""
+    rows = torch.zeros(len(labels), num_classes, dtype=dtype, device=labels.device)
+    return rows.scatter_(1, labels[:, None], 1.0)
+
+
 def virtual_teacher(labels: Tensor, num_classes: int, true_probability: float, dtype=torch.float32) -> Tensor:
     """Rows [B, K] with `true_probability` on the label and the rest spread evenly (Yuan et al., CVPR 2020, Eq. 9)."""
     rest = (1.0 - true_probability) / (num_classes - 1)

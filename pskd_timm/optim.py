@@ -17,8 +17,14 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
         groups = model.parameters()
         if not section.decay_norm_and_bias:
             groups = param_groups_weight_decay(model, section.weight_decay)
+        fused = next(model.parameters()).is_cuda  # one kernel for all weights
         return torch.optim.SGD(
-            groups, section.lr, section.momentum, nesterov=section.nesterov, weight_decay=section.weight_decay
+            groups,
+            section.lr,
+            section.momentum,
+            nesterov=section.nesterov,
+            weight_decay=section.weight_decay,
+            fused=fused,
         )
     if section.name not in list_optimizers():
         raise InputError(

@@ -36,6 +36,16 @@ def rank_batches(order: Tensor, batch_size: int, rank: int, world_size: int) -> 
     return [batch[share(len(batch), rank, world_size)] for batch in batches]
 
 
+def mates(start: int, length: int, device=None) -> Tensor:
+    """Whom each of `length` samples is mixed with, as positions [length]; the first one's place in the global batch is `start`.
+
+    Places 2j and 2j + 1 are each other's, on any number of ranks; whose mate is on another rank is its own.
+    """
+    places = torch.arange(start, start + length, device=device)
+    mate = (places ^ 1) - start
+    return torch.where((mate < 0) | (mate >= length), places - start, mate)
+
+
 class Partners:
     """For CS-KD: another sample of each anchor's class, drawn uniformly (the anchor itself may be drawn)."""
 

@@ -1,56 +1,184 @@
-"""What a run tells the person who waits: a bar where there is a terminal, plain lines where there is none."""
+"""What a run tells the person who waits: bars where there is a terminal, plain lines where there is none."""
 
 import sys
 import time
+from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
+
+LINE_EVERY = 10.0  # seconds between two lines about the same work where there is no terminal
+
+
+class Row(NamedTuple):
+    """A bar: `done` of `total` of `what`, and what stands behind it."""
+
+    what: str
+    done: float
+    total: float
+    count: str
 
 
 class Display:
-    """Shows one run; `quiet` shows nothing but what must be said."""
+    """Shows one run, or one comparison; `quiet` shows nothing but what must be said."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"),
-        )
-        self.bars = Bars(*columns, console=self.console, transient=True)
+        self.bars = _Bars(console=self.console)
         self.tasks = {}
-        self.last_line = 0.0
+        self.last_line = time.monotonic()
+        self.began = {}  # when each work was first heard of, and how much of it was done then
+        self.training = None
 
     def say(self, text: str):
         """A line that stays."""
         if not self.quiet:
             self.console.print(text, markup=False)
-
-    def advance(self, what: str, done: int, total: int, facts: str = ""):
-        """`done` of `total` of `what`: a bar, or without a terminal a line every ten seconds."""
-        if self.live:
-            self._bar(what, done, total, facts)
-        elif not self.quiet and time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
-            self.say(f"{what}: {done}/{total} {facts}".rstrip())
 
-    def _bar(self, what: str, done: int, total: int, facts: str):
+    def advance(self, what: str, done: int, total: int):
+        """`done` of `total` of `what`: a bar, or without a terminal a line every ten seconds."""
+        left = self.left(what, done, total)
+        self.show([Row(what, done, total, f"{done:,}/{total:,} {left}")], f"{what}: {done:,}/{total:,} {left}")
+
+    def begin(self, name: str, epochs: int, steps: int, done: int):
+        """What `step` and `epoch` tell is of the run `name`: so many epochs of so many steps, of which `done` are done."""
+        self.training = _Training(name, epochs, steps)
+        self.began[name] = (time.monotonic(), done)
+
+    def step(self, epoch: int, step: int, images: float, values: dict):
+        """Step `step` of epoch `epoch` (both from 1) is done; `images` of the epoch were seen; `values` is the line logged."""
+        run = self.training
+        total = run.epochs * run.steps
+        done = (epoch - 1) * run.steps + step
+        left = self.left(run.name, done, total)
+        facts = [f"loss {values['loss']:.3f}", f"error {values['error']:.1f} %"]
+        facts += [f"α {values['alpha']:.2f}"] if "alpha" in values else []
+        facts += [f"lr {values['lr']:.3g}", f"{run.images_per_second(epoch, images):,.0f} images/s"]
+        count = f"step {step}/{run.steps} {left}"
+        name = f"{run.name}, epoch {epoch}/{run.epochs}"
+        self.show([Row(name, done, total, count)], f"{name}, {count}: {'  '.join(facts)}", "  ".join(facts))
+
+    def epoch(self, line: dict):
+        """An epoch's line of metrics.jsonl: a row of the table that grows above the bar, or a line with the same facts."""
+        run = self.training
+        left = self.left(run.name, line["epoch"] * run.steps, run.epochs * run.steps)
+        if not self.live:
+            self.say(run.words(line, left))
+            return
+        if not run.headed:
+            self.console.print(run.header(line), style="bold", markup=False)
+            run.headed = True
+        self.say(run.row(line))
+        run.images_per_second(line["epoch"] + 1, 0)  # the time of the evaluation is not the next steps'
+
+    def show(self, rows: list[Row], line: str, below: str = ""):
+        """`rows` as bars with `below` under them, or without a terminal `line` every ten seconds."""
+        if self.live:
+            self._draw(rows, below)
+        elif not self.quiet and time.monotonic() - self.last_line > LINE_EVERY:
+            self.say(line.rstrip())
+
+    def _draw(self, rows: list[Row], below: str):
         self.bars.start()
-        if what not in self.tasks:
-            for task in self.tasks.values():
-                self.bars.remove_task(task)
-            self.tasks = {what: self.bars.add_task(what, total=total, facts=facts)}
-        self.bars.update(self.tasks[what], completed=done, facts=facts)
+        self.bars.below = below
+        while len(self.tasks) > len(rows):
+            self.bars.remove_task(self.tasks.pop(len(self.tasks) - 1))
+        for i, (what, done, total, count) in enumerate(rows):
+            if i not in self.tasks:
+                self.tasks[i] = self.bars.add_task(what, count=count)
+            self.bars.update(self.tasks[i], description=what, completed=done, total=total, count=count)
+
+    def left(self, what: str, done: float, total: float) -> str:
+        """The time that is left of `what`, at the pace it has had since it was first heard of."""
+        now = time.monotonic()
+        began, before = self.began.get(what, (now, done))
+        if done <= before:  # heard of for the first time, or begun again
+            self.began[what] = (now, done)
+            return ""
+        return f"{duration((now - began) / (done - before) * (total - done))} left"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def close(self):
         """Take the bars off the terminal."""
         if self.live:
             self.bars.stop()
+
+
+class _Bars(Bars):
+    """rich's bars with a line of text under them."""
+
+    below = ""
+
+    def __init__(self, console: Console):
+        columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[count]}"))
+        super().__init__(*columns, console=console, transient=True, expand=True)
+
+    def get_renderables(self):
+        yield self.make_tasks_table(self.tasks)
+        if self.below:
+            yield Text(self.below, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+class _Training:
+    """The run that is trained: how long it is, and how its epochs look."""
+
+    def __init__(self, name: str, epochs: int, steps: int):
+        self.name, self.epochs, self.steps = name, epochs, steps
+        self.headed = False
+        self.at, self.seen = time.monotonic(), (1, 0.0)
+
+    def images_per_second(self, epoch: int, images: float) -> float:
+        """The pace since this was asked last, or since the epoch began."""
+        now = time.monotonic()
+        new = images - (self.seen[1] if self.seen[0] == epoch else 0.0)
+        pace = new / max(now - self.at, 1e-9)
+        self.at, self.seen = now, (epoch, images)
+        return pace
+
+    def words(self, line: dict, left: str) -> str:
+        """An epoch in a line of words."""
+        alpha = f"  alpha {line['alpha']:.3f}" if "alpha" in line else ""
+        return (
+            f"{self.name}  epoch {line['epoch']}/{self.epochs}  loss {line['train_loss']:.3f}  "
+            f"error {line['train_error']:.2f} %{alpha}  {line['evaluated_on']}: error {line['top1_error']:.2f} %  "
+            f"nll {line['nll']:.3f}  ece {line['ece']:.2f} %  aurc {line['aurc']:.1f}  "
+            f"{line['images_per_second']:,.0f} images/s  {left}"
+        ).rstrip()
+
+    def header(self, line: dict) -> str:
+        """The head of the table of epochs; it fits 80 columns."""
+        alpha = f"{'α':>6}" if "alpha" in line else ""
+        error = f"{line['evaluated_on']} error %"
+        return (
+            f"{'epoch':>7}{'loss':>7}{'error %':>9}{alpha} │ {error}{'NLL':>7}{'ECE %':>7}{'AURC':>7} │ {'images/s':>8}"
+        )
+
+    def row(self, line: dict) -> str:
+        """A row of the table of epochs."""
+        alpha = f"{line['alpha']:>6.2f}" if "alpha" in line else ""
+        width = len(line["evaluated_on"]) + 8
+        return (
+            f"{line['epoch']:>7}{line['train_loss']:>7.3f}{line['train_error']:>9.2f}{alpha} │ "
+            f"{line['top1_error']:>{width}.2f}{line['nll']:>7.3f}{line['ece']:>7.2f}{line['aurc']:>7.1f} │ "
+            f"{line['images_per_second']:>8,.0f}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """`seconds` for people: 0:05, 12:34, 3:25:45."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def readable(count: float) -> str:

@@ -53,8 +53,14 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Area = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-# YAML 1.1 reads a bare `no` as false.
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
+# YAML 1.1 reads a bare `no` or `off` as false.
+Precision = Annotated[
+    Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
+Compile = Annotated[
+    Literal["off", "default", "max-autotune", "graphs"],
+    BeforeValidator(lambda value: ("off", "default")[value] if isinstance(value, bool) else value),
+]
 
 
 class Data(Section):
@@ -82,6 +88,8 @@ class Data(Section):
     """`resident`: all images decoded once and kept in memory; `streaming`: decoded for every batch by `workers` processes."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode for each rank when streaming; by default one for each core, eight at most."""
+    damaged: Literal["fail", "skip"] = "fail"
+    """What a training image that cannot be decoded does: end the run, or be named and left out (a test image always ends it)."""
     limit_train: Count | None = None
     """Train on so many samples only, taken evenly from all classes."""
     limit_test: Count | None = None
@@ -129,6 +137,18 @@ class Augment(Section):
     """Brightness, contrast and saturation are scaled by up to 1 ± this, in random order."""
     lighting: NonNegative = 0.0
     """Standard deviation of the noise along ImageNet's principal colours (0.1 in the AlexNet way)."""
+    auto_augment: str | None = None
+    """timm's policy for each decoded image: `rand-m9-mstd0.5` (RandAugment), `augmix-m3`, `original` (streaming only)."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Side in pixels of a square, anywhere on the image, that is set to the mean colour; 0 turns it off."""
+    random_erasing: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Probability of setting a box of 2 to 33 % of the image, ratio 0.3 … 3.3, to the mean colour (Zhong et al., AAAI 2020)."""
+    mixup: NonNegative = 0.0
+    """a of the Beta(a, a) that mixup draws an image's own share from (timm's usual 0.2 … 0.8); 0 turns it off."""
+    cutmix: NonNegative = 0.0
+    """a of the Beta(a, a) that cutmix draws an image's own share from (usually 1); 0 turns it off; with mixup half each."""
+    mix_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Part of the batches that mixup and cutmix mix; the others renew the predictions that PS-KD stores."""
     mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
     """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)] | None = None
@@ -146,8 +166,8 @@ class Model(Section):
     """Further arguments of the model, as `timm.create_model` takes them: {drop_rate: 0.1}."""
     channels_last: bool = False
     """Lay tensors out as NHWC, which convolutions on GPUs (and often CPUs) run faster on."""
-    compile: bool = False
-    """Run the model through torch.compile."""
+    compile: Compile = "off"
+    """torch.compile in its `default` or `max-autotune` mode, or `graphs`: steps replayed as one CUDA graph (one GPU)."""
     sync_bn: bool = False
     """Take batch norm's statistics over all processes (GPUs only)."""
 
@@ -297,7 +317,7 @@ class Recipe(Section):
     accumulate: Count = 1
     """Forward and backward passes that a step's samples are split into, to fit into memory."""
     mixed_precision: Precision = "no"
-    """Type of the forward pass: float32 (`no`), bfloat16 or float16 with loss scaling."""
+    """Type of the forward pass: float32 (`no`; `tf32` lets GPUs round factors), bfloat16, or float16 with loss scaling."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Evaluate and keep a running mean of the weights with this decay a step (timm's ModelEmaV3)."""
     threads: Count | None = None
@@ -333,6 +353,8 @@ class Recipe(Section):
             )
         if self.augment.random_resized_crop and self.data.loading != "streaming":
             raise ValueError("augment.random_resized_crop needs data.loading streaming; augment.crop_padding does not")
+        if self.augment.auto_augment and self.data.loading != "streaming":
+            raise ValueError("augment.auto_augment needs data.loading streaming, where workers hold single images")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}")
         if self.pskd.alpha_warmup_epochs >= self.epochs:
@@ -360,8 +382,20 @@ class Recipe(Section):
         """The published constants of `method` under preset `name` (by default the recipe's) that fit this recipe."""
         return presets.fitting(name or self.preset, *self._taught(method))
 
-    def check_preset(self, method: str):
-        """Raise InputError where a preset is asked for and nothing public fits `method`, the data set and the network."""
+    def check_method(self, method: str):
+        """Raise InputError where `method` does not go with the rest: its preset, mixed images."""
+        mixes = self.augment.mixup or self.augment.cutmix
+        if mixes and method == "cskd":
+            raise InputError(
+                "augment.mixup and augment.cutmix do not go with cskd: it compares two images of one class, "
+                "and a mixed image has two"
+            )
+        if mixes and method == "pskd" and self.pskd.teacher == "store" and self.augment.mix_share == 1:
+            raise InputError(
+                "augment.mix_share 1 mixes every batch, and no stored prediction is ever renewed: "
+                "choose one below 1, or pskd.teacher snapshot"
+            )
+        # A preset must be public for the data set and the network.
         if self.preset and type(getattr(self, method)).model_fields and not self.published(method):
             raise InputError(presets.refusal(self.preset, *self._taught(method)))
 

@@ -154,13 +154,18 @@ def plot(runs: dict[str, list[Path]], path: Path, title: str):
     figure.savefig(path, dpi=150)
 
 
-def write(rows: pd.DataFrame, runs: dict[str, list[Path]], folder: Path, title: str) -> list[Path]:
-    """Write comparison.csv, comparison.md and, where a run has finished, comparison.png; returns their paths."""
+def write(rows: pd.DataFrame, runs: dict[str, list[Path]], folder: Path, title: str, notes=()) -> list[Path]:
+    """Write comparison.csv, comparison.md, with the lines of `notes`, and, where a run has finished, comparison.png.
+
+    Returns their paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "comparison.csv", folder / "comparison.md"]
     rows.to_csv(paths[0], index=False, columns=COLUMNS)
+    told = "".join(f"- {note}\n" for note in notes)
     paths[1].write_text(
         f"## {title}\n\n{markdown_table(rows)}\nLower is better everywhere; ± is the standard deviation over seeds.\n"
+        + (f"\n{told}" if told else "")
     )
     if runs:
         paths.append(folder / "comparison.png")

@@ -13,6 +13,7 @@ from .files import Lines, write_whole
 from .metrics import ECE_BINS, METRICS, Outcomes, bin_of, risk_curve
 from .recipe import InputError, Recipe
 
+TAIL = 8192  # bytes, longer than two lines
 MISTAKES = 24  # of the most confident ones, as pictures
 MOST_POINTS = 200  # of a curve
 
@@ -23,6 +24,16 @@ def read_lines(path: Path) -> list[dict]:
         return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [json.loads(line) for line in whole]
+
+
+def last_line(path: Path) -> dict | None:
+    """The last whole object of a JSON-lines file, read from its end; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        whole = [line for line in file.read().splitlines(keepends=True)[-3:] if line.endswith(b"\n")]
+    return json.loads(whole[-1]) if whole else None
 
 
 def tags(recipe: Recipe) -> list[str]:
@@ -138,7 +149,7 @@ class Tracker:
         import wandb
 
         rows = most_confident_mistakes(each)
-        mistakes = wandb.Table(["image", "label", "prediction", "confidence", "test sample"])
+        mistakes = wandb.Table(["image", "label", "prediction", "confidence", "sample"])
         for row, image in zip(rows.tolist(), pictures(rows) if len(rows) else [], strict=True):
             shown = wandb.Image(image.permute(1, 2, 0).cpu().numpy())
             mistakes.add_data(shown, names[label[row]], names[prediction[row]], each.confidence[row].item(), row)

@@ -28,10 +28,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from . import checkpoint, ranks, rng
+from .batch import Batch
 from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
+from .graph import StepGraph
 from .methods import METHODS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
@@ -82,7 +84,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
-    recipe.check_preset(recipe.method)
+    recipe.check_method(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -103,8 +105,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     if recipe.model.channels_last:
         model = model.to(memory_format=torch.channels_last)
     mean, std = normalisation(model, recipe)
-    if recipe.model.compile:
-        model.compile()
+    if recipe.model.compile in ("default", "max-autotune"):
+        model.compile(mode=recipe.model.compile, dynamic=False)  # the tail batch is compiled for itself
     network = model  # without the wrappers of several processes
     ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
     evaluated = ema.module if ema else network
@@ -143,8 +145,19 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     progress = Progress()
     parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums, method=method)
 
+    def forward_backward(batch: Batch, weight: float):
+        with accelerator.autocast():
+            loss, logits = method.loss(model, batch)
+        accelerator.backward(loss * weight)
+        running.add(loss, logits, batch.labels, method.parts)
+
+    recorded = recipe.model.compile == "graphs"
+    if recorded:
+        forward_backward = StepGraph(forward_backward, lambda: method.variant)
+
     def score_split(model, split, keep_probabilities=False):
-        return predict(model, split, recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
+        settings = (recipe.batch_size, mean, std, recipe.mixed_precision, keep_probabilities)
+        return predict(model, split, *settings, progress=display.advance)
 
     def save():
         clock.update(progress)
@@ -157,7 +170,6 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
     wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
-    name = f"{recipe.method} seed {recipe.seed}"
     try:
         # Resume.
         if whole := checkpoint.newest_whole(run_dir):
@@ -170,6 +182,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
             display.say(f"{run_dir}: starting from {recipe.init_from} after epoch {progress.epoch}")
         tracker.forget_after(progress.epoch, progress.step)
         first_epoch = progress.epoch
+        done = progress.epoch * loader.steps + progress.step
+        display.begin(f"{recipe.method} seed {recipe.seed}", recipe.epochs, loader.steps, done)
         if about := method.about():
             display.say(about)
 
@@ -188,18 +202,16 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                     for batch in micro_batches:
+                        # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
+                        weight = len(batch.labels) * world_size / global_size
                         with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
-                            with accelerator.autocast():
-                                loss, logits = method.loss(model, batch)
-                            # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
-                            accelerator.backward(loss * (len(batch.labels) * world_size / global_size))
-                        running.add(loss, logits, batch.labels, method.parts)
+                            forward_backward(batch, weight)
                     to_log = (step + 1) % recipe.tracking.log_every == 0
                     if recipe.optim.clip_grad_norm or to_log:
                         longest = recipe.optim.clip_grad_norm or math.inf
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), longest)
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad(set_to_none=not recorded)  # a recording adds to the tensors it has seen
                     if ema:
                         ema.update(network)
                     progress.step += 1
@@ -207,8 +219,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                         means = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
                         line = {"epoch": epoch + 1, **means, "lr": lr, "grad_norm": grad_norm.item(), **method.values()}
                         tracker.log_step(step + 1, line)
-                        facts = f"epoch {epoch + 1}/{recipe.epochs} loss {means['loss']:.3f}"
-                        display.advance(name, step + 1, recipe.epochs * loader.steps, facts)
+                        display.step(epoch + 1, progress.step, progress.num_seen, line)
                     if progress.step < loader.steps:
                         wish = wishes.after(step + 1, stop.received)
                         if wish.save or wish.signal:
@@ -223,6 +234,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     "train_loss": progress.loss_sum / progress.num_seen,
                     "train_error": 100.0 * progress.error_sum / progress.num_seen,
                     **method.values(),
+                    **({"rows_renewed": loader.num_unmixed(epoch)} if method.store else {}),
                     "store_bytes": method.store.nbytes if method.store else 0,
                 }
                 method.end_epoch()
@@ -242,7 +254,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 line |= {"evaluated_on": chosen_on, **figures}
                 line |= {"images_per_second": images_per_second, "seconds": progress.seconds}
                 tracker.log_epoch((epoch + 1) * loader.steps, line)
-                display.say(epoch_line(name, recipe.epochs, line))
+                display.epoch(line)
                 progress.start_epoch(epoch + 1)
                 last_epoch = progress.epoch == recipe.epochs
                 wish = wishes.after((epoch + 1) * loader.steps, stop.received, epoch_end=True)
@@ -312,14 +324,22 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError("mixed_precision fp16 needs a GPU; bf16 and no run everywhere")
     if recipe.model.sync_bn and not torch.cuda.is_available():
         raise InputError("model.sync_bn needs GPUs: torch has no batch norm over processes for the CPU")
+    if recipe.model.compile == "graphs" and not torch.cuda.is_available():
+        raise InputError("model.compile graphs needs a GPU: default and max-autotune run everywhere")
+    if recipe.model.compile == "graphs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("model.compile graphs is for one process: use default or max-autotune with several")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    # torch rounds the factors of convolutions on GPUs to TF32 unless it is told not to.
+    torch.set_float32_matmul_precision("highest" if recipe.mixed_precision == "no" else "high")
+    torch.backends.cudnn.allow_tf32 = recipe.mixed_precision != "no"
+    torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
     # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
     AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision=recipe.mixed_precision,
+            mixed_precision={"tf32": "no"}.get(recipe.mixed_precision, recipe.mixed_precision),
             step_scheduler_with_optimizer=False,
             log_with=None if recipe.tracking.wandb == "disabled" else "wandb",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout_minutes))],
@@ -336,7 +356,7 @@ def connect(recipe: Recipe) -> Accelerator:
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
     """What `train` would refuse, for each of `methods`, before any run is started; decodes the images on the way."""
     for method in methods:
-        recipe.check_preset(method)
+        recipe.check_method(method)
     check_name(recipe.model.name)
     data = load_data(recipe.data, recipe.augment, display.advance)
     model = make_network(recipe, data)
@@ -509,15 +529,6 @@ class StopSignals:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
-
-
-def epoch_line(name: str, epochs: int, line: dict) -> str:
-    """What one line says of an epoch."""
-    return (
-        f"{name}  epoch {line['epoch']}/{epochs}  loss {line['train_loss']:.3f}  "
-        f"{line['evaluated_on']}: error {line['top1_error']:.2f} %  nll {line['nll']:.3f}  ece {line['ece']:.2f} %  "
-        f"{line['images_per_second']:,.0f} images/s"
-    )
 
 
 def cpu_copy(model: nn.Module) -> dict[str, torch.Tensor]:

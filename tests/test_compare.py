@@ -160,6 +160,8 @@ def test_compare_refuses_unknown_methods_and_being_launched_in_several_processes
         (["train", "digits", "--epochs", "0"], "greater than or equal to 1"),
         (["train", "digits", "--model.name", "resnet19"], "timm has no model 'resnet19'"),
         (["train", "digits", "--method", "kd"], "'pskd'"),
+        (["train", "digits", "--model.compile", "graph"], "'graphs'"),
+        (["train", "digits", "--model.compile", "graphs"], "model.compile graphs needs a GPU"),
         (["train", "digits", "more"], "unexpected argument 'more'"),
         (["train", "digits", "--model.kwargs.width"], "needs a value"),
         (["train", "nothing.yaml"], "no recipe 'nothing.yaml'"),

@@ -9,10 +9,27 @@ from PIL import Image as Pictures
 from scipy import stats
 
 from pskd_timm import InputError, load_recipe, rng
-from pskd_timm.augment import FLIP, LEFT, ORDERS, PCA_VALUES, PCA_VECTORS, TOP, augment, color_jitter, crop, lighting
+from pskd_timm.augment import (
+    AUTO_AUGMENT,
+    CUT_ACROSS,
+    CUT_DOWN,
+    FLIP,
+    LEFT,
+    ORDERS,
+    PCA_VALUES,
+    PCA_VECTORS,
+    TOP,
+    augment,
+    color_jitter,
+    crop,
+    cutout,
+    lighting,
+    random_erasing,
+)
 from pskd_timm.data import Loader, eval_batches
 from pskd_timm.data import load_data as load
 from pskd_timm.data.decode import open_image
+from pskd_timm.data.loader import ANCHOR
 from pskd_timm.data.split import class_balanced, flip_labels
 from pskd_timm.data.streaming import _Pictures, resized_crop_box
 from pskd_timm.recipe import Augment
@@ -356,7 +373,7 @@ def test_a_random_resized_crop_is_torchvisions_of_the_same_box(tmp_path):
             found = _Pictures(data.train)._crop(
                 {"path": str(tmp_path / "train" / "a" / "3.jpg"), "bytes": None}, 3, row
             )
-            assert np.abs(found.astype(float) - np.asarray(expected, dtype=float)).mean() < 2
+            assert np.abs(np.asarray(found, dtype=float) - np.asarray(expected, dtype=float)).mean() < 2
 
 
 def test_random_boxes_have_torchvisions_distribution_of_areas_ratios_and_places():
@@ -407,6 +424,78 @@ def test_a_damaged_streamed_image_is_named_in_one_line(tmp_path, workers):
     (tmp_path / "train" / "b" / "5.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"^data: image 13 \(.*5\.jpg\) cannot be decoded: .*$"):
         streamed_views(data, workers=workers)
+
+
+@pytest.mark.parametrize("loading, workers", [("resident", None), ("streaming", 0), ("streaming", 2)])
+def test_damaged_training_images_are_left_out_by_wish_and_named_and_damaged_test_images_never(
+    tmp_path, capfd, loading, workers
+):
+    settings = {"loading": loading, "workers": workers, "damaged": "skip"}
+    streamed = photographs(tmp_path).model_copy(update=settings)
+    (tmp_path / "train" / "b" / "5.jpg").write_bytes(b"no picture")
+    data = load_data(streamed)
+    seen = []
+    one = Loader(data.train, 2, 2, 5, Augment(), [0.5] * 3, [0.5] * 3, 3, 0, 1, partners=False)
+    for (batch,) in one.batches(one.rank_batches(0), 0):
+        assert len(batch.images) == len(batch.labels) == len(batch.index)
+        seen += data.train.source_id[batch.index].tolist()
+    assert sorted(seen) == [*range(13), 14, 15]
+    assert capfd.readouterr().err.count("5.jpg) cannot be decoded") == 1
+    (tmp_path / "test" / "a" / "2.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"^data: image 2 .*2\.jpg\) cannot be decoded"):
+        test = load_data(streamed).test
+        list(eval_batches(test, 5, [0] * 3, [1] * 3, slice(0, 16)))
+
+
+def test_a_policy_of_timms_is_drawn_for_each_sample_on_any_number_of_workers(tmp_path):
+    import random
+
+    from timm.data.auto_augment import rand_augment_transform
+
+    named = Augment(auto_augment="rand-m9-n3-mstd0.5")
+    data = load_data(photographs(tmp_path), named)
+    plain = load_data(photographs(tmp_path / "again"))
+
+    def epoch(split, workers=0):
+        one = Loader(replace(split, workers=workers), 2, 2, 5, Augment(), [0] * 3, [1 / 255] * 3, 3, 0, 1, False)
+        batches = [micro[0] for micro in one.batches(one.rank_batches(0), 0)]
+        return {int(i): image for batch in batches for i, image in zip(batch.index, batch.images, strict=True)}
+
+    random.seed(0)
+    before, changed, untouched = random.getstate(), epoch(data.train), epoch(plain.train)
+    assert random.getstate() == before
+    assert all(torch.equal(image, changed[i]) for i, image in epoch(data.train, workers=2).items())
+    assert sum(not torch.equal(changed[i], untouched[i]) for i in changed) > 8
+    # timm's own transform, seeded as a sample's is, on the image as it is without a policy.
+    theirs = rand_augment_transform("rand-m9-n3-mstd0.5", {"translate_const": int(0.45 * 32)})
+    for i, image in untouched.items():
+        seed = int(rng.integers(rng.fold(rng.fold(3, 0, ANCHOR), AUTO_AUGMENT), torch.tensor([i]), 2**31))
+        random.seed(seed)
+        np.random.seed(seed)
+        picture = Pictures.fromarray(image.permute(1, 2, 0).to(torch.uint8).numpy())
+        assert np.array_equal(np.asarray(theirs(picture)), changed[i].permute(1, 2, 0).numpy())
+    with pytest.raises(InputError, match="no policy 'rand-q9'"):
+        load_data(photographs(tmp_path / "third"), Augment(auto_augment="rand-q9"))
+
+
+def test_cutout_and_random_erasing_set_their_boxes_to_zero_as_a_loop_over_the_samples_does():
+    images, index, key = torch.ones(400, 3, 10, 14), torch.arange(7, 407), 5
+    cut = cutout(images, index, key, 4)
+    draws = [rng.integers(rng.fold(key, d), index, n).tolist() for d, n in ((CUT_DOWN, 10), (CUT_ACROSS, 14))]
+    for found, down, across in zip(cut, *draws, strict=True):
+        expected = torch.ones(3, 10, 14)
+        expected[:, max(down - 2, 0) : down + 2, max(across - 2, 0) : across + 2] = 0
+        assert torch.equal(found, expected)
+    erased = random_erasing(images, index, key, 0.4)[:, 0] == 0
+    area = erased.sum(dim=(1, 2))
+    some = area > 0
+    assert some.float().mean() == pytest.approx(0.4, abs=0.06)
+    assert area[some].min() >= 0.01 * 140 and area[some].max() <= 0.4 * 140
+    assert (area[some] / 140.0).mean() == pytest.approx((0.02 + 1 / 3) / 2, abs=0.02)
+    tall, wide = erased.any(dim=2).sum(dim=1), erased.any(dim=1).sum(dim=1)
+    assert torch.equal(area, tall * wide)  # one whole box each
+    ratio = (tall[some] / wide[some]).log()
+    assert ratio.abs().max() < 1.7 and abs(ratio.mean()) < 0.15
 
 
 def test_a_crop_moves_an_image_by_at_most_its_padding():

@@ -291,6 +291,15 @@ def test_pskds_snapshot_teacher_is_last_epochs_network_in_eval_mode_on_the_curre
     assert torch.equal(again.snapshot.logits(images), pskd.snapshot.logits(images))
 
 
+def test_a_snapshot_teacher_that_starts_in_mid_way_takes_the_network_it_was_given_or_asks_for_it():
+    pskd = PSKD(teacher="snapshot")
+    pskd.setup(num_samples=N, num_classes=K, num_epochs=E, device="cpu", model=WithNorm())
+    pskd.begin_epoch(2, torch.arange(N))
+    assert pskd.snapshot.frozen is not None
+    with pytest.raises(InputError, match="model=model"):
+        ready(PSKD(teacher="snapshot")).begin_epoch(2, torch.arange(N))
+
+
 def test_pskds_schedule_reaches_the_loss(problem):
     z, labels, _ = problem
     pskd = ready(PSKD(alpha=0.8, store_dtype="float64", alpha_schedule="cosine", alpha_warmup_epochs=1))

@@ -1,6 +1,7 @@
 """Published settings and what they amount to: losses and gradients against the formulas, written out here once more."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pskd_timm import METHODS, Batch, InputError, load_recipe
-from pskd_timm.effective import alpha_at, effective_loss
+from pskd_timm.effective import alpha_at, effective_lines, effective_loss
 from pskd_timm.presets import DEFAULTS, PRESETS
 from pskd_timm.recipe import METHOD_SECTIONS, sections
 
@@ -168,9 +169,9 @@ def test_the_command_line_lies_over_the_file_the_file_over_the_preset_and_the_pr
 def test_what_nobody_published_is_refused_with_what_there_is(method, settings, says):
     recipe = load_recipe("digits", {"method": method, **settings})
     with pytest.raises(InputError, match=says) as error:
-        recipe.check_preset(method)
+        recipe.check_method(method)
     assert "\n" not in str(error.value)
-    load_recipe("digits", settings).check_preset("baseline")
+    load_recipe("digits", settings).check_method("baseline")
 
 
 @pytest.mark.parametrize("settings", [{"preset": "official", "preset_of": "cifar10"}, {"preset_of": "cifar100"}])
@@ -258,6 +259,12 @@ def test_published_settings_state_their_weights_and_warn_of_what_they_hide(setti
     text = "\n".join(stated.lines(0.1))
     assert [word for word in ("inert", "hidden") if word in text] == warns.split()
     assert ("hidden" not in text) or f"like optim.lr {0.1 * scale:.3g} instead of 0.1" in text
+
+
+def test_the_readme_shows_what_show_says_of_mobilenetv2():
+    of = {"preset": "official", "preset_of": "cifar100/mobilenetv2", "model__name": "resnet34"}
+    lines = effective_lines(recipe_of("tfkd", tfkd__teacher="baseline", **of), 100)
+    assert len(lines) == 2 and "\n".join(lines) in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_methods_that_hide_nothing_get_no_warning():

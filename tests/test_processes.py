@@ -74,7 +74,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "snapshot/pskd"])
 def test_two_processes_give_the_losses_and_figures_of_one(runs, method):
     alone, together = (runs / f"on{n}" / method / "seed0" for n in (1, 2))
     losses = [[line["loss"] for line in read_lines(run / "steps.jsonl")] for run in (alone, together)]
@@ -156,6 +156,23 @@ def test_a_run_stopped_in_mid_epoch_on_2_1_and_3_processes_ends_on_4_as_the_unin
     assert furthest < 1e-5
     torch.testing.assert_close(final_table(run_dir), final_table(whole), rtol=0, atol=1e-5)
     assert final_table(whole).shape == (480, 10)
+
+
+def test_a_run_with_a_snapshot_teacher_stopped_in_mid_epoch_on_two_processes_ends_on_one_as_if_it_had_not_been(
+    tmp_path,
+):
+    snapshot = ELASTIC | {"pskd.teacher": "snapshot", "epochs": 2, "data.limit_train": 240}
+    whole = run_until(snapshot | {"output_dir": str(tmp_path / "whole")}, 1)
+    settings = snapshot | {"output_dir": str(tmp_path / "parts")}
+    stopped = newest(run_until(settings, 2, 13))
+    assert stopped.name.startswith("000001-") and not stopped.name.endswith("-00000000")
+    # The teacher that the checkpoint holds is the first epoch's network, not the one that was stopped.
+    taught, trained = (load_file(stopped / f"{name}.safetensors") for name in ("method", "model"))
+    assert taught.keys() == trained.keys() and any(not torch.equal(taught[name], trained[name]) for name in taught)
+    parts = run_until(settings, 1)
+    losses = [torch.tensor([line["loss"] for line in read_lines(run / "steps.jsonl")]) for run in (whole, parts)]
+    assert len(losses[0]) == 20
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)
 
 
 def test_figures_do_not_depend_on_the_number_of_ranks_by_a_single_bit(runs, tmp_path):

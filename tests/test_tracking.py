@@ -127,7 +127,7 @@ def test_wandb_ends_with_figures_charts_and_the_most_confident_mistakes(tracked)
     mistakes = table(run_dir, "most_confident_mistakes")
     wrong = predictions[~predictions.correct].nlargest(len(mistakes), "confidence")
     assert mistakes.confidence.tolist() == pytest.approx(wrong.confidence.tolist())
-    shown = predictions.loc[mistakes["test sample"]]
+    shown = predictions.loc[mistakes["sample"]]
     assert (shown.label.astype(str).tolist(), shown.prediction.astype(str).tolist()) == (
         mistakes.label.tolist(),
         mistakes.prediction.tolist(),

@@ -12,6 +12,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 
 from pskd_timm import METHODS, InputError, evaluate, score, train
 from pskd_timm.checkpoint import newest
@@ -159,6 +161,41 @@ def test_the_best_epoch_is_chosen_on_the_held_out_part_and_the_test_part_is_scor
     assert result.values["num_train"] == 240
     table = pd.read_parquet(result.run_dir / "holdout.parquet")
     assert 100 * (1 - table.correct.mean()) == pytest.approx(errors[-1]) and len(table) == 60
+
+
+class Conversions(TorchFunctionMode):
+    """Counts the calls from Python that turn a tensor's value into a Python or numpy one."""
+
+    NAMES = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "method, settings",
+    [("cskd", {}), ("tfkd", {}), ("pskd", {}), ("pskd", {"teacher": "snapshot"})],
+)
+def test_no_step_waits_for_a_value_on_the_device(tiny, method, settings):
+    settings = {f"{method}.{name}": value for name, value in settings.items()}
+
+    def conversions(batch_size):
+        sizes = {"data.limit_train": 48, "data.limit_test": 10, "batch_size": batch_size, "tracking.log_every": 1000}
+        recipe = tiny(**sizes | settings, method=method, output_dir=str(tiny().run_dir / str(batch_size)))
+        with Conversions() as calls, profile(activities=[ProfilerActivity.CPU]) as profiled:
+            train(recipe)
+        inside = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
+        return calls.count, sum(event.count for event in profiled.key_averages() if event.key in inside)
+
+    # Six times the steps, and as many conversions: at the ends of epochs and of the run.
+    few, many = conversions(24), conversions(4)
+    assert few[0] > 0 and few[1] > 0
+    assert many == few
 
 
 def test_callbacks_see_each_epochs_line_and_may_end_a_run_that_goes_on_later(tiny):

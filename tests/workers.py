@@ -90,24 +90,39 @@ def exchange(folder: Path):
             checked += 1
 
     check()
+    check_snapshot(rank)
     (folder / f"exchange-{rank}").write_text(str(checked))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def check_snapshot(rank: int):
+    """Each rank's running statistics are its own; the snapshot teacher has the main rank's on all of them."""
+    from pskd_timm.methods.snapshot import Snapshot
+
+    network = torch.nn.BatchNorm1d(3)
+    network.running_mean.fill_(rank)
+    teacher = Snapshot(network)
+    teacher.take()
+    teacher.take()
+    assert teacher.frozen.running_mean.tolist() == [0.0] * 3 and network.running_mean.tolist() == [float(rank)] * 3
+
+
 def train_all(folder: Path):
-    """All five methods on however many processes there are, on a network without batch norm; the store's end state too."""
+    """All five methods, and PS-KD with both its teachers, on however many processes there are and without batch norm."""
     from pskd_timm import METHODS, load_recipe, train
     from pskd_timm.checkpoint import newest
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    for method in METHODS:
-        recipe = load_recipe(
-            "digits",
-            json.loads((folder / "settings.json").read_text())
-            | {"method": method, "output_dir": str(folder / f"on{world_size}")},
-        )
-        result = train(recipe)
+    settings = json.loads((folder / "settings.json").read_text())
+    runs = [{"method": method, "output_dir": str(folder / f"on{world_size}")} for method in METHODS]
+    snapshot = {
+        "method": "pskd",
+        "pskd.teacher": "snapshot",
+        "output_dir": str(folder / f"on{world_size}" / "snapshot"),
+    }
+    for own in [*runs, snapshot]:
+        result = train(load_recipe("digits", settings | own))
         assert newest(result.run_dir)
 
 

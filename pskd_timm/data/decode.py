@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import warn
 from ..recipe import InputError
 from .sources import Table
 
-VERSION = 2  # of what a cached file holds; a change makes old files be decoded anew
+VERSION = 3  # of what a cached file holds; a change makes old files be decoded anew
 CHUNK = 512
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
 
@@ -28,31 +29,40 @@ def cache_folder(setting: str | None) -> Path:
     return Path(setting or os.environ.get("PSKD_TIMM_CACHE") or Path.home() / ".cache" / "pskd_timm").expanduser()
 
 
-def decoded(table: Table, image_size: int | None, crop_pct: float, folder: Path, progress=None) -> Tensor:
-    """The images of `table` as uint8 [N, 3, H, W], from `folder` where they were decoded before (see `fit` for their size).
+def decoded(
+    table: Table, image_size: int | None, crop_pct: float, folder: Path, skip_damaged: bool = False, progress=None
+) -> tuple[Tensor, Tensor]:
+    """The images of `table` as uint8 [N, 3, H, W] and their rows [N], from `folder` where they were decoded before.
 
+    See `fit` for their size. All rows, unless `skip_damaged` leaves out those that cannot be decoded, which is told.
     `progress(done, total)` is called now and then while decoding.
     """
-    key = f"{VERSION} {table.dataset._fingerprint} {table.image_column} {image_size} {crop_pct}"
+    key = f"{VERSION} {table.dataset._fingerprint} {table.image_column} {image_size} {crop_pct} {skip_damaged}"
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+    tensors = None
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Several runs or processes may start at once: one decodes, the others wait for its file.
             with FileLock(f"{path}.lock"):
                 if not path.is_file():
-                    _save(_decode(table, image_size, crop_pct, progress), path)
+                    _save(_decode(table, image_size, crop_pct, skip_damaged, progress), path)
         except OSError as error:
             print(f"pskd-timm: decoded images cannot be kept for the next run: {error}", flush=True)
-            return _decode(table, image_size, crop_pct, progress)
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("images")
+            tensors = _decode(table, image_size, crop_pct, skip_damaged, progress)
+    if tensors is None:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+    images, rows = tensors["images"], tensors["rows"]
+    if missing := len(table.dataset) - len(rows):
+        warn(f"data: {missing} of {len(table.dataset)} training images are damaged and left out")
+    return images, rows
 
 
-def _save(images: Tensor, path: Path):
+def _save(tensors: dict[str, Tensor], path: Path):
     """Write whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        save_file({"images": images}, Path(temporary) / path.name)
+        save_file(tensors, Path(temporary) / path.name)
         os.replace(Path(temporary) / path.name, path)
 
 
@@ -66,34 +76,47 @@ def undecoded(table: Table):
     return dataset
 
 
-def _decode(table: Table, image_size: int | None, crop_pct: float, progress) -> Tensor:
+def _decode(table: Table, image_size: int | None, crop_pct: float, skip_damaged: bool, progress) -> dict[str, Tensor]:
     column = undecoded(table)
     total = len(column)
     if total == 0:
         raise InputError("data: a split has no images")
-    images = None
+    images, kept = None, []
     # PIL decodes outside the interpreter lock, so threads help.
     with ThreadPoolExecutor() as pool:
         for start in range(0, total, CHUNK):
-            rows = column[start : start + CHUNK][table.image_column]
-            chunk = list(pool.map(lambda item: _one(item[1], item[0], image_size, crop_pct), enumerate(rows, start)))
-            if images is None:
-                images = np.empty((total, *chunk[0].shape), np.uint8)
-            for offset, image in enumerate(chunk):
+            rows = enumerate(column[start : start + CHUNK][table.image_column], start)
+            for row, image in pool.map(lambda item: _one(*item, image_size, crop_pct, skip_damaged), rows):
+                if image is None:
+                    continue
+                if images is None:
+                    images = np.empty((total, *image.shape), np.uint8)
                 if image.shape != images.shape[1:]:
                     first, this = ("×".join(map(str, s[:2])) for s in (images.shape[1:], image.shape))
                     raise InputError(
-                        f"data: images differ in size ({first}, and {this} at sample {start + offset}): set data.image_size"
+                        f"data: images differ in size ({first}, and {this} at sample {row}): set data.image_size"
                     )
-                images[start + offset] = image
+                images[len(kept)] = image
+                kept.append(row)
             if progress:
                 progress(min(start + CHUNK, total), total)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    if not kept:
+        raise InputError("data: every image of a split is damaged")
+    images = torch.from_numpy(images[: len(kept)]).permute(0, 3, 1, 2).contiguous()
+    return {"images": images, "rows": torch.tensor(kept)}
 
 
-def _one(stored, position: int, image_size: int | None, crop_pct: float) -> np.ndarray:
-    image = open_image(stored, position)[0]
-    return np.asarray(image if image_size is None else fit(image, image_size, crop_pct))
+def _one(
+    row: int, stored, image_size: int | None, crop_pct: float, skip_damaged: bool
+) -> tuple[int, np.ndarray | None]:
+    try:
+        image = open_image(stored, row)[0]
+    except InputError as error:
+        if not skip_damaged:
+            raise
+        warn(f"{error}; left out")
+        return row, None
+    return row, np.asarray(image if image_size is None else fit(image, image_size, crop_pct))
 
 
 def open_image(stored, position: int, crop=None) -> tuple[Image.Image, tuple | None]:

@@ -1,17 +1,23 @@
 """A split as batches: which samples when is order.py's, how they look is augment.py's, both on the device."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import order, rng
-from ..augment import augment, normalize
+from ..augment import Mix, augment, cutmix, drawn_mix, mixup, normalize
 from ..batch import Batch
 from ..recipe import Augment
 from .split import Job, Split
 
-ANCHOR, PARTNER = 2, 3  # streams of augmentation draws, so that a partner's view is its own even where it is the anchor
+ANCHOR, PARTNER, MIXING = (
+    2,
+    3,
+    4,
+)  # streams of augmentation draws, so that a partner's view is its own even where it is the anchor
 
 
 class Loader:
@@ -37,6 +43,9 @@ class Loader:
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.partners = order.Partners(split.labels.cpu(), num_classes) if partners else None
         self._stream, self._stream_epoch = iter(()), None
+        self.rank_batches = lru_cache(maxsize=2)(
+            self.rank_batches
+        )  # asked for by the run and, ahead of it, by the stream
 
     @property
     def steps(self) -> int:
@@ -61,13 +70,25 @@ class Loader:
         if epoch != self._stream_epoch:
             self._stream = self.split.stream(self._jobs(ids, epoch))
         self._stream_epoch = None
-        for _ in ids:
+        for number in range(self.steps - len(ids), self.steps):
             index, views = next(self._stream)
             parts = [order.share(len(index), part, accumulate) for part in range(accumulate)]
+            mix = self.mix(epoch, number)
+            start = order.share(self.global_size(number), self.rank, self.world_size).start
             yield [
-                self._batch(index[part], [view[part] for view in views], epoch) for part in parts if len(index[part])
+                self._batch(index[part], [view[part] for view in views], epoch, mix, start + part.start)
+                for part in parts
+                if len(index[part])
             ]
         self._stream_epoch = epoch + 1
+
+    def mix(self, epoch: int, number: int) -> Mix | None:
+        """How global batch `number` of the epoch is mixed, if it is."""
+        return drawn_mix(self.section, rng.fold(self.seed, epoch, MIXING, number))
+
+    def num_unmixed(self, epoch: int) -> int:
+        """Samples that the epoch shows unmixed, over all ranks."""
+        return sum(self.global_size(number) for number in range(self.steps) if not self.mix(epoch, number))
 
     def _jobs(self, ids: list[Tensor], epoch: int) -> Iterator[Job]:
         while True:
@@ -78,19 +99,30 @@ class Loader:
                 streams.append((self.partners.draw(index, self.seed, epoch), rng.fold(self.seed, epoch, PARTNER)))
             # One copy to the device for the whole epoch; a batch's ids are a view of it.
             on_device = [samples.to(self.split.ids_device).split(lengths) for samples, _ in streams]
-            for anchors, *others in zip(*on_device, strict=True):
-                yield anchors, [(samples, key) for samples, (_, key) in zip([anchors, *others], streams, strict=True)]
             epoch += 1
+            for position, (anchors, *others) in enumerate(zip(*on_device, strict=True), 1):
+                if position == len(ids) and epoch < self.num_epochs:
+                    upcoming = self.rank_batches(epoch)  # known before the epoch ends
+                yield anchors, [(samples, key) for samples, (_, key) in zip([anchors, *others], streams, strict=True)]
             if epoch == self.num_epochs:
                 return
-            ids = self.rank_batches(epoch)
+            ids = upcoming
 
-    def _batch(self, index: Tensor, views: list[Tensor], epoch: int) -> Batch:
+    def _batch(self, index: Tensor, views: list[Tensor], epoch: int, mix: Mix | None, start: int) -> Batch:
         keys = [rng.fold(self.seed, epoch, stream) for stream in (ANCHOR, PARTNER)]
         images = [
             augment(view, index, key, self.section, self.mean, self.std) for view, key in zip(views, keys, strict=False)
         ]
-        return Batch(images[0], self.split.labels[index], index, *images[1:])
+        batch = Batch(images[0], self.split.labels[index], index, *images[1:])
+        return _mixed(batch, mix, order.mates(start, len(index), index.device)) if mix else batch
+
+
+def _mixed(batch: Batch, mix: Mix, mate: Tensor) -> Batch:
+    if mix.kind == "mixup":
+        images, own = mixup(batch.images, mate, mix.own), mix.own
+    else:
+        images, own = cutmix(batch.images, mate, mix.own, mix.centre)
+    return replace(batch, images=images, mate=mate, own=torch.full((), own, device=mate.device))
 
 
 def pictures(split: Split, rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..recipe import Data as DataSection
 from ..recipe import InputError
 from .decode import cache_folder, decoded
 from .sources import Table, open_tables
-from .streaming import StreamedSplit
+from .streaming import StreamedSplit, policy
 
 # One number for each thing that data.seed fixes.
 LIMIT, HOLDOUT, FLIPPED, NEW_LABEL, NOISE = range(5)
@@ -106,8 +106,10 @@ def _resident(name: str, table: Table, class_names, section: DataSection, augmen
     labels = _labels(name, table, class_names)
     report = (lambda done, total: progress(f"decoding {name}", done, total)) if progress else None
     crop_pct = section.crop_pct if name == "test" else 1.0
-    images = decoded(table, section.image_size, crop_pct, cache_folder(section.cache_dir), report)
-    return Split(images, labels, torch.arange(len(labels)))
+    skip_damaged = name == "train" and section.damaged == "skip"
+    folder = cache_folder(section.cache_dir)
+    images, rows = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
+    return Split(images, labels[rows], rows)
 
 
 def _streamed(
@@ -117,7 +119,11 @@ def _streamed(
     scale = augment.random_resized_crop if name == "train" else None
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if section.workers is None else section.workers
     size, ids = section.image_size, torch.arange(len(labels))
-    return StreamedSplit(table, size, labels, ids, workers, scale, section.crop_pct)
+    auto_augment = augment.auto_augment if name == "train" else None
+    if auto_augment:
+        policy(auto_augment, size)  # refused here, not in a worker
+    skip_damaged = name == "train" and section.damaged == "skip"
+    return StreamedSplit(table, size, labels, ids, workers, scale, section.crop_pct, auto_augment, skip_damaged)
 
 
 def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:

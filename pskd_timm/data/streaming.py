@@ -1,7 +1,8 @@
 """A split whose images stay encoded: decoded anew for every batch, by worker processes."""
 
 import math
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
-from ..augment import RESIZED_CROP
+from ..augment import AUTO_AUGMENT, RESIZED_CROP
+from ..files import warn
 from ..recipe import InputError
 from .decode import fit, open_image, undecoded
 
@@ -25,7 +27,8 @@ class StreamedSplit:
     """Labels int64 [N], the ids [N] that the samples have in the table, and how their images are shown.
 
     `scale` is the range of a random resized crop's area, None for the centre. `crop_pct` is, in evaluation, the part of
-    the shorter side that is kept.
+    the shorter side that is kept. `auto_augment` names a policy of timm's. A training image that cannot be decoded is an
+    error, unless `skip_damaged` leaves it out of its batch, which is told.
     """
 
     table: object
@@ -35,6 +38,8 @@ class StreamedSplit:
     workers: int
     scale: tuple[float, float] | None = None
     crop_pct: float = 1.0
+    auto_augment: str | None = None
+    skip_damaged: bool = False
 
     def __len__(self):
         return len(self.labels)
@@ -68,10 +73,38 @@ class StreamedSplit:
             # Of its own: the global generator, which the training step seeds, is not to be drawn from.
             generator=torch.Generator(),
         )
-        for index, views, damage in loader:
-            if damage:
-                raise InputError(damage)
-            yield index.to(device, non_blocking=True), [view.to(device, non_blocking=True) for view in views]
+        told = set()
+        for index, views, damage in _ahead(loader, device):
+            if damage and not views:
+                raise InputError(damage[0])
+            for line in set(damage) - told:
+                warn(f"{line}; left out")
+            told.update(damage)
+            yield index, views
+
+
+def _ahead(loader: Iterable, device: torch.device) -> Iterator:
+    """The batches of `loader` on `device`, each one's copy under way while the one before is at work."""
+    if device.type != "cuda":
+        yield from loader
+        return
+    stream = torch.cuda.Stream(device)  # of its own: on the default one a copy would wait for the step before it
+    waiting = None
+    for index, views, damage in loader:
+        with torch.cuda.stream(stream):
+            index, *views = (tensor.to(device, non_blocking=True) for tensor in (index, *views))
+        if waiting:
+            yield _arrived(waiting, stream)
+        waiting = index, views, damage
+    if waiting:
+        yield _arrived(waiting, stream)
+
+
+def _arrived(batch: tuple, stream) -> tuple:
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor in (batch[0], *batch[1]):
+        tensor.record_stream(torch.cuda.current_stream())
+    return batch
 
 
 class _Pictures(Dataset):
@@ -79,34 +112,80 @@ class _Pictures(Dataset):
 
     def __init__(self, split: StreamedSplit):
         self.split, self.column = split, undecoded(split.table)
+        self.policy = policy(split.auto_augment, split.image_size) if split.auto_augment else None
 
     def __getitem__(self, job):
         index, views = job
-        try:
-            return index, [self._view(samples, index, key) for samples, key in views], ""
-        except InputError as error:
-            return index, [], str(error)
+        seen = [self._view(samples, index, key) for samples, key in views]
+        damage = [str(picture) for view in seen for picture in view if isinstance(picture, InputError)]
+        if not damage:
+            return index, [_stack(view) for view in seen], []
+        whole = [i for i, row in enumerate(zip(*seen, strict=True)) if not any(isinstance(p, InputError) for p in row)]
+        training = views[0][1] is not None
+        if not (self.split.skip_damaged and training and whole):
+            return index, [], damage
+        return index[whole], [_stack([view[i] for i in whole]) for view in seen], damage
 
-    def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> Tensor:
-        split = self.split
-        rows = split.source_id[samples].tolist()
-        stored = self.column[rows][split.table.image_column]
-        if key is not None and split.scale:
+    def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> list[np.ndarray | InputError]:
+        """The pictures uint8 [H, W, 3] of the samples; the error instead of one that cannot be decoded."""
+        rows = self.split.source_id[samples].tolist()
+        stored = self.column[rows][self.split.table.image_column]
+        draws, seeds = [None] * len(rows), [None] * len(rows)
+        if key is not None and self.split.scale:
             counters = drawn_for[:, None] * (4 * TRIES) + torch.arange(4 * TRIES)
             draws = rng.uniform(rng.fold(key, RESIZED_CROP), counters).view(-1, TRIES, 4).tolist()
-            pictures = [self._crop(item, row, d) for item, row, d in zip(stored, rows, draws, strict=True)]
-        else:
-            crop_pct = split.crop_pct if key is None else 1.0
-            pictures = [
-                np.asarray(fit(open_image(item, row)[0], split.image_size, crop_pct))
-                for item, row in zip(stored, rows, strict=True)
-            ]
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        if key is not None and self.policy:
+            seeds = rng.integers(rng.fold(key, AUTO_AUGMENT), drawn_for, 2**31).tolist()
+        crop_pct = self.split.crop_pct if key is None else 1.0
+        return [self._picture(*item, crop_pct) for item in zip(stored, rows, draws, seeds, strict=True)]
 
-    def _crop(self, stored, row: int, draws: list) -> np.ndarray:
+    def _picture(
+        self, stored, row: int, draws: list | None, seed: int | None, crop_pct: float
+    ) -> np.ndarray | InputError:
+        try:
+            if draws is None:
+                picture = fit(open_image(stored, row)[0], self.split.image_size, crop_pct)
+            else:
+                picture = self._crop(stored, row, draws)
+        except InputError as error:
+            return error
+        return np.asarray(picture if seed is None else _seeded(seed, self.policy, picture))
+
+    def _crop(self, stored, row: int, draws: list) -> Image.Image:
         side = self.split.image_size
         image, box = open_image(stored, row, lambda size: (resized_crop_box(*size, self.split.scale, draws), side))
-        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
+        return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+
+
+def _stack(pictures: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def policy(name: str, image_size: int) -> Callable:
+    """timm's augmentation policy `name` (`rand-m9-mstd0.5`, `augmix-m3`, `original`, …): a picture in, a picture out."""
+    from timm.data import auto_augment as timms
+
+    make = {"rand": timms.rand_augment_transform, "augmix": timms.augment_and_mix_transform}
+    try:
+        return make.get(name.split("-")[0], timms.auto_augment_transform)(
+            name, {"translate_const": int(0.45 * image_size)}
+        )
+    except (AssertionError, ValueError, KeyError, IndexError):
+        raise InputError(
+            f"augment.auto_augment: timm has no policy {name!r}: try rand-m9-mstd0.5, augmix-m3 or original"
+        ) from None
+
+
+def _seeded(seed: int, transform: Callable, picture: Image.Image) -> Image.Image:
+    # timm's policies draw from Python's and numpy's global generators, which are put back as they were.
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        return transform(picture)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def resized_crop_box(width: int, height: int, scale, draws: list) -> tuple[int, int, int, int]:

@@ -1,5 +1,6 @@
 """What a method is: a loss that owns the forward pass, and what happens around an epoch."""
 
+from collections.abc import Hashable
 from contextlib import contextmanager
 
 import torch
@@ -64,6 +65,11 @@ class Method:
 
     def end_epoch(self):
         """After the last step of an epoch; all ranks together."""
+
+    @property
+    def variant(self) -> Hashable:
+        """Whatever beside tensors decides what `loss` does: another value asks for another recording of the step."""
+        return None
 
     def about(self) -> str | None:
         """A line on what the method holds, told at the start and, if it changed, after the first epoch; all ranks together."""

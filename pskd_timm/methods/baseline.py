@@ -1,5 +1,7 @@
 """Plain cross-entropy."""
 
+from functools import partial
+
 import torch.nn.functional as F
 
 from .. import losses
@@ -11,6 +13,6 @@ class Baseline(Method):
 
     def loss(self, model, batch):
         logits = model(batch.images)
-        cross_entropy = F.cross_entropy(losses.at_least_float32(logits), batch.labels)
+        cross_entropy = batch.label_loss(partial(F.cross_entropy, losses.at_least_float32(logits)))
         self.parts = cross_entropy.detach()[None]
         return cross_entropy, logits

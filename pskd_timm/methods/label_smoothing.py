@@ -1,5 +1,7 @@
 """Label smoothing (Szegedy et al., CVPR 2016): the label gives ε of its weight to the classes."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +20,7 @@ class LabelSmoothing(Method):
     def loss(self, model, batch):
         logits = model(batch.images)
         log_p = F.log_softmax(losses.at_least_float32(logits), dim=1)
-        cross_entropy, uniform = F.nll_loss(log_p, batch.labels), -log_p.mean()
+        cross_entropy, uniform = batch.label_loss(partial(F.nll_loss, log_p)), -log_p.mean()
         self.parts = torch.stack([cross_entropy, uniform]).detach()
         # ε/(K − 1) for the others is ε·K/(K − 1) spread over all.
         num_classes = logits.shape[1]

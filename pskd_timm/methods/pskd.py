@@ -1,5 +1,7 @@
 """PS-KD (Kim et al., ICCV 2021, arXiv 2006.12000): soften the label with what the network said of the sample an epoch ago."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -47,6 +49,7 @@ class PSKD(Method):
 
     def setup(self, *, num_samples, num_classes, num_epochs, device, labels=None, model=None):
         super().setup(num_samples=num_samples, num_classes=num_classes, num_epochs=num_epochs, device=device)
+        self._alpha = torch.zeros((), dtype=torch.float64, device=device)  # where a recorded step reads it
         if self.teacher == "snapshot":
             self.snapshot = Snapshot(model)
             self.told = "snapshot teacher: the network as the last epoch left it, one more forward a step"
@@ -66,6 +69,7 @@ class PSKD(Method):
 
     def begin_epoch(self, epoch, order):
         self.alpha_now = alpha_at(epoch, self.num_epochs, self.alpha, *self.schedule)
+        self._alpha.fill_(self.alpha_now)
         if self.store:
             self.store.checkout(order)
         elif epoch > 0 and self.snapshot.frozen is None:
@@ -76,20 +80,26 @@ class PSKD(Method):
         wide = losses.at_least_float32(logits)
         last = self.last_prediction(model, batch).to(wide.dtype)
         log_p = F.log_softmax(wide, dim=1)
-        cross_entropy, last_cross_entropy = F.nll_loss(log_p, batch.labels), -(last * log_p).sum(dim=1).mean()
+        cross_entropy = batch.label_loss(partial(F.nll_loss, log_p))
+        last_cross_entropy = -(last * log_p).sum(dim=1).mean()
         self.parts = torch.stack([cross_entropy, last_cross_entropy]).detach()
-        if self.store:
-            # What this very forward predicts (training mode, augmented view) is the next visit's target.
+        if self.store and batch.mate is None:
+            # What this very forward predicts (training mode, augmented view) is the next visit's target; of a mixed image
+            # it is neither sample's.
             self.store.write(batch.index, wide.detach().softmax(dim=1))
-        return (1.0 - self.alpha_now) * cross_entropy + self.alpha_now * last_cross_entropy, logits
+        alpha = self._alpha.to(wide.dtype)
+        return (1.0 - alpha) * cross_entropy + alpha * last_cross_entropy, logits
 
     def last_prediction(self, model, batch):
-        """What was last said of the batch's samples, probabilities [B, K]; their one-hot labels where nothing was."""
+        """What was last said, probabilities [B, K]; one-hot labels where nothing was.
+
+        The store's is of the samples, mixed as a mixed batch's images are; the snapshot looks at the mixed images themselves.
+        """
         if self.store:
-            return self.store.read(batch.index, batch.labels)
+            return batch.mixed(self.store.read(batch.index, batch.labels))
         self.snapshot.watch(model)
         if self.snapshot.frozen is None:
-            return F.one_hot(batch.labels, self.num_classes)
+            return batch.mixed(losses.one_hot(batch.labels, self.num_classes))
         return losses.at_least_float32(self.snapshot.logits(batch.images)).softmax(dim=1)
 
     def end_epoch(self):
@@ -97,6 +107,10 @@ class PSKD(Method):
             self.store.checkin()
         else:
             self.snapshot.take()
+
+    @property
+    def variant(self):
+        return self.snapshot is not None and self.snapshot.frozen is None
 
     def values(self):
         return {"alpha": self.alpha_now}

@@ -8,13 +8,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import ranks
 from ..models.build import contiguous_state
+from ..recipe import InputError
 
 
 class Snapshot:
     """A frozen copy of a network in eval mode, taken at each epoch's end; before the first one there is none."""
 
     def __init__(self, model: nn.Module | None = None):
-        self.network, self.frozen = model, None
+        self.network = None if model is None else bare(model)
+        self.frozen = None
 
     def watch(self, model: nn.Module):
         """Remember the network to copy, where it is not known yet."""
@@ -24,7 +26,7 @@ class Snapshot:
     def take(self):
         """Copy the network, with the main rank's running statistics (all ranks call it together)."""
         if self.frozen is None:
-            self.frozen = frozen_copy(self.network)
+            self.frozen = self._copy()
         else:
             self.frozen.load_state_dict(self.network.state_dict())
         ranks.copy_buffers_from_main(self.frozen)
@@ -38,8 +40,13 @@ class Snapshot:
         return {} if self.frozen is None else contiguous_state(self.frozen)
 
     def load_state_dict(self, state: dict[str, Tensor]):
-        self.frozen = frozen_copy(self.network)
+        self.frozen = self._copy()
         self.frozen.load_state_dict(state)
+
+    def _copy(self) -> nn.Module:
+        if self.network is None:
+            raise InputError("teacher snapshot does not know the network yet: give it to setup(…, model=model)")
+        return frozen_copy(self.network)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -53,5 +60,5 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` that is in eval mode, learns nothing, and is compiled in place where `model` is."""
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     if model._compiled_call_impl is not None:  # a copy is not
-        copied.compile()
+        copied.compile(dynamic=False)
     return copied

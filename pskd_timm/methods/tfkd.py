@@ -1,5 +1,7 @@
 """TF-KD (Yuan et al., CVPR 2020, arXiv 1909.11723): a virtual teacher, or the same architecture trained before."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,12 +73,14 @@ class TFKD(Method):
         logits = model(batch.images)
         temperatures = self.temperature, self.student_temperature
         if self.teacher is None:
-            kl = losses.virtual_teacher_kl(logits, batch.labels, self.true_probability, *temperatures)
+            kl = batch.label_loss(
+                lambda labels: losses.virtual_teacher_kl(logits, labels, self.true_probability, *temperatures)
+            )
         else:
             with torch.no_grad():
                 teacher_logits = self.teacher(batch.images)
             kl = losses.tempered_kl(logits, teacher_logits, *temperatures)
-        cross_entropy = F.cross_entropy(losses.at_least_float32(logits), batch.labels)
+        cross_entropy = batch.label_loss(partial(F.cross_entropy, losses.at_least_float32(logits)))
         self.parts = torch.stack([cross_entropy, kl]).detach()
         return (1.0 - self.alpha) * cross_entropy + self.kl_weight * kl, logits
 

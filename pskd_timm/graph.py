@@ -1,0 +1,75 @@
+"""A training step as one CUDA graph: its kernels are launched together, without Python in between."""
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+
+WARMUP = 3  # steps of one kind taken as they are before one is recorded: they allocate and choose algorithms
+
+
+class StepGraph:
+    """`step(batch, weight)`, recorded and replayed: one recording for each set of shapes, weight and `variant()` that recurs.
+
+    What the step reads and changes must keep its place in memory: weights, gradients (zeroed, not set to None), the
+    prediction store, running sums, α; what it returns is lost. `record(work)` returns what replays `work`.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Batch, float], None],
+        variant: Callable[[], Hashable],
+        record: Callable | None = None,
+    ):
+        self.step, self.variant, self.record = step, variant, record or Recorder()
+        self.seen, self.recordings = Counter(), {}
+
+    def __call__(self, batch: Batch, weight: float):
+        tensors = _tensors(batch)
+        key = weight, self.variant(), *((name, tensor.shape) for name, tensor in tensors.items())
+        if key not in self.recordings and self.seen[key] == WARMUP:
+            place = Batch(**{name: tensor.clone() for name, tensor in tensors.items()})
+            self.recordings[key] = place, self.record(lambda: self.step(place, weight))
+        if key in self.recordings:
+            place, replay = self.recordings[key]
+            for name, tensor in _tensors(place).items():
+                tensor.copy_(tensors[name])
+            replay()
+            return
+        self.seen[key] += 1
+        if batch.images.is_cuda:
+            _aside(lambda: self.step(batch, weight))
+        else:
+            self.step(batch, weight)
+
+
+class Recorder:
+    """Records work as CUDA graphs, which share their memory: none of them keeps anything in it between replays."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What replays `work`, which recording does not run."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            work()
+        return graph.replay
+
+
+def _aside(work: Callable[[], None]):
+    # Steps before a recording run on another stream than the default one, as torch's notes on CUDA graphs ask.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    held = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in held.items() if value is not None}

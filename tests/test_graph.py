@@ -1,0 +1,75 @@
+"""A recorded step, without a GPU: torch.fx records the operations and freezes what Python decides, as a CUDA graph does."""
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pskd_timm import METHODS, Batch
+from pskd_timm.graph import WARMUP, StepGraph
+
+N, K, EPOCHS = 23, 4, 3
+
+
+def losses(name: str, settings: dict, recorded: bool) -> tuple[list[float], int]:
+    """The loss of each step of a network whose weights change at random, and how many steps were replayed."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(N, 3, 4, 4, generator=generator), torch.arange(N) % K
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, K))
+    method = METHODS[name](**settings)
+    method.setup(num_samples=N, num_classes=K, num_epochs=EPOCHS, device="cpu", labels=labels, model=model)
+    total, found, replays = torch.zeros(()), [], 0
+
+    @torch.no_grad()
+    def step(batch, weight):
+        total.add_(method.loss(model, batch)[0] * weight)
+
+    def record(work):
+        # Unlike a CUDA graph, torch.fx runs what it records: that is undone.
+        changed = [total, *([method.store.home] if method.store else [])]
+        before = [tensor.clone() for tensor in changed]
+        program = make_fx(work)()
+        for tensor, value in zip(changed, before, strict=True):
+            tensor.copy_(value)
+
+        def replay():
+            nonlocal replays
+            replays += 1
+            program()
+
+        return replay
+
+    take = StepGraph(step, lambda: method.variant, record) if recorded else step
+    for epoch in range(EPOCHS):
+        order = torch.randperm(N, generator=generator)
+        method.begin_epoch(epoch, order)
+        for index in order.split(4):
+            partners = images[index.flip(0)] if method.needs_partners else None
+            take(Batch(images[index], labels[index], index, partners), 0.5)
+            found.append(total.item())
+            total.zero_()
+            for weights in model.parameters():
+                weights.data.add_(0.1 * torch.randn(weights.shape, generator=generator))
+        method.end_epoch()
+    return found, replays
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("baseline", {}),
+        ("label_smoothing", {}),
+        ("cskd", {}),
+        ("tfkd", {}),
+        ("pskd", {}),
+        ("pskd", {"store_format": "topk", "store_topk": 2}),
+        ("pskd", {"teacher": "snapshot"}),
+    ],
+)
+def test_a_recorded_step_gives_the_losses_of_the_plain_one_through_tails_and_epochs(name, settings):
+    plain, _ = losses(name, settings, recorded=False)
+    replayed, replays = losses(name, settings, recorded=True)
+    assert replayed == pytest.approx(plain, rel=1e-6)
+    full, variants = (N // 4) * EPOCHS, 2 if "teacher" in settings else 1
+    assert replays == full - variants * WARMUP

@@ -1,0 +1,121 @@
+"""What is shown while something runs: on a terminal of 80 columns, without one, and quietly."""
+
+import io
+import re
+import sys
+
+from pskd_timm import train
+from pskd_timm.progress import Display, Row, duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def plain(text):
+    """`text` as it is read: no control sequences, each redrawn line a line."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n")
+
+
+def fake_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    return sys.stdout
+
+
+def test_a_terminal_shows_where_the_run_is_and_a_table_that_grows_by_a_row_an_epoch(tiny, monkeypatch):
+    terminal = fake_terminal(monkeypatch)
+    display = Display()
+    drawn = []
+    draw = display.bars.update
+    display.bars.update = lambda task, **told: (drawn.append((told, display.bars.below)), draw(task, **told))
+    result = train(tiny(data__holdout_fraction=0.2), display)
+    shown = plain(terminal.getvalue())
+
+    rows = [line for line in shown.splitlines() if "│" in line]
+    assert " ".join(rows[0].split()) == "epoch loss error % α │ holdout error % NLL ECE % AURC │ images/s"
+    assert len(rows) == 3 and all(len(row) <= 80 for row in rows)
+    for row, line in zip(rows[1:], result.history, strict=True):
+        cells = row.replace("│", " ").replace(",", "").split()
+        decimals = {"epoch": 0, "train_loss": 3, "train_error": 2, "alpha": 2, "top1_error": 2, "nll": 3, "ece": 2}
+        decimals |= {"aurc": 1, "images_per_second": 0}
+        assert cells == [f"{line[name]:.{places}f}" for name, places in decimals.items()]
+
+    told, below = drawn[[told["description"] for told, _ in drawn].index("pskd seed 0, epoch 2/2")]
+    assert re.fullmatch(r"step 1/4 \d+:\d\d left", told["count"]) and (told["completed"], told["total"]) == (5, 8)
+    assert re.fullmatch(r"loss \d\.\d{3}  error \d+\.\d %  α 0\.80  lr 0\.005  [\d,]+ images/s", below)
+    assert {"pskd seed 0, epoch 1/2", "evaluating"} < {told["description"] for told, _ in drawn}
+    assert (
+        shown.count("\n") and terminal.getvalue().rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in terminal.getvalue()
+    )
+
+
+def test_without_a_terminal_an_epoch_is_a_line_with_the_same_facts(tiny, capsys):
+    result = train(tiny(seed=3))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line]
+    assert len(lines) == 2
+    last = result.history[-1]
+    for fact in (
+        "pskd seed 3  epoch 2/2  loss ",
+        f"  error {last['train_error']:.2f} %  alpha 0.800  test: error {last['top1_error']:.2f} %  nll ",
+        f"  ece {last['ece']:.2f} %  aurc {last['aurc']:.1f}  {last['images_per_second']:,.0f} images/s  0:00 left",
+    ):
+        assert fact in lines[-1]
+
+
+def test_quiet_says_nothing_at_all(tiny, monkeypatch):
+    terminal = fake_terminal(monkeypatch)
+    train(tiny(seed=4), Display(quiet=True))
+    assert terminal.getvalue() == ""
+
+
+def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pskd_timm.progress.time.monotonic", lambda: now[0])
+    display = Display()
+    display.begin("a run", epochs=10, steps=10, done=20)  # continued after two epochs
+    now[0] += 30
+    assert display.left("a run", 30, 100) == "3:30 left"
+    assert display.left("evaluating", 1, 5) == ""
+    now[0] += 2
+    assert display.left("evaluating", 3, 5) == "0:02 left"
+    assert display.left("evaluating", 1, 5) == ""  # begun again
+    assert [duration(s) for s in (5, 754.2, 12345)] == ["0:05", "12:34", "3:25:45"]
+
+
+def test_without_a_terminal_slow_work_is_a_line_every_ten_seconds(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("pskd_timm.progress.time.monotonic", lambda: now[0])
+    display = Display()
+    for done in range(30):
+        display.advance("decoding train", done, 30)
+        now[0] += 1
+    assert capsys.readouterr().out.splitlines() == [
+        "decoding train: 11/30 0:19 left",
+        "decoding train: 22/30 0:08 left",
+    ]
+
+
+def test_compare_shows_every_run_and_what_is_left(tiny, tmp_path):
+    from pskd_timm.compare import Job, _show
+
+    jobs = [Job(tiny(method=method, seed=seed, epochs=4)) for method in ("baseline", "cskd", "pskd") for seed in (0, 1)]
+    for job in jobs[1:3]:
+        job.recipe.run_dir.mkdir(parents=True)
+        (job.recipe.run_dir / "steps.jsonl").write_text('{"step": 7, "loss": 2.25}\n{"step": 8, "lo')
+    (jobs[1].recipe.run_dir / "metrics.jsonl").write_text(
+        '{"epoch": 2, "top1_error": 50, "nll": 2}\n{"epoch": 3, "top1_error": 33.33, "nll": 1.5}\n'
+    )
+    shown = []
+    display = Display()
+    display.show = lambda *told: shown.append(told)
+    _show(jobs, jobs[1:3], jobs[3:], 9, display)  # three of nine were finished before, one is since
+    expected = [
+        Row("all", 4 + 3, 24, "4 of 9 runs"),
+        Row("baseline seed 1", 3, 4, "epoch 3/4  error 33.3 %  nll 1.500"),
+        Row("cskd seed 0", 0, 4, "epoch 0/4  loss 2.250"),
+    ]
+    waiting = "waiting: cskd 1, pskd 0 1"
+    assert shown == [(expected, f"4 of 9 runs: baseline seed 1 epoch 3/4, cskd seed 0 epoch 0/4; {waiting}", waiting)]

@@ -1,0 +1,103 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import binomtest, norm
+
+from pskd_timm.metrics import Outcomes, summarize
+from pskd_timm.significance import BOOTSTRAPPED, Sorted, against, in_words, interval_and_p, mcnemar, resampled
+
+
+def predictions(num_samples, seed, accuracy=0.7, decimals=8):
+    """A frame like predictions.parquet's; few decimals make ties."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.2, 1, num_samples).round(decimals)
+    correct = rng.uniform(size=num_samples) < accuracy * confidence / confidence.mean()
+    return pd.DataFrame({"confidence": confidence, "correct": correct, "nll": rng.exponential(1.0, num_samples)})
+
+
+def figures(table):
+    """The three figures by the package's own metrics, which sort and average over ties."""
+    column = {name: torch.tensor(table[name].to_numpy()) for name in table}
+    found = summarize(Outcomes(column["confidence"], column["correct"], column["correct"], column["nll"]))
+    return [found[name] for name in BOOTSTRAPPED]
+
+
+def test_mcnemar_of_one_seed_is_the_binomial_test_on_the_samples_that_one_of_the_two_gets_wrong():
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(size=(1, 300)) < 0.25, rng.uniform(size=(1, 300)) < 0.32
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    assert mcnemar(a, b) == pytest.approx(binomtest(only_a, only_a + only_b, 0.5).pvalue, rel=1e-10)
+    assert mcnemar(a, a) == 1.0
+
+
+def test_mcnemar_of_several_seeds_is_the_share_of_sign_flips_that_are_as_extreme():
+    rng = np.random.default_rng(1)
+    a, b = rng.uniform(size=(3, 14)) < 0.3, rng.uniform(size=(3, 14)) < 0.5
+    difference = a.sum(0) - b.sum(0)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 14)).reshape(14, -1)
+    share = (np.abs(difference @ signs) >= abs(difference.sum())).mean()
+    assert mcnemar(a, b) == pytest.approx(share, rel=1e-10)
+
+
+def test_three_copies_of_one_seed_are_no_more_certain_than_one():
+    rng = np.random.default_rng(2)
+    a, b = rng.uniform(size=(1, 400)) < 0.25, rng.uniform(size=(1, 400)) < 0.30
+    assert mcnemar(a.repeat(3, 0), b.repeat(3, 0)) == pytest.approx(mcnemar(a, b), rel=1e-10)
+
+
+@pytest.mark.parametrize("decimals", [8, 1])
+def test_the_figures_of_a_resample_are_those_of_its_samples_written_out(decimals):
+    table = predictions(60, seed=3, decimals=decimals)
+    drawn = np.random.default_rng(4).integers(60, size=(20, 60))
+    counts = np.stack([np.bincount(row, minlength=60) for row in drawn]).astype(float)
+    harmonic = np.r_[0.0, np.cumsum(1 / np.arange(1, 61))]
+    found = Sorted(table).figures(counts, harmonic)
+    np.testing.assert_allclose(found, [figures(table.iloc[row]) for row in drawn], rtol=1e-10)
+
+
+def test_the_first_of_the_resamples_is_the_test_part_itself_and_all_runs_see_the_same_draws():
+    table = predictions(80, seed=5)
+    found = resampled([table, table], resamples=50)
+    assert found.shape == (2, 51, 3) and (found[0] == found[1]).all()
+    np.testing.assert_allclose(found[0, 0], figures(table), rtol=1e-10)
+    assert (resampled([table], resamples=50)[0] == found[0]).all()
+
+
+def test_the_interval_of_a_paired_difference_in_nll_is_the_normal_one():
+    a, b = predictions(2000, seed=6), predictions(2000, seed=7)
+    b["nll"] = a.nll + 0.02 + 0.3 * b.nll - 0.3
+    found = against("baseline", {"baseline": [a], "pskd": [b]}).set_index("metric").loc["nll"]
+    difference = b.nll - a.nll
+    error = difference.std(ddof=0) / np.sqrt(2000)
+    assert found.difference == pytest.approx(difference.mean())
+    assert (found.low, found.high) == pytest.approx(
+        (difference.mean() - 1.96 * error, difference.mean() + 1.96 * error), abs=0.15 * error
+    )
+    assert found.p == pytest.approx(2 * norm.sf(abs(difference.mean()) / error), abs=0.05)
+
+
+def test_equal_methods_are_rarely_told_apart_and_different_ones_are():
+    told = []
+    for seed in range(40):
+        found = against("a", {"a": [predictions(300, 2 * seed)], "b": [predictions(300, 2 * seed + 1)]})
+        told.append(found.p < 0.05)
+    assert np.mean(told) < 0.12
+    better = against("a", {"a": [predictions(800, 1, 0.5)], "b": [predictions(800, 2, 0.75)]}).set_index("metric")
+    assert better.p["top1_error"] < 0.001 and better.difference["aurc"] < 0 and better.p["aurc"] < 0.01
+
+
+def test_an_interval_without_zero_and_a_small_p_go_together():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        draws = np.r_[1.0, rng.normal(1.05, 0.45, 999)]
+        low, high, p = interval_and_p(draws)
+        assert low < high and (p < 0.049 or low <= 0 <= high or p < 0.051)
+
+
+def test_plain_words_say_who_is_better_or_that_nobody_can_tell():
+    assert (
+        in_words("PS-KD", "Baseline", "top1_error", -2.0, 0.003) == "PS-KD makes fewer errors than Baseline (p = 0.003)"
+    )
+    assert "higher NLL" in in_words("PS-KD", "Baseline", "nll", 0.1, 0.0001)
+    assert "no difference can be told from this many samples (p = 0.40)" in in_words("A", "B", "ece", -1, 0.4)
