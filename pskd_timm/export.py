@@ -11,14 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from . import __version__, report
+from . import __version__, plots
 from .augment import normalize
 from .evaluate import normalisation
 from .metrics import METRICS, score
 from .predict import Classifier
 from .recipe import InputError, Recipe
+from .report import HEADERS
 from .train import Result
 
 
@@ -69,7 +71,7 @@ def write_folder(run: Path, folder: Path, classifier: Classifier, best: bool, ti
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
     (folder / "recipe.yaml").write_text(recipe_for_others(classifier.recipe))
     shutil.copy(run / "result.json", folder)
-    report.plot({classifier.recipe.method: [source]}, folder / "reliability.png", "")
+    card_figure(source, classifier).savefig(folder / "reliability.png", dpi=150)
     (folder / "README.md").write_text(model_card(Result.read(run), classifier, best, timm_name))
 
 
@@ -130,7 +132,7 @@ def model_card(result: Result, classifier: Classifier, best: bool, timm_name: st
     return card_head(result, recipe, best) + CARD.format(
         name=recipe.name,
         model=name,
-        method=report.TITLES[recipe.method],
+        method=plots.title(recipe.method),
         num_classes=len(classifier.class_names),
         version=__version__,
         epochs=recipe.epochs,
@@ -171,16 +173,38 @@ def card_head(result: Result, recipe: Recipe, best: bool) -> str:
 
 def card_table(result: Result, classifier: Classifier, best: bool) -> str:
     """The six figures as the network gives them, and with the temperature that was fitted on held-out images."""
-    figures = result.best if best else result.last
-    rows = {"as trained": figures}
+    rows = {"as trained": result.best if best else result.last}
     if classifier.temperature:
-        predictions = pd.read_parquet((result.run_dir / "best" if best else result.run_dir) / "predictions.parquet")
-        probabilities = classifier.confidences(torch.tensor(np.stack(predictions.probabilities)))
+        labels, probabilities = calibrated_predictions(result.run_dir / "best" if best else result.run_dir, classifier)
         label = f"with temperature {classifier.temperature:.4f}, fitted on held-out training images"
-        rows[label] = score(probabilities, torch.tensor(predictions.label.to_numpy()))
-    lines = [["confidences", *(report.HEADERS[name] for name in METRICS)], ["---", *("---:" for _ in METRICS)]]
+        rows[label] = score(probabilities, labels)
+    lines = [["confidences", *(HEADERS[name] for name in METRICS)], ["---", *("---:" for _ in METRICS)]]
     lines += [[label, *(f"{row[name]:.2f}" for name in METRICS)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def calibrated_predictions(source: Path, classifier: Classifier) -> tuple[Tensor, Tensor]:
+    """Labels [N] and calibrated probabilities [N, K] of the scored images whose predictions lie in `source`."""
+    table = pd.read_parquet(source / "predictions.parquet", columns=["label", "probabilities"])
+    probabilities = torch.tensor(np.stack(table.probabilities))
+    return torch.tensor(table.label.to_numpy()), classifier.confidences(probabilities)
+
+
+def card_figure(source: Path, classifier: Classifier) -> Figure:
+    """Reliability, risk and coverage of the predictions in `source`, as trained and with the temperature."""
+    method = classifier.recipe.method
+    tables = {method: [pd.read_parquet(source / "predictions.parquet", columns=["confidence", "correct"])]}
+    if classifier.temperature:
+        labels, probabilities = calibrated_predictions(source, classifier)
+        confidence, prediction = probabilities.max(dim=1)
+        table = pd.DataFrame({"confidence": confidence.numpy(), "correct": (prediction == labels).numpy()})
+        tables[f"{method} with temperature {classifier.temperature:.2f}"] = [table]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    reliable, risk = figure.subplots(1, 2)
+    plots.reliability(tables, reliable)
+    plots.risk_coverage(tables, risk, legend=False)
+    figure.patch.set_alpha(1)
+    return figure
 
 
 class Deployed(nn.Module):
