@@ -19,7 +19,7 @@ from .augment import normalize
 from .evaluate import normalisation
 from .metrics import METRICS, score
 from .predict import Classifier
-from .recipe import InputError, Recipe
+from .recipe import InputError, Recipe, differing
 from .report import HEADERS
 from .train import Result
 
@@ -77,7 +77,7 @@ def write_folder(run: Path, folder: Path, classifier: Classifier, best: bool, ti
 
 def recipe_for_others(recipe: Recipe) -> str:
     """The settings that differ from the defaults, without what says something of this machine alone."""
-    tree = recipe.model_dump(exclude_defaults=True)
+    tree = differing(recipe)
     for key in ("output_dir", "tracking", "threads"):
         tree.pop(key, None)
     tree["data"].pop("cache_dir", None)

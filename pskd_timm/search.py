@@ -15,7 +15,7 @@ from . import rng
 from .files import write_whole
 from .metrics import METRICS
 from .progress import Display
-from .recipe import Diverged, InputError, Recipe, lay_over, nearest, settings
+from .recipe import Diverged, InputError, Recipe, differing, lay_over, nearest, settings
 from .train import Result, check_recipe, train
 
 HOLDOUT_FRACTION = 0.1  # of a recipe that holds nothing out itself
@@ -408,7 +408,7 @@ def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> l
         f"#   pskd-timm compare {paths[0]} --methods baseline {recipe.method} --seeds 0 1 2",
     ]
     # Under a name of its own, so that its runs go beside those of the recipe it was chosen for.
-    tree = chosen.model_dump(exclude_defaults=True) | {"name": f"{recipe.name}-best"}
+    tree = differing(chosen) | {"name": f"{recipe.name}-best"}
     tree.pop("output_dir", None)
     write_whole(paths[0], "\n".join(header) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     return paths
