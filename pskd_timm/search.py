@@ -110,6 +110,11 @@ def search(
     ranges = parse_over(over, recipe)
     folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
     base = _on_holdout(recipe)
+    if recipe.method == "tfkd" and recipe.tfkd.teacher == "baseline":
+        held_out = f"--data.holdout_fraction {base.data.holdout_fraction:g}"
+        raise InputError(
+            f"tfkd.teacher baseline: a trial has none beside it: train it with {held_out} and name its folder"
+        )
     _check(base, ranges, folder, display)
     done = _trials_of_before(folder, base, ranges, seeds, metric, search_seed)
     if done:
