@@ -210,6 +210,9 @@ def test_search_without_optuna_says_what_to_install(monkeypatch, capsys):
     assert "did you mean nll" in capsys.readouterr().err
     assert main(["search", "digits"]) == 2
     assert "--over pskd.alpha=0.3:0.9" in capsys.readouterr().err
+    taught = ["--method", "tfkd", "--tfkd.teacher", "baseline", "--over", "tfkd.alpha=0.1:0.9"]
+    assert main(["search", "digits", *taught]) == 2
+    assert "train it with --data.holdout_fraction 0.1" in capsys.readouterr().err
 
 
 def test_a_chosen_recipe_keeps_what_was_set_back_from_a_preset():
