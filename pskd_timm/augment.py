@@ -39,7 +39,7 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Float images from `images` [B, C, H, W] of 0 … 255; `mean` and `std` [C] are in units of the pixel range."""
-    return (images.float() - 255.0 * mean[:, None, None]) / (255.0 * std[:, None, None])
+    return (images - 255.0 * mean[:, None, None]).div_(255.0 * std[:, None, None])
 
 
 @cache
