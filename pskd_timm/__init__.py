@@ -21,6 +21,8 @@ _HOMES = {
     "Result": "train",
     "evaluate": "evaluate",
     "compare": "compare",
+    "search": "search",
+    "predict": "predict",
 }
 __all__ = ["__version__", *_HOMES]
 
