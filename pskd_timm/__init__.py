@@ -23,6 +23,8 @@ _HOMES = {
     "compare": "compare",
     "report": "report",
     "Comparison": "report",
+    "search": "search",
+    "predict": "predict",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -261,7 +261,8 @@ def run_search(arguments, rest):
 
     seeds = list(dict.fromkeys(arguments.seeds))
     options = (arguments.trials, seeds, arguments.metric, arguments.prune, arguments.search_seed)
-    found = search(recipe, arguments.over, *options, Display(arguments.quiet))
+    with Display(arguments.quiet) as display:
+        found = search(recipe, arguments.over, *options, display)
     chosen = ", ".join(f"{key} {value}" for key, value in found.best.settings.items())
     print(f"trial {found.best.number} of {len(found.trials)}: {chosen}")
     print(f"on the held-out part: {figures(found.best.figures)}")
@@ -339,9 +340,8 @@ def run_predict(arguments, rest):
     from .predict import predict, predictions_table
     from .progress import Display
 
-    found = predict(
-        arguments.run_dir, arguments.images, arguments.top, arguments.best, Display(not sys.stdout.isatty())
-    )
+    with Display(not sys.stdout.isatty()) as display:
+        found = predict(arguments.run_dir, arguments.images, arguments.top, arguments.best, display)
     Console(width=None if sys.stdout.isatty() else 140).print(predictions_table(found))
     if found["calibrated"]:
         print(f"confidences are calibrated on the run's held-out part: temperature {found['temperature']:.3f}")

@@ -11,15 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import __version__
-from .augment import normalize
-from .evaluate import normalisation
 from .metrics import METRICS, score
-from .plots import TITLES, reliability_and_risk
+from .plots import reliability_and_risk, title
 from .predict import Classifier
-from .recipe import InputError, Recipe
+from .recipe import InputError, Recipe, differing
 from .tables import HEADERS
 from .train import Result
 
@@ -78,7 +76,7 @@ def write_folder(run: Path, folder: Path, classifier: Classifier, best: bool, ti
 
 def recipe_for_others(recipe: Recipe) -> str:
     """The settings that differ from the defaults, without what says something of this machine alone."""
-    tree = recipe.model_dump(exclude_defaults=True)
+    tree = differing(recipe)
     for key in ("output_dir", "tracking", "threads"):
         tree.pop(key, None)
     tree["data"].pop("cache_dir", None)
@@ -133,7 +131,7 @@ def model_card(result: Result, classifier: Classifier, best: bool, timm_name: st
     return card_head(result, recipe, best) + CARD.format(
         name=recipe.name,
         model=name,
-        method=TITLES[recipe.method],
+        method=title(recipe.method),
         num_classes=len(classifier.class_names),
         version=__version__,
         epochs=recipe.epochs,
@@ -174,32 +172,21 @@ def card_head(result: Result, recipe: Recipe, best: bool) -> str:
 
 def card_table(result: Result, classifier: Classifier, best: bool) -> str:
     """The six figures as the network gives them, and with the temperature that was fitted on held-out images."""
-    figures = result.best if best else result.last
-    rows = {"as trained": figures}
+    rows = {"as trained": result.best if best else result.last}
     if classifier.temperature:
-        predictions = pd.read_parquet((result.run_dir / "best" if best else result.run_dir) / "predictions.parquet")
-        probabilities = classifier.confidences(torch.tensor(np.stack(predictions.probabilities)))
+        labels, probabilities = calibrated_predictions(result.run_dir / "best" if best else result.run_dir, classifier)
         label = f"with temperature {classifier.temperature:.4f}, fitted on held-out training images"
-        rows[label] = score(probabilities, torch.tensor(predictions.label.to_numpy()))
+        rows[label] = score(probabilities, labels)
     lines = [["confidences", *(HEADERS[name] for name in METRICS)], ["---", *("---:" for _ in METRICS)]]
     lines += [[label, *(f"{row[name]:.2f}" for name in METRICS)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-class Deployed(nn.Module):
-    """From pixels to confidences in one graph: normalisation, network, temperature, softmax."""
-
-    def __init__(self, classifier: Classifier):
-        super().__init__()
-        self.model = classifier.model.cpu()
-        mean, std = normalisation(classifier.model, classifier.recipe)
-        self.register_buffer("mean", torch.tensor(mean))
-        self.register_buffer("std", torch.tensor(std))
-        self.temperature = classifier.temperature or 1.0
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Confidences [B, K] for RGB pixels uint8 [B, 3, H, W]."""
-        return (self.model(normalize(images, self.mean, self.std)) / self.temperature).softmax(dim=1)
+def calibrated_predictions(source: Path, classifier: Classifier) -> tuple[Tensor, Tensor]:
+    """Labels [N] and calibrated probabilities [N, K] of the scored images whose predictions lie in `source`."""
+    table = pd.read_parquet(source / "predictions.parquet", columns=["label", "probabilities"])
+    probabilities = torch.tensor(np.stack(table.probabilities))
+    return torch.tensor(table.label.to_numpy()), classifier.confidences(probabilities)
 
 
 def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
@@ -212,7 +199,7 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError:
-        raise InputError("export to ONNX needs a few packages: pip install 'pskd_timm[onnx]'") from None
+        raise InputError("export to ONNX needs a few packages: pip install onnx onnxscript onnxruntime") from None
     path = Path(path).expanduser()
     classifier = Classifier.of_run(run, best)
     deployed = Deployed(classifier).eval()
@@ -236,6 +223,7 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
         image_size=json.dumps(classifier.image_size),
     )
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         program.save(partial)
         partial.replace(path)

@@ -125,7 +125,6 @@ def predict(
         for start in range(0, len(paths), step):
             rows += _predict_batch(classifier, paths[start : start + step], top, pool)
             display.advance("predicting", len(rows), len(paths))
-    display.close()
     return {
         "run": str(run),
         "weights": "best" if best else "last",

@@ -571,6 +571,14 @@ def default_name(path: Path) -> str:
     return path.stem
 
 
+def differing(recipe: Recipe) -> dict:
+    """The settings that differ from the defaults, as the mapping of a recipe file that gives the same run.
+
+    A preset is left out: its values are among them, and would fill in anew where one was set back to the default.
+    """
+    return recipe.model_dump(exclude_defaults=True, exclude={"preset", "preset_of"})
+
+
 def lay_over(written: dict, overrides: dict[str, Any] | None, origin: str, name: str) -> Recipe:
     """The recipe of the settings `written` in `origin` with `overrides` by dotted name laid over them."""
     flat = flatten(written)

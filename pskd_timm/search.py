@@ -15,7 +15,7 @@ from . import rng
 from .files import write_whole
 from .metrics import METRICS
 from .progress import Display
-from .recipe import Diverged, InputError, Recipe, lay_over, nearest, settings
+from .recipe import Diverged, InputError, Recipe, differing, lay_over, nearest, settings
 from .train import Result, check_recipe, train
 
 HOLDOUT_FRACTION = 0.1  # of a recipe that holds nothing out itself
@@ -110,6 +110,11 @@ def search(
     ranges = parse_over(over, recipe)
     folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
     base = _on_holdout(recipe)
+    if recipe.method == "tfkd" and recipe.tfkd.teacher == "baseline":
+        held_out = f"--data.holdout_fraction {base.data.holdout_fraction:g}"
+        raise InputError(
+            f"tfkd.teacher baseline: a trial has none beside it: train it with {held_out} and name its folder"
+        )
     _check(base, ranges, folder, display)
     done = _trials_of_before(folder, base, ranges, seeds, metric, search_seed)
     if done:
@@ -196,6 +201,8 @@ def _on_holdout(recipe: Recipe) -> Recipe:
     """The recipe as its trials train it: part of the training data held out, the test part left unread."""
     fraction = recipe.data.holdout_fraction or HOLDOUT_FRACTION
     given = {"data.test": False, "data.holdout_fraction": fraction}
+    if recipe.source_of("tracking.wandb") == "default":
+        given["tracking.wandb"] = "disabled"  # trials are many, and trials.csv holds them together
     return lay_over(recipe.model_dump(), given, "search", recipe.name)
 
 
@@ -258,7 +265,7 @@ def _optuna():
     try:
         import optuna
     except ImportError:
-        raise InputError("search needs Optuna: pip install 'pskd_timm[search]'") from None
+        raise InputError("search needs Optuna: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -406,7 +413,7 @@ def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> l
         f"#   pskd-timm compare {paths[0]} --methods baseline {recipe.method} --seeds 0 1 2",
     ]
     # Under a name of its own, so that its runs go beside those of the recipe it was chosen for.
-    tree = chosen.model_dump(exclude_defaults=True) | {"name": f"{recipe.name}-best"}
+    tree = differing(chosen) | {"name": f"{recipe.name}-best"}
     tree.pop("output_dir", None)
     write_whole(paths[0], "\n".join(header) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     return paths

@@ -9,7 +9,7 @@ from .recipe import InputError, Recipe
 
 # What teacher and student must share beside the architecture, which the method checks: the training samples and their look.
 SHARED = ("data.", "augment.mean", "augment.std")
-MAY_DIFFER = ("data.loading", "data.limit_test", "data.crop_pct")
+MAY_DIFFER = ("data.loading", "data.test", "data.limit_test", "data.crop_pct")
 
 
 def baseline_of(recipe: Recipe) -> Recipe:

@@ -84,7 +84,13 @@ def timms_loop(recipe, data, folder, stop_after=EPOCHS, resume=None):
 
     model = make_network(recipe, data)
     mean, std = normalisation(model, recipe)
-    options = {"is_training": True, "no_aug": True, "num_workers": 0, "device": torch.device("cpu")}
+    options = {
+        "is_training": True,
+        "no_aug": True,
+        "num_workers": 0,
+        "persistent_workers": False,
+        "device": torch.device("cpu"),
+    }
     loader = create_loader(Indexed(Pictures(data.train)), (3, 8, 8), recipe.batch_size, mean=mean, std=std, **options)
     task = MethodTask(model, method_of(recipe, data))
     optimizer = sgd(task.get_trainable_module(), recipe)
@@ -142,7 +148,13 @@ def distributed_parts(distributed):
     data = load_data(recipe.data, recipe.augment)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
-    options = {"is_training": True, "no_aug": True, "num_workers": 0, "device": torch.device("cpu")}
+    options = {
+        "is_training": True,
+        "no_aug": True,
+        "num_workers": 0,
+        "persistent_workers": False,
+        "device": torch.device("cpu"),
+    }
     loader = create_loader(Indexed(Pictures(data.train)), (3, 8, 8), 8, distributed=distributed, **options)
     sizes = {"num_samples": 64, "num_classes": 10, "num_epochs": 3, "device": "cpu"}
     task = MethodTask(model, PSKD(alpha=0.8, store_dtype="float32").setup(**sizes))

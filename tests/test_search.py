@@ -12,6 +12,7 @@ from pskd_timm import InputError, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.progress import Display
+from pskd_timm.recipe import differing, lay_over
 from pskd_timm.search import search, search_figure
 
 OVER = ["pskd.alpha=0.3:0.9"]
@@ -203,9 +204,21 @@ def test_a_bad_range_is_refused_in_one_line_before_anything_is_trained(over, say
 def test_search_without_optuna_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["search", "digits", "--over", *OVER]) == 2
-    assert "pip install 'pskd_timm[search]'" in capsys.readouterr().err
+    assert "pip install optuna" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["search", "digits", "--over", *OVER, "--metric", "nnl"]) == 2
     assert "did you mean nll" in capsys.readouterr().err
     assert main(["search", "digits"]) == 2
     assert "--over pskd.alpha=0.3:0.9" in capsys.readouterr().err
+    taught = ["--method", "tfkd", "--tfkd.teacher", "baseline", "--over", "tfkd.alpha=0.1:0.9"]
+    assert main(["search", "digits", *taught]) == 2
+    assert "train it with --data.holdout_fraction 0.1" in capsys.readouterr().err
+
+
+def test_a_chosen_recipe_keeps_what_was_set_back_from_a_preset():
+    given = {"preset": "official", "preset_of": "[fine_grained]", "method": "cskd"}
+    for more in ({}, {"cskd.weight": "1.0"}, {"optim.lr": "0.3", "data.limit_train": "50"}):
+        recipe = load_recipe("digits", given | more)
+        assert recipe.cskd.weight == (1.0 if "cskd.weight" in more else 3.0)
+        again = lay_over(differing(recipe), {}, "best.yaml", "digits")
+        assert again.identity() == recipe.identity()

@@ -15,9 +15,7 @@ from ..recipe import InputError
 try:
     from transformers import TrainerCallback
 except ImportError:
-    raise ImportError(
-        "pskd_timm.adaptors.hf_trainer needs transformers: pip install 'pskd_timm[transformers]'"
-    ) from None
+    raise ImportError("pskd_timm.adaptors.hf_trainer needs transformers: pip install transformers") from None
 
 FILE = "predictions.safetensors"  # beside the Trainer's own files in each checkpoint
 

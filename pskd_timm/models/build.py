@@ -80,7 +80,7 @@ def save_model(model: nn.Module, folder: Path, mean, std, image_size: tuple[int,
     folder.mkdir(parents=True, exist_ok=True)
     # timm's save_for_hf would write both, but refuses weights in channels_last.
     save_file(contiguous_state(model), folder / "model.safetensors")
-    save_config_for_hf(model, str(folder / "config.json"), model_config=config, model_args=model.creation_arguments)
+    save_config_for_hf(model, folder / "config.json", model_config=config, model_args=model.creation_arguments)
 
 
 def contiguous_state(model: nn.Module) -> dict[str, Tensor]:
