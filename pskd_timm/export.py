@@ -189,6 +189,22 @@ def calibrated_predictions(source: Path, classifier: Classifier) -> tuple[Tensor
     return torch.tensor(table.label.to_numpy()), classifier.confidences(probabilities)
 
 
+class Deployed(nn.Module):
+    """From pixels to confidences in one graph: normalisation, network, temperature, softmax."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.model = classifier.model.cpu()
+        mean, std = normalisation(classifier.model, classifier.recipe)
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+        self.temperature = classifier.temperature or 1.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Confidences [B, K] for RGB pixels uint8 [B, 3, H, W]."""
+        return (self.model(normalize(images, self.mean, self.std)) / self.temperature).softmax(dim=1)
+
+
 def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
     """Write a finished run as one ONNX file: uint8 `images` [B, 3, H, W], RGB, in; calibrated `confidences` [B, K] out.
 
