@@ -21,6 +21,8 @@ _HOMES = {
     "Result": "train",
     "evaluate": "evaluate",
     "compare": "compare",
+    "report": "report",
+    "Comparison": "report",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -70,6 +70,11 @@ def make_parser() -> Parser:
     )
     compare.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
     add_settings(compare, without=("method", "seed"))
+    report = command("report", "compare runs that are there: tables and one HTML page", run_report, takes_recipe=False)
+    report.add_argument("runs", metavar="RUNS", nargs="+", help="run folders, or folders that hold some (runs/digits)")
+    report.add_argument(
+        "--output", metavar="DIR", help="where to write (default: the folder that holds all of the runs)"
+    )
     search = command("search", "choose settings on held-out training data; the test part is not read", run_search)
     search.add_argument(
         "--over",
@@ -219,20 +224,34 @@ def run_compare(arguments, rest):
         raise InputError(f"--jobs must be at least 1, got {arguments.jobs}")
     if min(arguments.seeds) < 0:
         raise InputError(f"--seeds must not be negative, got {min(arguments.seeds)}")
-    from rich.console import Console
-
     from .compare import compare
     from .progress import Display
-    from .report import terminal_table
 
     # A seed or method given twice is one run.
     methods, seeds = dict.fromkeys(arguments.methods), dict.fromkeys(arguments.seeds)
     with Display(arguments.quiet) as display:
         found = compare(recipe, list(methods), list(seeds), arguments.jobs, display)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(terminal_table(found.rows, f"{recipe.name}: {recipe.model.name}, last epoch"))
-    print("\n".join([*found.notes, "wrote " + ", ".join(map(str, found.paths))]))
+    tell(found)
     return FAILED if found.failed else DONE
+
+
+def run_report(arguments, rest):
+    if rest:
+        raise InputError(f"unknown option {rest[0]}: report takes run folders and --output DIR")
+    from .report import report
+
+    tell(report(arguments.runs, arguments.output))
+    return DONE
+
+
+def tell(comparison):
+    """Print a comparison's table and where it was written."""
+    from rich.console import Console
+
+    from .tables import terminal_table
+
+    Console(width=None if sys.stdout.isatty() else 140).print(terminal_table(comparison.rows, comparison.heading))
+    print("\n".join([*comparison.notes, "wrote " + ", ".join(map(str, comparison.paths))]))
 
 
 def run_search(arguments, rest):

@@ -11,36 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
-from . import report
-from .metrics import METRICS
 from .progress import Display, Row, duration
 from .recipe import METHOD_SECTIONS, InputError, Recipe
+from .report import Comparison, report
+from .tables import short
 from .teacher import teacher_folder
 from .tracking import last_line
 from .train import Result, check_recipe, finished, train
 
 NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
 GRACE = 60  # seconds that interrupted runs have to save before they are ended
-
-
-@dataclass
-class Comparison:
-    """What `compare` gives: the rows (columns as report.COLUMNS), the finished runs of each method, the files written.
-
-    `notes` has a line for each run that a trained network taught.
-    """
-
-    rows: pd.DataFrame
-    runs: dict[str, list[Path]]
-    paths: list[Path]
-    notes: list[str]
-
-    @property
-    def failed(self) -> int:
-        """How many runs did not finish."""
-        return int((self.rows.status != "finished").sum())
 
 
 @dataclass
@@ -100,22 +80,19 @@ def compare(
         raise InputError(f"output_dir: {root} cannot be written: {error}") from None
     display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} finished before")
     try:
-        failures = _work_off(waiting, len(all_jobs), jobs, display)
+        _work_off(waiting, len(all_jobs), jobs, display)
     finally:
         display.close()
-    rows, runs = _collect(all_jobs, failures)
-    notes = [note for folders in runs.values() for folder in folders if (note := _of_teacher(Result.read(folder)))]
-    paths = report.write(rows, runs, root, f"{recipe.name}: {recipe.model.name}, last epoch", notes)
-    return Comparison(rows, runs, paths, notes)
+    return report([job.recipe.run_dir for job in all_jobs], root)
 
 
-def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> dict[Path, str]:
-    """Run all jobs, `jobs` at a time; returns the reason for each run folder that failed."""
+def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
+    """Run all jobs, `jobs` at a time; one that fails says why in the last line of its log."""
     # Each run is a process of its own, forked from one that has the slow imports done but has trained nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pskd_timm.train", "datasets", "sklearn.datasets", "sklearn.model_selection"])
     running: list[Job] = []
-    failures: dict[Path, str] = {}
+    failed: set[Path] = set()
     left = list(waiting)
     # A scheduler's SIGTERM must not leave runs behind that nobody watches.
     previous = signal.signal(signal.SIGTERM, _end) if _in_main_thread() else None
@@ -126,9 +103,9 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
             while (ready := [job for job in left if job.teacher not in busy]) and len(running) < jobs:
                 job = ready[0]
                 left.remove(job)
-                if job.teacher in failures:
-                    failures[job.recipe.run_dir] = f"failed: its teacher {job.teacher} failed"
-                    display.say(f"{job.name}: {failures[job.recipe.run_dir]}")
+                if job.teacher in failed:
+                    failed.add(job.recipe.run_dir)
+                    _fail(job, f"failed: its teacher {job.teacher} failed", display)
                     continue
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
                 job.process = context.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
@@ -137,7 +114,9 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
             time.sleep(0.2)
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
-                _tell(job, failures, display)
+                if job.process.exitcode != 0:
+                    failed.add(job.recipe.run_dir)
+                _tell(job, display)
     except (KeyboardInterrupt, SystemExit):
         display.say("stopping: each run saves where it stands; the same command goes on from there")
         _stop(running)
@@ -145,7 +124,6 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display) -> di
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-    return failures
 
 
 def _start(process: multiprocessing.Process):
@@ -188,32 +166,26 @@ def _waiting(left: list[Job]) -> str:
     return f"waiting: {words}" if words else ""
 
 
-def _tell(job: Job, failures: dict[Path, str], display: Display):
-    run_dir = job.recipe.run_dir
-    if job.process.exitcode == 0:
-        result = Result.read(run_dir)
-        display.say(f"{job.name:<{NAME_WIDTH}} {_short(result.last)}  {duration(result.values['seconds'])}")
-        return
+def _tell(job: Job, display: Display):
     code = job.process.exitcode
-    failures[run_dir] = f"failed: exit code {code}" if code > 0 else f"failed: ended by signal {-code}"
+    if code == 0:
+        result = Result.read(job.recipe.run_dir)
+        display.say(f"{job.name:<{NAME_WIDTH}} {short(result.last)}  {duration(result.values['seconds'])}")
+        return
+    why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     if code == 1:  # it has said why
         with suppress(OSError, IndexError):
-            failures[run_dir] = f"failed: {job.log.read_text().strip().splitlines()[-1]}"
-    display.say(f"{job.name}: {failures[run_dir]} (all of it: {job.log})")
+            why = job.log.read_text().strip().splitlines()[-1]
+    _fail(job, f"failed: {why}", display)
 
 
-def _short(figures: dict) -> str:
-    error, nll, ece, aurc = (figures[name] for name in ("top1_error", "nll", "ece", "aurc"))
-    return f"error {error:.2f} %  nll {nll:.3f}  ece {ece:.2f} %  aurc {aurc:.1f}"
-
-
-def _of_teacher(result: Result) -> str | None:
-    """What a run's teacher reached, where a trained network taught it and its figures are known."""
-    teacher = result.values.get("teacher", {})
-    if "nll" not in teacher:
-        return None
-    name = f"{result.values['method']} seed {result.values['seed']}"
-    return f"{name} was taught by {teacher['run']} (epoch {teacher['epoch']}): {_short(teacher)}"
+def _fail(job: Job, why: str, display: Display):
+    """Say why a run failed, also in the last line of its log: the report reads run folders only."""
+    display.say(f"{job.name}: {why} (all of it: {job.log})")
+    with suppress(OSError):
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("a") as log:
+            log.write(f"{why}\n")
 
 
 def _stop(running: list[Job]):
@@ -246,19 +218,3 @@ def _run(recipe: Recipe, seat: int, seats: int, log: str):
             traceback.print_exc()
             print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
             sys.exit(1)
-
-
-def _collect(jobs: list[Job], failures: dict[Path, str]) -> tuple[pd.DataFrame, dict[str, list[Path]]]:
-    rows, runs = [], {}
-    for job in jobs:
-        row = {
-            "method": job.recipe.method,
-            "seed": job.recipe.seed,
-            "status": failures.get(job.recipe.run_dir, "finished"),
-        }
-        if row["status"] == "finished":
-            result = Result.read(job.recipe.run_dir)
-            row |= {name: result.last[name] for name in METRICS} | {"seconds": result.values["seconds"]}
-            runs.setdefault(job.recipe.method, []).append(job.recipe.run_dir)
-        rows.append(row)
-    return pd.DataFrame(rows, columns=report.COLUMNS), runs

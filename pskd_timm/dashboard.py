@@ -7,7 +7,7 @@ from .files import write_whole
 from .metrics import METRICS
 from .plots import COLOURS
 from .recipe import InputError, Recipe, load_recipe
-from .report import HEADERS
+from .tables import HEADERS
 
 TRAINING = {
     "train_loss": "training loss",

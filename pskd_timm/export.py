@@ -13,12 +13,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from . import __version__, report
+from . import __version__
 from .augment import normalize
 from .evaluate import normalisation
 from .metrics import METRICS, score
+from .plots import TITLES, reliability_and_risk
 from .predict import Classifier
 from .recipe import InputError, Recipe
+from .tables import HEADERS
 from .train import Result
 
 
@@ -69,7 +71,8 @@ def write_folder(run: Path, folder: Path, classifier: Classifier, best: bool, ti
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
     (folder / "recipe.yaml").write_text(recipe_for_others(classifier.recipe))
     shutil.copy(run / "result.json", folder)
-    report.plot({classifier.recipe.method: [source]}, folder / "reliability.png", "")
+    table = pd.read_parquet(source / "predictions.parquet", columns=["confidence", "correct"])
+    reliability_and_risk({classifier.recipe.method: [table]}).savefig(folder / "reliability.png", dpi=150)
     (folder / "README.md").write_text(model_card(Result.read(run), classifier, best, timm_name))
 
 
@@ -130,7 +133,7 @@ def model_card(result: Result, classifier: Classifier, best: bool, timm_name: st
     return card_head(result, recipe, best) + CARD.format(
         name=recipe.name,
         model=name,
-        method=report.TITLES[recipe.method],
+        method=TITLES[recipe.method],
         num_classes=len(classifier.class_names),
         version=__version__,
         epochs=recipe.epochs,
@@ -178,7 +181,7 @@ def card_table(result: Result, classifier: Classifier, best: bool) -> str:
         probabilities = classifier.confidences(torch.tensor(np.stack(predictions.probabilities)))
         label = f"with temperature {classifier.temperature:.4f}, fitted on held-out training images"
         rows[label] = score(probabilities, torch.tensor(predictions.label.to_numpy()))
-    lines = [["confidences", *(report.HEADERS[name] for name in METRICS)], ["---", *("---:" for _ in METRICS)]]
+    lines = [["confidences", *(HEADERS[name] for name in METRICS)], ["---", *("---:" for _ in METRICS)]]
     lines += [[label, *(f"{row[name]:.2f}" for name in METRICS)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -115,24 +115,19 @@ def _thinned(length: int) -> np.ndarray:
 
 
 def curves(
-    history: pd.DataFrame,
-    metric: str,
-    ylabel: str = "",
-    heading: str = "",
-    axes: Axes | None = None,
-    legend: bool = True,
+    history: pd.DataFrame, metric: str, heading: str = "", axes: Axes | None = None, legend: bool = True
 ) -> Figure:
     """`metric` over the epochs: mean ± standard deviation over seeds; `history` has method, seed, epoch and `metric`.
 
     The frame is that of the last 60 % of the epochs, where the methods part.
     """
-    axes = _axes(axes, heading or ylabel or metric, "epoch", ylabel or metric)
+    axes = _axes(axes, heading or metric, "epoch", "")
     for i, (method, look) in enumerate(looks(history.method.unique()).items()):
         by_epoch = history[history.method == method].groupby("epoch")[metric]
         mean, std = by_epoch.mean(), by_epoch.std().fillna(0.0)
         kept = _thinned(len(mean))
         epochs, mean, std = mean.index.to_numpy()[kept], mean.to_numpy()[kept], std.to_numpy()[kept]
-        axes.fill_between(epochs, mean - std, mean + std, color=look.colour, alpha=0.12, linewidth=0)
+        axes.fill_between(epochs, mean - std, mean + std, color=look.colour, alpha=0.1, linewidth=0)
         apart = max(1, len(kept) // 6)
         _line(axes, epochs, mean, look, (i * apart // 5 % len(kept), apart))
     late = history[history.epoch > 0.4 * history.epoch.max()].groupby(["method", "epoch"])[metric].mean()
@@ -229,7 +224,7 @@ def per_class_error(
         shift = 0.5 * ((i + 0.5) / len(tables) - 0.5)
         style = {"color": look.colour, "marker": look.marker, "markersize": 5, "linestyle": "none", "label": look.title}
         axes.plot(shown[method], place - shift, **style)
-    axes.set_yticks(place, [class_names[k][:24] for k in shown.index])
+    axes.set_yticks(place, [class_names[k][:24].replace("$", r"\$") for k in shown.index])
     axes.grid(axis="y", visible=False)
     for at in place[:-1]:
         axes.axhline(at + 0.5, color=GRID, linewidth=0.8)
@@ -245,6 +240,16 @@ def class_errors(tables: list[pd.DataFrame]) -> pd.Series:
     return pd.concat(each, axis=1).mean(axis=1)
 
 
+def reliability_and_risk(tables: dict[str, list[pd.DataFrame]]) -> Figure:
+    """Reliability beside risk and coverage, in one picture."""
+    figure = Figure(figsize=(9.4, 4), layout="constrained")
+    reliable, risk = figure.subplots(1, 2)
+    reliability(tables, reliable)
+    risk_coverage(tables, risk, legend=False)
+    figure.patch.set_alpha(1)
+    return figure
+
+
 def comparison(history: pd.DataFrame, tables: dict[str, list[pd.DataFrame]], heading: str) -> Figure:
     """One picture of a comparison: the error over the epochs, reliability, risk and coverage."""
     figure = Figure(figsize=(13.5, 4.6), layout="constrained")
@@ -253,7 +258,7 @@ def comparison(history: pd.DataFrame, tables: dict[str, list[pd.DataFrame]], hea
     reliability(tables, reliable, legend=False)
     risk_coverage(tables, risk, legend=False)
     figure.patch.set_alpha(1)
-    handles, labels = risk.get_legend_handles_labels()
+    handles, labels = error.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.5)
     figure.suptitle(heading, x=0.01, ha="left", fontsize=12)
     return figure

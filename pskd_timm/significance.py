@@ -93,7 +93,7 @@ def interval_and_p(draws: np.ndarray) -> tuple[float, float, float]:
     observed, drawn = draws[0], draws[1:]
     low, high = np.quantile(drawn, [1 - LEVEL / 2, LEVEL / 2])
     beyond = min((drawn <= 2 * observed).sum(), (drawn >= 2 * observed).sum())
-    return 2 * observed - low, 2 * observed - high, float(min(1.0, 2 * (1 + beyond) / (1 + len(drawn))))
+    return 2 * observed - low, 2 * observed - high, float(min(1.0, 2 * max(beyond, 1) / len(drawn)))
 
 
 def against(baseline: str, tables: dict[str, list[pd.DataFrame]], seed: int = 0) -> pd.DataFrame:
@@ -119,11 +119,12 @@ def against(baseline: str, tables: dict[str, list[pd.DataFrame]], seed: int = 0)
 
 
 QUALITY = {
-    "top1_error": ("makes fewer errors than", "makes more errors than"),
-    "nll": ("has a lower NLL than", "has a higher NLL than"),
-    "ece": ("is better calibrated (ECE) than", "is worse calibrated (ECE) than"),
-    "aurc": ("ranks its mistakes better (AURC) than", "ranks its mistakes worse (AURC) than"),
+    "top1_error": ("makes fewer errors", "makes more errors", ""),
+    "nll": ("has a lower NLL", "has a higher NLL", ""),
+    "ece": ("is better calibrated", "is worse calibrated", "ECE, "),
+    "aurc": ("ranks its mistakes better", "ranks its mistakes worse", "AURC, "),
 }
+NAMES = {"top1_error": "error", "nll": "NLL", "ece": "ECE", "aurc": "AURC"}
 
 
 def p_in_words(p: float) -> str:
@@ -131,8 +132,19 @@ def p_in_words(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def in_words(method: str, baseline: str, metric: str, difference: float, p: float) -> str:
-    """What a test says, in a sentence without its full stop; `method` and `baseline` as they are to be called."""
-    if p >= LEVEL:
-        return f"{method} and {baseline}: no difference can be told from this many samples ({p_in_words(p)})"
-    return f"{method} {QUALITY[metric][difference > 0]} {baseline} ({p_in_words(p)})"
+def in_words(method: str, baseline: str, tests: pd.DataFrame) -> str:
+    """What one method's rows of `against` say, in a sentence; `method` and `baseline` as they are to be called."""
+    told = [
+        f"{QUALITY[test.metric][int(test.difference > 0)]} ({QUALITY[test.metric][2]}{p_in_words(test.p)})"
+        for test in tests.itertuples()
+        if test.p < LEVEL
+    ]
+    rest = [NAMES[test.metric] for test in tests.itertuples() if test.p >= LEVEL]
+    no_difference = f"no difference in {_and(rest)} can be told from this many samples"
+    if not told:
+        return f"{method} against {baseline}: {no_difference}."
+    return f"{method} {_and(told)} than {baseline}" + (f"; {no_difference}." if rest else ".")
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1])] * bool(words[:-1]) + words[-1:])

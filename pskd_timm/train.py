@@ -1,6 +1,7 @@
 """One run, from top to bottom: build, resume, epochs of batches, evaluate, log, save."""
 
 import copy
+import html
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
 import yaml
 from accelerate import Accelerator
@@ -35,6 +37,7 @@ from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
 from .graph import StepGraph
 from .methods import METHODS
+from .metrics import METRICS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
 from .order import num_batches
@@ -73,6 +76,21 @@ class Result:
     def history(self) -> list[dict]:
         """The lines of metrics.jsonl, one an epoch."""
         return read_lines(self.run_dir / "metrics.jsonl")
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The test figures of the last and of the best epoch, a row each."""
+        return pd.DataFrame({"last": self.last, "best": self.best}).T[["epoch", *METRICS]].infer_objects()
+
+    @property
+    def history_frame(self) -> pd.DataFrame:
+        """The lines of metrics.jsonl, a row an epoch."""
+        return pd.DataFrame(self.history)
+
+    def _repr_html_(self) -> str:
+        where = html.escape(f"{self.values['method']}, seed {self.values['seed']}: {self.run_dir}")
+        table = self.frame.to_html(formatters={"epoch": "{:.0f}".format}, float_format="{:.2f}".format, border=0)
+        return f"<p>{where}</p>{table}"
 
 
 def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Callable[[dict], None]] = ()) -> Result:

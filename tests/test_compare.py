@@ -14,7 +14,8 @@ from PIL import Image
 from pskd_timm import METHODS, InputError, compare
 from pskd_timm.cli import main
 from pskd_timm.metrics import METRICS
-from pskd_timm.report import COLUMNS, markdown_table, summary
+from pskd_timm.runs import COLUMNS
+from pskd_timm.tables import markdown_table, summary
 
 QUICK = ["--epochs", "1", "--data.limit_train", "100", "--data.limit_test", "60", "--model.kwargs.width", "4"]
 
@@ -34,11 +35,12 @@ def test_compare_trains_every_method_and_seed_and_writes_table_and_picture(compa
     folder, done = compared
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(folder / "comparison.csv")
-    assert list(table.columns) == COLUMNS == ["method", "seed", "status", *METRICS, "seconds"]
+    best = ["best_epoch", *(f"best_{name}" for name in METRICS)]
+    assert list(table.columns) == COLUMNS == ["method", "seed", "status", *METRICS, "seconds", *best]
     assert list(zip(table.method, table.seed, strict=True)) == [(method, seed) for method in METHODS for seed in (0, 1)]
     assert set(table.status) == {"finished"} and table[list(METRICS)].notna().all(axis=None)
     assert all((folder / method / f"seed{seed}" / "result.json").is_file() for method in METHODS for seed in (0, 1))
-    for name in ("comparison.csv", "comparison.md", "comparison.png"):
+    for name in ("comparison.csv", "comparison.md", "comparison.tex", "comparison.png", "report.html"):
         assert str(folder / name) in done.stdout
     with Image.open(folder / "comparison.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1_000_000)) > 100
@@ -62,6 +64,7 @@ def test_a_failed_run_is_told_in_the_table_and_does_not_hide_the_others(tmp_path
     assert done.returncode == 1
     table = pd.read_csv(tmp_path / "comparison.csv")
     assert table.status[0] == "finished" and "a lower optim.lr" in table.status[1]
+    assert "1 of 2 runs is not in the figures" in (tmp_path / "report.html").read_text()
     assert "a lower optim.lr" in re.sub(r"\s*[│\n]\s*", " ", done.stdout)
     assert "Traceback" not in done.stdout + done.stderr
 
@@ -172,6 +175,9 @@ def test_compare_refuses_unknown_methods_and_being_launched_in_several_processes
         (["compare", "digits", "--seeds", "x"], "--seeds"),
         (["compare", "digits", "--seeds", "-1"], "seed"),
         (["evaluate", "nowhere"], "no run here"),
+        (["report"], "RUNS"),
+        (["report", "nowhere"], "nowhere does not exist"),
+        (["report", ".", "--outptu", "x"], "unknown option --outptu"),
         (["compare", "digits", "--method", "pskd"], "did you mean methods"),
         (["compare", "digits", "--seed", "3"], "did you mean seeds"),
         (["show", "digits", "--data.holdout_fraction", "1"], "less than 1"),

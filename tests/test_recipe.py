@@ -163,8 +163,10 @@ LAYERS = [
         "files",
     },
     {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher", "graph"},
-    {"train"},
-    {"compare", "report", "show", "bench", "dashboard", "search", "predict", "export", "adaptors"},
+    {"train", "runs", "pictures", "paper", "tables"},
+    {"page"},
+    {"report"},
+    {"compare", "show", "bench", "dashboard", "search", "predict", "export", "adaptors"},
     {"cli"},
     {"__main__", "__init__"},
 ]

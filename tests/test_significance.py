@@ -96,8 +96,13 @@ def test_an_interval_without_zero_and_a_small_p_go_together():
 
 
 def test_plain_words_say_who_is_better_or_that_nobody_can_tell():
-    assert (
-        in_words("PS-KD", "Baseline", "top1_error", -2.0, 0.003) == "PS-KD makes fewer errors than Baseline (p = 0.003)"
+    def tests(*rows):
+        return pd.DataFrame(rows, columns=["metric", "difference", "p"])
+
+    both = tests(("top1_error", -2.0, 0.003), ("nll", 0.1, 0.0001), ("ece", -1, 0.4))
+    assert in_words("PS-KD", "Baseline", both) == (
+        "PS-KD makes fewer errors (p = 0.003) and has a higher NLL (p < 0.001) than Baseline; "
+        "no difference in ECE can be told from this many samples."
     )
-    assert "higher NLL" in in_words("PS-KD", "Baseline", "nll", 0.1, 0.0001)
-    assert "no difference can be told from this many samples (p = 0.40)" in in_words("A", "B", "ece", -1, 0.4)
+    neither = in_words("A", "B", tests(("top1_error", -2.0, 0.3), ("nll", 0.1, 0.05), ("ece", -1, 0.4)))
+    assert neither == "A against B: no difference in error, NLL and ECE can be told from this many samples."

@@ -29,10 +29,9 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 def measure(say, images: str | None = None) -> list[dict]:
     """Rows for resident 32×32 images and for streamed JPEGs: those in the folder `images`, else random ones of 500×375."""
-    rows = _resident(say)
     with tempfile.TemporaryDirectory() as folder:
-        rows += _streaming(_photographs(Path(folder), images), say)
-    return rows
+        photographs = _photographs(Path(folder), images)
+        return _resident(say) + _streaming(photographs, say)
 
 
 class _Small(Dataset):

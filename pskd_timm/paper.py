@@ -1,0 +1,35 @@
+"""The paper's own figures (Kim et al., ICCV 2021, tables 1 and 2 and its supplement), kept in paper_results.csv."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from .recipe import METHOD_SECTIONS, Recipe, find_recipe, load_recipe, read_yaml, shipped_recipes
+
+SOURCE = "Kim et al., Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"
+
+
+def paper_figures(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Method → metric → the paper's figure for the recipe's data set and network; empty where the paper has none."""
+    if recipe.data.source not in ("cifar100", "imagenet"):
+        return {}
+    from .models import PAPER_NAMES
+
+    table = pd.read_csv(Path(__file__).parent / "paper_results.csv")
+    mine = table[(table.dataset == recipe.data.source) & (table.model == PAPER_NAMES.get(recipe.model.name))]
+    return {row["method"]: dict(row.drop(["dataset", "model", "method"])) for _, row in mine.iterrows()}
+
+
+def departures(recipe: Recipe) -> list[str]:
+    """Where a recipe of the paper's data set and network departs from the shipped one, as `epochs 2 instead of 300`."""
+    for name in shipped_recipes():
+        if read_yaml(find_recipe(name)).get("data", {}).get("source") != recipe.data.source:
+            continue
+        original = load_recipe(name)
+        if original.model.name == recipe.model.name:
+            this, theirs = recipe.identity(), original.identity()
+            keys = [
+                k for k in theirs if k.split(".")[0] not in METHOD_SECTIONS and k not in ("method", "seed", "data.path")
+            ]
+            return [f"{key} {this[key]} instead of {theirs[key]}" for key in keys if this[key] != theirs[key]]
+    return []

@@ -1,0 +1,414 @@
+import json
+import re
+import shutil
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import browser
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.classification import MulticlassAccuracy
+
+from pskd_timm import InputError, Result, report, train
+from pskd_timm.calibration import with_temperature
+from pskd_timm.cli import main
+from pskd_timm.metrics import METRICS, score
+from pskd_timm.paper import departures, paper_figures
+from pskd_timm.plots import COLOURS, TITLES, class_errors, curves, looks, reliability, risk_coverage
+from pskd_timm.progress import Display
+from pskd_timm.recipe import METHOD_SECTIONS, load_recipe
+from pskd_timm.tables import latex_table
+
+SETTINGS = {
+    "epochs": 2,
+    "batch_size": 64,
+    "threads": 1,
+    "data.limit_train": 300,
+    "data.limit_test": 120,
+    "data.gaussian_noise": 0.2,
+    "data.holdout_fraction": 0.2,
+    "optim.lr": 0.05,
+    "model.kwargs": {"width": 8},
+}
+
+
+def trained(folder, **overrides):
+    given = {key.replace("__", "."): value for key, value in overrides.items()}
+    return train(load_recipe("digits", SETTINGS | {"output_dir": str(folder)} | given), Display(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two methods, two seeds: the one training that these tests share."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("baseline", "pskd"):
+        for seed in (0, 1):
+            trained(folder, method=method, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(runs):
+    return report([runs])
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A copy of the runs to damage."""
+    return Path(shutil.copytree(runs, tmp_path / "copied", ignore=shutil.ignore_patterns("checkpoints", "comparison*")))
+
+
+class Tables(HTMLParser):
+    """The cells of a page's tables: [table][row][cell]."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.cell = [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.cell = [dict(attributes).get("data-value"), ""]
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append(self.cell)
+            self.cell = None
+
+    def handle_data(self, data):
+        if self.cell:
+            self.cell[1] += data
+
+
+def results(folder, method, which="last"):
+    each = [json.loads((folder / method / f"seed{seed}" / "result.json").read_text())[which] for seed in (0, 1)]
+    return {name: np.array([values[name] for values in each]) for name in METRICS}
+
+
+def page(comparison):
+    return comparison.paths[-1].read_text()
+
+
+def test_csv_latex_markdown_and_page_have_the_figures_of_result_json(runs, compared):
+    assert [path.name for path in compared.paths] == [
+        *("comparison.csv", "comparison.md", "comparison.tex", "comparison.png", "report.html")
+    ]
+    csv = pd.read_csv(runs / "comparison.csv")
+    tables = Tables(page(compared)).tables
+    for place, method in enumerate(("baseline", "pskd")):
+        last, best = results(runs, method), results(runs, method, "best")
+        for i, name in enumerate(METRICS):
+            rows = csv[csv.method == method]
+            np.testing.assert_allclose(rows[name], last[name], rtol=1e-12)
+            np.testing.assert_allclose(rows[f"best_{name}"], best[name], rtol=1e-12)
+            for table, values in ((0, last[name]), (1, best[name])):
+                value, text = tables[table][1 + place][2 + i]
+                assert float(value) == pytest.approx(values.mean())
+                assert text.startswith(f"{values.mean():.2f} ± {values.std(ddof=1):.2f}")
+            written = f"{last[name].mean():.2f} $\\pm$ {last[name].std(ddof=1):.2f}"
+            assert written in (runs / "comparison.tex").read_text()
+    with Image.open(runs / "comparison.png") as picture:
+        assert picture.width > 1500
+
+
+def test_the_latex_table_has_booktabs_bold_for_the_best_and_nothing_unescaped(compared):
+    rows = compared.rows.copy()
+    rows.loc[3, "status"] = "failed: 100% of_it\nbroke"
+    text = latex_table(rows, "digits")
+    table = text[text.index(r"\begin{tabular}") :]
+    assert all(rule in table for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"top-1 error \%"))
+    for line in table.splitlines()[4:6]:
+        assert line.count("&") == 8 and line.endswith(r"\\")
+    assert table.count(r"\textbf{") >= len(METRICS)
+    assert all(line.startswith("%") for line in text[: text.index(r"\begin{tabular}")].splitlines())
+    assert not re.search(r"(?<!\\)%", table) and not set("±×³–_") & set(table)
+
+
+def test_frames_hold_the_runs_the_means_and_the_epochs(runs, compared):
+    last = results(runs, "pskd")["nll"]
+    assert compared.frame.loc["pskd", "nll"] == pytest.approx(last.mean())
+    assert compared.frame.loc["pskd", "nll_std"] == pytest.approx(last.std(ddof=1)) and compared.frame.runs["pskd"] == 2
+    history = compared.history_frame
+    assert (
+        len(history) == 8 and set(history.method) == {"baseline", "pskd"} and {"epoch", "seed", "nll"} <= set(history)
+    )
+    assert "PS-KD" in compared._repr_html_() and "<b>" in compared._repr_html_()
+    result = Result.read(runs / "pskd" / "seed1")
+    assert result.frame.loc["last", "nll"] == result.last["nll"] and list(result.history_frame.epoch) == [1, 2]
+    shown = result._repr_html_()
+    assert f"{result.last['top1_error']:.2f}" in shown and "pskd" in shown and str(runs) in shown
+
+
+def test_temperature_on_the_page_is_fitted_on_the_held_out_part_and_scores_the_test_part(runs, compared):
+    def read(path):
+        table = pd.read_parquet(path)
+        return torch.tensor(np.stack(table.probabilities)), torch.tensor(table.label.to_numpy())
+
+    table = next(t for t in Tables(page(compared)).tables if "temperature" in t[0][2][1])
+    row = next(line for line in table[1:] if line[0][1] == "PS-KD")
+    temperatures, after = [], []
+    for seed in (0, 1):
+        held, labels = read(runs / "pskd" / f"seed{seed}" / "holdout.parquet")
+        grid = np.exp(np.linspace(-2, 2, 4001))
+        nll = [torch.nn.functional.cross_entropy(held.log() / t, labels).item() for t in grid]
+        temperatures.append(grid[int(np.argmin(nll))])
+        test, labels = read(runs / "pskd" / f"seed{seed}" / "predictions.parquet")
+        after.append(score(with_temperature(test, temperatures[-1]), labels)["nll"])
+    assert float(row[2][0]) == pytest.approx(np.mean(temperatures), rel=2e-3)
+    assert float(row[3][0]) == pytest.approx(results(runs, "pskd")["nll"].mean(), rel=1e-5)
+    assert float(row[4][0]) == pytest.approx(np.mean(after), rel=1e-4)
+
+
+def test_the_page_shows_what_was_run_tests_plots_and_pictures_and_asks_nothing_of_the_network(compared):
+    text = page(compared)
+    for words in (
+        "cifar_preact_resnet_tiny",
+        "4 of 4 finished",
+        "differ in method and seed only",
+        "torch",
+        "McNemar",
+        "p =",
+    ):
+        assert words in text
+    assert text.count("<svg") > 10 and text.count('src="data:image/png;base64,') == 12
+    assert "#000000" not in text.split("</style>")[1] and "DejaVu" not in text
+    outside = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?(?!data:|#)([^"\'\s>)]+)', text)
+    assert outside == [] and "@import" not in text
+
+
+def test_the_mistakes_are_those_that_are_wrong_with_the_most_confidence(runs, compared):
+    table = pd.read_parquet(runs / "baseline" / "seed0" / "predictions.parquet")
+    wrong = table[table.label != table.prediction].nlargest(6, "confidence")
+    shown = re.findall(r"said <b>(\d)</b>, ([\d.]+) %<br>is <b>(\d)</b>", page(compared))[:6]
+    expected = [(str(r.prediction), f"{100 * r.confidence:.1f}", str(r.label)) for r in wrong.itertuples()]
+    assert shown == expected
+
+
+def test_runs_that_failed_stopped_or_are_missing_are_told_in_every_table(copied):
+    failed = copied / "baseline" / "seed1"
+    shutil.rmtree(failed)
+    failed.mkdir()
+    (failed / "run.log").write_text("Traceback …\nDiverged: <loss>\nfailed: Diverged: <loss>\n")
+    (copied / "pskd" / "seed0" / "result.json").unlink()
+    trainless = copied / "label_smoothing" / "seed0"
+    trainless.mkdir(parents=True)
+    shutil.copy(copied / "baseline" / "seed0" / "recipe.yaml", trainless)
+    text = (trainless / "recipe.yaml").read_text().replace("method: baseline", "method: label_smoothing")
+    (trainless / "recipe.yaml").write_text(text)
+    found = report(copied)
+    status = found.rows.set_index(["method", "seed"]).status
+    assert status["baseline", 1] == "failed: Diverged: <loss>" and status["pskd", 0] == "unfinished: 2 of 2 epochs"
+    assert status["label_smoothing", 0] == "unfinished: 0 of 2 epochs" and status["label_smoothing", 1] == "missing"
+    assert found.failed == 4
+    assert "4 of 6 runs are not in the figures" in page(found) and "Diverged: &lt;loss&gt;" in page(found)
+    for name in ("comparison.md", "comparison.tex", "comparison.csv"):
+        assert "Diverged" in (copied / name).read_text() and "missing" in (copied / name).read_text()
+    # Baseline has seed 0 only and PS-KD seed 1 only: no pair.
+    assert "Not held against a baseline" in page(found) and "PS-KD" in page(found).split("Not held against")[1][:160]
+
+
+def test_a_report_of_runs_none_of_which_finished_says_so(copied):
+    for path in copied.rglob("result.json"):
+        path.unlink()
+    assert "No run has finished yet" in page(report([copied / "pskd"]))
+    assert not (copied / "pskd" / "comparison.png").exists()
+
+
+def test_runs_of_one_method_with_several_settings_are_told_apart(copied):
+    recipe = copied / "pskd" / "seed1" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("alpha: 0.8", "alpha: 0.5"))
+    found = report(copied)
+    assert set(found.frame.index) == {"baseline", "pskd pskd.alpha=0.8", "pskd pskd.alpha=0.5"}
+    assert "PS-KD pskd.alpha=0.5" in page(found) and "<code>pskd.alpha</code> (0.5 | 0.8)" in page(found)
+    found = looks(found.frame.index)
+    assert {look.colour for look in list(found.values())[1:]} == {COLOURS["pskd"]}
+    assert len({(look.dash, look.marker) for look in found.values()}) == 3
+
+
+def test_the_report_goes_where_it_is_told_and_takes_single_run_folders(runs, tmp_path, capsys):
+    folders = [str(runs / "baseline" / "seed0"), str(runs / "pskd" / "seed0")]
+    assert main(["report", *folders, "--output", str(tmp_path / "out")]) == 0
+    assert "PS-KD" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "comparison.tex"}
+
+
+def test_without_predictions_or_images_the_page_says_so_and_keeps_its_figures(copied):
+    for path in copied.rglob("recipe.yaml"):
+        text = (
+            path.read_text()
+            .replace("source: digits", "source: no/such")
+            .replace("gaussian_noise: 0.2", "gaussian_noise: 0.0")
+        )
+        path.write_text(text)
+    text = page(report(copied))
+    assert "pictures cannot be shown" in text and "no/such" in text and 'src="data:' not in text and "said <b>" in text
+    for path in copied.rglob("predictions.parquet"):
+        path.unlink()
+    text = page(report(copied))
+    assert "4 finished runs have no predictions.parquet" in text and "said <b>" not in text and "±" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: [folder / "nowhere"], "nowhere does not exist"),
+        (lambda folder: [folder / "baseline" / "seed0" / "best"], "no run here"),
+        (lambda folder: [folder / "baseline" / "seed0" / "recipe.yaml"], "is a file: give run folders"),
+    ],
+)
+def test_folders_without_runs_are_refused_in_a_line(runs, change, says):
+    with pytest.raises(InputError, match=says) as error:
+        report(change(runs))
+    assert "\n" not in str(error.value)
+
+
+def test_different_data_and_the_same_run_twice_are_refused(runs, copied):
+    with pytest.raises(InputError, match="are the same run twice"):
+        report([runs, copied])
+    path = copied / "pskd" / "seed1" / "recipe.yaml"
+    path.write_text(path.read_text().replace("gaussian_noise: 0.2", "gaussian_noise: 0.3"))
+    with pytest.raises(InputError, match="different data .data.gaussian_noise 0.2, 0.3.*report of its own"):
+        report([copied])
+
+
+def test_other_labels_in_the_test_part_are_not_compared(copied):
+    path = copied / "pskd" / "seed0" / "predictions.parquet"
+    pd.read_parquet(path).assign(label=lambda table: (table.label + 1) % 10).to_parquet(path)
+    found = page(report([copied / "pskd" / "seed0", copied / "baseline" / "seed0"]))
+    assert "Not held against a baseline" in found and "the data set has changed" not in found
+
+
+def test_the_papers_figures_stand_beside_runs_of_its_network_with_what_differs():
+    recipe = load_recipe("cifar100/preact_resnet18", {"epochs": "2"})
+    figures = paper_figures(recipe)
+    assert figures["pskd"] == {"top1_error": 20.82, "top5_error": 5.10, "nll": 0.76, "ece": 1.77, "aurc": 52.10}
+    assert set(figures) == set(METHOD_SECTIONS) and departures(recipe) == ["epochs 2 instead of 300"]
+    assert departures(load_recipe("cifar100/preact_resnet18", {"data.path": "here"})) == []
+    assert departures(load_recipe("imagenet/resnet152", {"data.holdout_fraction": "0.04"})) == [
+        "data.holdout_fraction 0.04 instead of 0.0"
+    ]
+    assert paper_figures(load_recipe("digits")) == {}
+    assert paper_figures(load_recipe("imagenet/resnet152"))["baseline"]["aurc"] == 61.79
+
+
+def test_the_page_puts_the_papers_figure_and_the_difference_into_the_cell(copied):
+    for path in copied.rglob("recipe.yaml"):
+        text = (
+            path.read_text()
+            .replace("source: digits", "source: cifar100")
+            .replace("gaussian_noise: 0.2", "gaussian_noise: 0.0")
+        )
+        path.write_text(text.replace("cifar_preact_resnet_tiny", "cifar_preact_resnet18"))
+    found = report(copied)
+    ours = found.frame.top1_error["pskd"]
+    text = Tables(page(found)).tables[0][2][2][1]
+    assert text.endswith(f"paper 20.82 ({ours - 20.82:+.2f})".replace("-", "−"))
+    assert "epochs 2 instead of 300" in page(found)
+
+
+def test_class_errors_are_torchmetrics_accuracies_and_every_method_has_its_look(runs):
+    tables = [pd.read_parquet(runs / "pskd" / f"seed{seed}" / "predictions.parquet") for seed in (0, 1)]
+    accuracy = MulticlassAccuracy(10, average="none")
+    each = [accuracy(torch.tensor(t.prediction.to_numpy()), torch.tensor(t.label.to_numpy())).numpy() for t in tables]
+    np.testing.assert_allclose(class_errors(tables), 100 * (1 - np.mean(each, axis=0)), rtol=1e-5)
+    assert set(COLOURS) == set(TITLES) == set(METHOD_SECTIONS)
+    every = looks(METHOD_SECTIONS).values()
+    assert (
+        len({look.colour for look in every})
+        == len({look.dash for look in every})
+        == len({look.marker for look in every})
+        == 5
+    )
+
+
+def test_long_curves_are_thinned_to_300_points():
+    history = pd.DataFrame({"method": "pskd", "seed": 0, "epoch": range(1, 2001), "nll": np.linspace(2, 1, 2000)})
+    line = curves(history, "nll").axes[0].lines[0]
+    assert len(line.get_xdata()) == 300 and (line.get_xdata()[0], line.get_xdata()[-1]) == (1, 2000)
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"confidence": rng.uniform(size=5000), "correct": rng.uniform(size=5000) < 0.5})
+    assert len(risk_coverage({"pskd": [table]}).axes[0].lines[0].get_xdata()) == 300
+    points = reliability({"pskd": [table]}).axes[0].lines[1].get_xydata()
+    expected = [table[(table.confidence > k / 10) & (table.confidence <= (k + 1) / 10)].mean() for k in range(10)]
+    np.testing.assert_allclose(points, expected, rtol=1e-9)
+
+
+NO_BROWSER = (
+    "no Chromium here, so the page is not looked at: install it with `apt-get update && apt-get install -y chromium`"
+)
+
+
+@pytest.fixture(scope="module")
+def window():
+    if browser.CHROMIUM is None:
+        pytest.skip(NO_BROWSER)
+    # A short path: Chromium's socket has no room for pytest's.
+    with tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True) as folder:
+        opened = browser.Page(Path(folder))
+        yield opened
+        opened.close()
+
+
+def column(window, number):
+    cells = (
+        f"[...document.querySelectorAll('#table-last tbody tr')].map(r => r.cells[{number}].getAttribute('data-value'))"
+    )
+    return [float(value) for value in window.run(cells)]
+
+
+def test_in_a_browser_the_page_is_quiet_and_its_tables_sort_by_click_and_by_keyboard(compared, window):
+    window.complaints.clear(), window.requests.clear()
+    window.open(compared.paths[-1])
+    before = column(window, 4)
+    window.click("#table-last th:nth-child(5) button")
+    assert column(window, 4) == sorted(before)
+    window.run("document.querySelector('#table-last th:nth-child(5) button').focus()")
+    window.press("Enter")
+    assert column(window, 4) == sorted(before, reverse=True)
+    sorts = "[...document.querySelectorAll('#table-last th[aria-sort]')].map(h => h.getAttribute('aria-sort'))"
+    assert [kind for kind in window.run(sorts) if kind != "none"] == ["descending"]
+    window.press("Tab")
+    assert window.run("document.activeElement.textContent") == "ECE %"
+    assert window.complaints == []
+    assert [url for url in window.requests if not url.startswith(("data:", "file:"))] == []
+
+
+def test_in_a_browser_both_themes_are_readable_and_the_button_turns_them(compared, window):
+    def contrast():
+        colours = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        light = [
+            sum(
+                w * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+                for w, c in zip((0.2126, 0.7152, 0.0722), rgb, strict=True)
+            )
+            for rgb in ([int(v) / 255 for v in re.findall(r"\d+", text)[:3]] for text in window.run(colours))
+        ]
+        return light[0] > light[1], (max(light) + 0.05) / (min(light) + 0.05)
+
+    for scheme in ("light", "dark"):
+        window.open(compared.paths[-1], scheme=scheme)
+        is_light, ratio = contrast()
+        assert is_light == (scheme == "light") and ratio > 10
+        # The baseline's black follows the page's text.
+        line = "getComputedStyle(document.querySelector('#curves ~ .plots path[style*=baseline]')).stroke"
+        assert window.run(line) == ("rgb(0, 0, 0)" if is_light else "rgb(242, 242, 242)")
+        window.click(".theme")
+        assert contrast()[0] != is_light
+        assert window.run("document.querySelector('.theme').getAttribute('aria-pressed')") == str(is_light).lower()
+
+
+def test_in_a_browser_nothing_sticks_out_on_a_phone(compared, window):
+    window.open(compared.paths[-1], width=390, height=844)
+    assert window.run("[innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+    smallest = "Math.min(...[...document.querySelectorAll('svg.plot text')].map(t => t.getBoundingClientRect().height))"
+    assert window.run(smallest) > 8
+    window.run("document.querySelector('details').open = true")
+    assert window.run("document.documentElement.scrollWidth") == 390
