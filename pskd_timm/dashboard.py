@@ -19,10 +19,10 @@ TRAINING = {
     "images_per_second": "images a second",
     "store_bytes": "bytes of the prediction store",
 }
-CHARTS = {  # as the tracker logs them: table, kind of chart, its two columns
-    "Reliability": ("reliability_table", "line", "confidence", "accuracy"),
-    "Risk and coverage": ("risk_coverage_table", "line", "coverage %", "error %"),
-    "Confidences": ("confidences_table", "line", "confidence up to", "samples %"),
+CHARTS = {  # as the tracker logs them: a table and its two columns
+    "Reliability": ("reliability_table", "confidence", "accuracy"),
+    "Risk and coverage": ("risk_coverage_table", "coverage %", "error %"),
+    "Confidences": ("confidences_table", "confidence up to", "samples %"),
 }
 
 
@@ -50,11 +50,11 @@ def make_workspace(recipe: Recipe, entity: str, project: str):
         return panels.LinePlot(title=title, x=x, y=[metric], max_runs_to_show=100, **over_seeds)
 
     def chart(title):
-        table, kind, x, y = CHARTS[title]
-        # wandb's own line charts ask for these fields; the last gives each run its colour.
+        table, x, y = CHARTS[title]
+        # wandb's own line charts ask for these fields, the last for each run's colour.
         query = {"summaryTable": {"tableKey": table}, "id": None, "name": None, "_defaultColorIndex": None}
         names = {"title": title, "xname": x, "yname": y}
-        return panels.CustomChart(query, f"wandb/{kind}/v0", {"x": x, "y": y, "stroke": None}, names)
+        return panels.CustomChart(query, "wandb/line/v0", {"x": x, "y": y, "stroke": None}, names)
 
     final = {f"last.{metric}": header for metric, header in HEADERS.items()}
     bars = [panels.BarPlot(title=f"{title}, last epoch", metrics=[key], **over_seeds) for key, title in final.items()]
