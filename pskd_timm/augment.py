@@ -39,7 +39,7 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Float images from `images` [B, C, H, W] of 0 … 255; `mean` and `std` [C] are in units of the pixel range."""
-    return (images.float() - 255.0 * mean[:, None, None]) / (255.0 * std[:, None, None])
+    return (images - 255.0 * mean[:, None, None]).div_(255.0 * std[:, None, None])
 
 
 @cache
@@ -50,27 +50,32 @@ def on_device(values: tuple, device: torch.device) -> Tensor:
 
 def grey(images: Tensor) -> Tensor:
     """The grey picture [B, 1, H, W] of RGB `images` [B, 3, H, W]."""
-    return (images * on_device(GREY, images.device)[:, None, None]).sum(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
 def color_jitter(images: Tensor, factors: Tensor, turn: Tensor) -> Tensor:
-    """Brightness, contrast and saturation of float `images` [B, 3, H, W] times `factors` [B, 3], in the order ORDERS[turn] [B].
+    """Brightness, contrast and saturation of `images` [B, 3, H, W] times `factors` [B, 3], in the order ORDERS[turn] [B].
 
-    Brightness blends with black, contrast with the picture's mean grey, saturation with its grey picture.
+    Brightness blends with black, contrast with the picture's mean grey, saturation with its grey picture. Each of them,
+    and so any order of them, is a·image + b·grey + c with three numbers for each image: one pass instead of three.
     """
-    steps = on_device(ORDERS, images.device)[turn]
-    for step in steps.unbind(dim=1):
-        shade = grey(images)
-        base = torch.zeros_like(shade)
-        base = torch.where((step == 1)[:, None, None, None], shade.mean(dim=(2, 3), keepdim=True), base)
-        base = torch.where((step == 2)[:, None, None, None], shade, base)
+    shade = grey(images)
+    middle = shade.mean(dim=(1, 2, 3))
+    a, b, c = torch.ones_like(middle), torch.zeros_like(middle), torch.zeros_like(middle)
+    for step in on_device(ORDERS, images.device)[turn].unbind(dim=1):
         factor = factors.gather(1, step[:, None]).squeeze(1)
-        images = torch.lerp(base.expand_as(images), images, factor[:, None, None, None])
-    return images
+        rest = 1.0 - factor
+        to_middle, to_shade = step == 1, step == 2  # the picture's grey is now (a + b)·shade + c
+        c = torch.where(to_middle, c + rest * (a + b) * middle, torch.where(to_shade, c, factor * c))
+        b = torch.where(to_shade, b + rest * a, factor * b)
+        a = factor * a
+    a, b, c = (number[:, None, None, None] for number in (a, b, c))
+    return (images * a).add_(shade.mul_(b).add_(c))
 
 
 def lighting(images: Tensor, alpha: Tensor) -> Tensor:
-    """Float `images` [B, 3, H, W] of 0 … 255 moved along ImageNet's principal colours by `alpha` [B, 3] (AlexNet's noise)."""
+    """`images` [B, 3, H, W] of 0 … 255 moved along ImageNet's principal colours by `alpha` [B, 3] (AlexNet's noise)."""
     values, vectors = on_device(PCA_VALUES, images.device), on_device(PCA_VECTORS, images.device)
     return images + 255.0 * ((alpha * values) @ vectors.T)[:, :, None, None]
 
@@ -122,10 +127,10 @@ def augment(images: Tensor, index: Tensor, key: int, section: Augment, mean: Ten
     if section.color_jitter:
         draws = [rng.uniform(rng.fold(key, draw), index) for draw in (BRIGHTNESS, CONTRAST, SATURATION)]
         factors = 1.0 + section.color_jitter * (2.0 * torch.stack(draws, dim=1) - 1.0)
-        images = color_jitter(images.float(), factors, rng.integers(rng.fold(key, JITTER_ORDER), index, len(ORDERS)))
+        images = color_jitter(images, factors, rng.integers(rng.fold(key, JITTER_ORDER), index, len(ORDERS)))
     if section.lighting:
         alpha = [rng.normal(rng.fold(key, LIGHTING, component), index) for component in range(3)]
-        images = lighting(images.float(), section.lighting * torch.stack(alpha, dim=1))
+        images = lighting(images, section.lighting * torch.stack(alpha, dim=1))
     images = normalize(images, mean, std)
     if section.cutout:
         images = cutout(images, index, key, section.cutout)

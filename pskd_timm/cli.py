@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 from . import __version__
 from .recipe import (
@@ -122,8 +123,17 @@ def make_parser() -> Parser:
     export.add_argument("--format", choices=["onnx"], default="onnx", help="default: onnx")
     export.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
-    bench.add_argument("what", choices=["store"], help="store: the prediction store's memory and times")
-    bench.add_argument("--processes", nargs="+", type=int, metavar="N", default=[1, 2, 4], help="default: 1 2 4")
+    parts = ["step", "data", "store", "metrics", "start"]
+    bench.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {' '.join(parts)} (default: all, under five minutes)"
+    )
+    bench.add_argument(
+        "--processes", nargs="+", type=int, metavar="N", help="store: so many each time (default: 1 2 4)"
+    )
+    bench.add_argument(
+        "--sizes", nargs="+", metavar="NxK", help="store: samples x classes (default: 50000x100 300000x1000)"
+    )
+    bench.add_argument("--images", metavar="DIR", help="data: JPEG files to stream (default: random ones)")
     bench.add_argument("--json", metavar="PATH", help="write the figures there too")
     dashboard = command("dashboard", "build wandb's workspace that compares a recipe's runs", run_dashboard, False)
     dashboard.add_argument("runs", metavar="RUNS", help="a comparison's folder (runs/digits), or its recipe")
@@ -376,12 +386,20 @@ def refuse(rest: list[str], arguments: argparse.Namespace):
 
 
 def run_bench(arguments, rest):
-    from . import bench
+    from .bench import PARTS, bench
+    from .bench.store import parse_size
+    from .files import write_whole
 
-    rows = bench.store(processes=arguments.processes)
+    if unknown := [part for part in arguments.parts if part not in PARTS]:
+        raise InputError(f"bench has no part {unknown[0]!r}, only {', '.join(PARTS)}{nearest(unknown[0], PARTS)}")
+    if arguments.processes and min(arguments.processes) < 1:
+        raise InputError("--processes must be at least 1")
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise InputError(f"--json: there is no folder {Path(arguments.json).absolute().parent}")
+    sizes = [parse_size(text) for text in arguments.sizes] if arguments.sizes else None
+    found = bench(arguments.parts or PARTS, sizes=sizes, processes=arguments.processes, images=arguments.images)
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        write_whole(Path(arguments.json), json.dumps(found, indent=1))
     return DONE
 
 

@@ -52,20 +52,27 @@ class EffectiveLoss:
 
     @property
     def kl_pull(self) -> float:
-        """The KL term's gradient in units of an untempered KL's: exact at T = 1, else in the limit of small logits."""
-        return self.kl / self.temperature**2
+        """The KL term's gradient on the logits in units of cross-entropy's where a prediction is wholly wrong: `kl`/T."""
+        return self.kl / self.temperature
 
     @property
     def gradient_scale(self) -> float:
-        """The gradient's size in units of plain cross-entropy's."""
+        """The gradient in units of plain cross-entropy's: at T = 1 always, else where a prediction is wholly wrong."""
         return self.cross_entropy + self.kl_pull
+
+    @property
+    def gradient_scale_of_small_logits(self) -> float:
+        """The same where teacher and student are all but uniform: each logit then counts by 1/T, and so does its slope."""
+        return self.cross_entropy + self.kl_pull / self.temperature
 
     def lines(self, lr: float | None = None) -> list[str]:
         """A formula, what it is equal to, and warnings; `lr` is the learning rate that a warning speaks of."""
         tempered = f" at T {self.temperature:g}" if self.temperature != 1 else ""
         kl = f" + {self.kl:.4g} × KL({self.target} ‖ prediction){tempered}" if self.kl else ""
         scale = f"gradient scale {self.gradient_scale:.3g}"
-        found = [f"effective loss: {self.cross_entropy:.4g} × cross-entropy{kl}, {scale}"]
+        if tempered:
+            scale += f" where a prediction is wholly wrong, {self.gradient_scale_of_small_logits:.3g} for small logits"
+        found = [f"effective loss: {self.cross_entropy:.4g} × cross-entropy{kl}", f"  {scale}"]
         if self.smoothing is not None:
             times = "" if abs(self.gradient_scale - 1) < 0.005 else f", its gradient times {self.gradient_scale:.3g}"
             found.append(f"  the same as label smoothing with ε = {self.smoothing:.4g} (ε/K){times}")
@@ -79,8 +86,10 @@ class EffectiveLoss:
             found.append(f"warning: the KL term is inert: {part:.2g} % of the gradient")
         # A term that is added to a whole cross-entropy leaves its learning rate alone; a mixture should weigh 1 in all.
         if self.cross_entropy != 1 and not 1 / UNEQUAL <= self.gradient_scale <= UNEQUAL:
-            rate = f": like optim.lr {lr * self.gradient_scale:.3g} instead of {lr:g}" if lr else ""
-            found.append(f"warning: the gradient scale of {self.gradient_scale:.3g} is a hidden learning rate{rate}")
+            scales = sorted({self.gradient_scale_of_small_logits, self.gradient_scale})
+            rates = " to ".join(f"{lr * scale:.3g}" for scale in scales) if lr else ""
+            like = f": like optim.lr {rates} instead of {lr:g}" if lr else ""
+            found.append(f"warning: the gradient scale is a hidden learning rate{like}")
         return found
 
 

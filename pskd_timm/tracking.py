@@ -68,18 +68,18 @@ def most_confident_mistakes(each: Outcomes, count: int = MISTAKES) -> Tensor:
 class Tracker:
     """Files of a run folder and, where the recipe asks for it, wandb: the same numbers under the same names."""
 
-    def __init__(self, accelerator, recipe: Recipe, run_dir: Path, steps_per_epoch: int):
+    def __init__(self, accelerator, recipe: Recipe, run_dir: Path, steps_per_epoch: int, quiet: bool = False):
         self.accelerator, self.run_dir, self.steps_per_epoch = accelerator, run_dir, steps_per_epoch
         self.is_main, self.recipe = accelerator.is_main_process, recipe
         self.files: dict[str, Lines] = {}
         self.uses_wandb = recipe.tracking.wandb != "disabled"
         if self.uses_wandb:
-            self._start_wandb(recipe)
+            self._start_wandb(recipe, quiet)
         if self.uses_wandb and self.is_main:
             self.wandb_run = accelerator.get_tracker("wandb", unwrap=True)
             self._define_metrics()
 
-    def _start_wandb(self, recipe: Recipe):
+    def _start_wandb(self, recipe: Recipe, quiet: bool):
         options = {
             "id": self._wandb_id(),
             "resume": "allow",
@@ -91,6 +91,7 @@ class Tracker:
             "entity": recipe.tracking.entity,
             "dir": str(self.run_dir),
             "mode": recipe.tracking.wandb,
+            "settings": {"silent": quiet},
         }
         try:
             self.accelerator.init_trackers(recipe.tracking.project, recipe.model_dump(), {"wandb": options})

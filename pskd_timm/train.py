@@ -185,7 +185,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
 
     lock = FileLock(run_dir / ".lock")
     ranks.on_main(lambda: prepare_folder(recipe, lock))
-    tracker = Tracker(accelerator, recipe, run_dir, loader.steps)
+    tracker = Tracker(accelerator, recipe, run_dir, loader.steps, display.quiet)
     wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
     try:
@@ -327,6 +327,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         tracker.finish()
         display.close()
         lock.release()
+        if world_size == 1:  # Accelerate refuses to start several processes where it has run one before
+            AcceleratorState._reset_state(reset_partial_state=True)
     return Result.read(run_dir)
 
 

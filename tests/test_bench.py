@@ -3,23 +3,62 @@ import json
 import pytest
 
 from pskd_timm import bench
+from pskd_timm.bench import metrics, rounds, step, store
 from pskd_timm.cli import main
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_store_adds_its_formula_to_a_processs_memory_and_the_released_way_the_full_float32_table(processes):
     said = []
-    (row,) = bench.store([(40_000, 500)], [processes], steps=3, say=said.append)
+    (row,) = store.measure(said.append, [(40_000, 500)], [processes], steps=3)
     overhead = 10e6  # ids, slots and what the interpreter takes on the way
     assert row["formula_bytes"] == 40_000_000
     assert 0.95 * row["formula_bytes"] < row["resident_bytes"] < row["formula_bytes"] + overhead
     # A round sends and receives at most EXCHANGE_BYTES each, and the process group keeps a copy.
     assert row["peak_bytes"] < row["formula_bytes"] + 2 * 20e6 * processes + overhead
     assert row["released_measured"] and row["released_resident_bytes"] == pytest.approx(80e6, rel=0.1)
+    assert row["ratio"] == row["epoch_seconds"] / row["released_epoch_seconds"]
     assert len(said) == 1 and "extrapolated" in said[0]
 
 
-def test_bench_store_writes_its_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "store", lambda processes: [{"processes": count} for count in processes])
-    assert main(["bench", "store", "--processes", "1", "3", "--json", str(tmp_path / "bench.json")]) == 0
-    assert json.loads((tmp_path / "bench.json").read_text()) == [{"processes": 1}, {"processes": 3}]
+def test_bench_measures_the_parts_that_are_named_with_the_options_they_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "measure", lambda say, **options: [options])
+    monkeypatch.setattr(metrics, "measure", lambda say: [{"seconds": 1.0}])
+    path = tmp_path / "bench.json"
+    options = ["--processes", "1", "3", "--sizes", "128x2", "--json", str(path)]
+    assert main(["bench", "store", "metrics", *options]) == 0
+    assert json.loads(path.read_text()) == {
+        "store": [{"sizes": [[128, 2]], "processes": [1, 3]}],
+        "metrics": [{"seconds": 1.0}],
+    }
+    assert store.TITLE in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["stor"], "bench has no part 'stor', only step, data, store, metrics, start: did you mean store?"),
+        (["store", "--sizes", "5x"], "'5x' should be SAMPLESxCLASSES"),
+        (["store", "--processes", "0"], "--processes must be at least 1"),
+        (["store", "--json", "/nowhere/b.json"], "there is no folder /nowhere"),
+        (["data", "--images", "/nowhere"], "/nowhere holds 0 JPEG files"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure_before_it_starts(options, says, capsys):
+    assert main(["bench", *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_ratio_is_the_median_of_each_rounds_own():
+    found = {"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}
+    assert rounds.ratio(found, "a", "b") == {"seconds": 2.0, "ratio": 1.0, "low": 0.5, "high": 2.0, "rounds": 3}
+
+
+def test_every_method_and_teacher_is_measured_as_a_step_that_trains():
+    model, steps = step._steps(width=2)
+    assert set(steps) == {"bare", *step.TAUGHT}
+    assert {name for name, _ in step.TAUGHT.values()} == set(bench.step.METHODS)
+    for take in steps.values():
+        before = [p.detach().clone() for p in model.parameters()]
+        take()
+        assert any((p != old).any() for p, old in zip(model.parameters(), before, strict=True))

@@ -1,17 +1,21 @@
 """Published settings and what they amount to: losses and gradients against the formulas, written out here once more."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm import create_model
 from torch import nn
 
 from pskd_timm import METHODS, Batch, InputError, load_recipe
+from pskd_timm.cli import main
 from pskd_timm.effective import alpha_at, effective_lines, effective_loss
 from pskd_timm.presets import DEFAULTS, PRESETS
+from pskd_timm.progress import readable
 from pskd_timm.recipe import METHOD_SECTIONS, sections
 
 K, B = 100, 6
@@ -237,18 +241,42 @@ def test_the_gradient_of_small_logits_is_that_of_the_stated_weights(problem, met
         target = rows / recipe.tfkd.temperature * stated.temperature  # at the student's temperature: what T makes of it
     found = gradient(method.loss(Echo(), Batch(z, labels, torch.arange(B), partners))[0], z)
     plain = F.kl_div(z.log_softmax(1), target.softmax(1), reduction="batchmean")
-    same = stated.cross_entropy * F.cross_entropy(z, labels) + stated.kl_pull * plain
+    pull = stated.gradient_scale_of_small_logits - stated.cross_entropy
+    same = stated.cross_entropy * F.cross_entropy(z, labels) + pull * plain
     assert found == pytest.approx(gradient(same, z), rel=2e-2, abs=1e-7)
-    assert stated.gradient_scale == stated.cross_entropy + stated.kl_pull
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("tfkd", {"tfkd__teacher": "trained"}),
+        ("tfkd", {"tfkd__teacher": "trained", "tfkd__alpha": 0.9, "tfkd__temperature": 20.0}),
+        ("tfkd", {"tfkd__teacher": "trained", "tfkd__temper_student": False}),
+        ("cskd", {"cskd__weight": 3.0}),
+        ("pskd", {}),
+    ],
+)
+def test_where_a_prediction_is_wholly_wrong_the_gradient_is_cross_entropys_times_the_stated_scale(method, settings):
+    recipe = recipe_of(method, **settings)
+    z, right = torch.zeros(1, K, dtype=torch.float64), torch.zeros(1, K, dtype=torch.float64)
+    z[0, 0], right[0, K - 1] = 1e4, 1e4  # the student is sure of class 0; label and teacher of the last
+    z.requires_grad_()
+    method = taught(recipe, num_samples=1)
+    if recipe.method == "pskd":
+        method.store.write(torch.arange(1), right.softmax(1))
+    labels = torch.tensor([K - 1])
+    found = gradient(method.loss(Echo(), Batch(z, labels, torch.arange(1), right))[0], z)
+    same = effective_loss(recipe, K).gradient_scale * F.cross_entropy(z, labels)
+    assert found == pytest.approx(gradient(same, z), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("settings", "kl", "scale", "warns"),
     [
-        ({"tfkd__alpha": 0.95, "tfkd__temperature": 6, "tfkd__multiplier": 50}, 17.1, 0.525, "hidden"),
-        ({"tfkd__alpha": 0.9, "tfkd__temperature": 20, "tfkd__multiplier": 50}, 180, 0.55, "hidden"),
-        ({"tfkd__alpha": 0.9, "tfkd__temperature": 20, "tfkd__multiplier": 100}, 360, 1.0, ""),
-        ({"tfkd__alpha": 0.95, "tfkd__temperature": 20, "tfkd__multiplier": 1}, 3.8, 0.0595, "hidden"),
+        ({"tfkd__alpha": 0.95, "tfkd__temperature": 6, "tfkd__multiplier": 50}, 17.1, 2.9, "hidden"),
+        ({"tfkd__alpha": 0.9, "tfkd__temperature": 20, "tfkd__multiplier": 50}, 180, 9.1, "hidden"),
+        ({"tfkd__alpha": 0.9, "tfkd__temperature": 20, "tfkd__multiplier": 100}, 360, 18.1, "hidden"),
+        ({"tfkd__alpha": 0.95, "tfkd__temperature": 20, "tfkd__multiplier": 1}, 3.8, 0.24, "hidden"),
         ({"tfkd__teacher": "virtual", "tfkd__temperature": 40, "tfkd__multiplier": 1}, 0.001, 0.901, "inert"),
         ({"tfkd__teacher": "virtual", "tfkd__alpha": 0.5, "tfkd__multiplier": 1}, 0.005, 0.505, "inert hidden"),
     ],
@@ -258,13 +286,34 @@ def test_published_settings_state_their_weights_and_warn_of_what_they_hide(setti
     assert stated.kl == pytest.approx(kl) and stated.gradient_scale == pytest.approx(scale)
     text = "\n".join(stated.lines(0.1))
     assert [word for word in ("inert", "hidden") if word in text] == warns.split()
-    assert ("hidden" not in text) or f"like optim.lr {0.1 * scale:.3g} instead of 0.1" in text
+    assert ("hidden" not in text) or f"{0.1 * scale:.3g} instead of 0.1" in text
+
+
+def test_show_says_whose_each_constant_is_what_the_loss_amounts_to_and_what_a_teacher_costs(capsys):
+    of = ["--preset", "official", "--preset_of", "cifar100/resnet18"]
+    assert main(["show", "digits", "--method", "tfkd", "--tfkd.teacher", "baseline", "--tfkd.alpha", "0.95", *of]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        r"tfkd.alpha +│ 0.95 +│ command line \(as in preset official: authors' code\)",
+        r"tfkd.temperature +│ 6.0 +│ preset official of cifar100/resnet18: authors' code",
+        r"tfkd.reduction +│ mean +│ default: authors' code",
+        r"effective loss: 0.05 × cross-entropy \+ 171 × KL",  # m = 50 stays 50 for ten classes
+        r"warning: .* hidden learning rate: like optim.lr 0.48 to 2.86 instead of 0.1",
+    ):
+        assert re.search(line, text), line
+    model = create_model("cifar_preact_resnet_tiny", num_classes=10, width=32)
+    size = readable(sum(tensor.nbytes for tensor in model.state_dict().values()))
+    assert f"trained teacher per rank: {size}; one more forward pass" in text
+    assert main(["show", "digits", "--pskd.teacher", "snapshot"]) == 0
+    assert f"snapshot teacher per rank: {size}; one more forward pass" in capsys.readouterr().out
+    assert main(["show", "digits", "--method", "tfkd", "--preset", "pskd"]) == 2
+    assert capsys.readouterr().err.startswith("pskd-timm: preset pskd: what it used for tfkd is not public")
 
 
 def test_the_readme_shows_what_show_says_of_mobilenetv2():
     of = {"preset": "official", "preset_of": "cifar100/mobilenetv2", "model__name": "resnet34"}
     lines = effective_lines(recipe_of("tfkd", tfkd__teacher="baseline", **of), 100)
-    assert len(lines) == 2 and "\n".join(lines) in (Path(__file__).parent.parent / "README.md").read_text()
+    assert len(lines) == 3 and "\n".join(lines) in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_methods_that_hide_nothing_get_no_warning():

@@ -265,6 +265,7 @@ def test_a_run_stopped_before_a_batch_that_two_processes_leave_out_goes_on_with_
         "batch_size": 64,
         "epochs": 3,
         "model.kwargs": {"width": 8},
+        "tracking.wandb": "offline",
     }
     recipe = tiny(**{key.replace(".", "__"): value for key, value in settings.items()}, output_dir=str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
@@ -272,3 +273,7 @@ def test_a_run_stopped_before_a_batch_that_two_processes_leave_out_goes_on_with_
     assert json.loads((newest(recipe.run_dir) / "state.json").read_text())["progress"]["step"] == 1
     launch(2, "-m", "pskd_timm", "train", recipe.run_dir / "recipe.yaml")
     assert [line["epoch"] for line in read_lines(recipe.run_dir / "metrics.jsonl")] == [1, 2, 3]
+    # wandb knows one run: a folder for each of the two launches, none for the second rank.
+    wandb_id = (recipe.run_dir / "wandb_id").read_text()
+    assert len(list(recipe.run_dir.glob("wandb/offline-run-*"))) == 2
+    assert len(list(recipe.run_dir.glob(f"wandb/offline-run-*/run-{wandb_id}.wandb"))) == 2

@@ -65,10 +65,11 @@ def test_without_a_terminal_an_epoch_is_a_line_with_the_same_facts(tiny, capsys)
         assert fact in lines[-1]
 
 
-def test_quiet_says_nothing_at_all(tiny, monkeypatch):
+def test_quiet_says_nothing_at_all_and_neither_does_wandb(tiny, monkeypatch, capsys):
     terminal = fake_terminal(monkeypatch)
-    train(tiny(seed=4), Display(quiet=True))
-    assert terminal.getvalue() == ""
+    result = train(tiny(seed=4, tracking__wandb="offline"), Display(quiet=True))
+    assert terminal.getvalue() == capsys.readouterr().err == ""
+    assert list(result.run_dir.glob("wandb/offline-run-*"))
 
 
 def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch):

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -287,10 +288,11 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tiny, tmp_
 
 
 def test_copies_that_know_nothing_of_each_other_are_refused(tiny, monkeypatch):
-    train(tiny(epochs=1))  # this process is connected to no other
+    PartialState(cpu=True)  # this process is connected to no other
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="2 copies that know nothing of each other: .*--multi_gpu"):
         train(tiny(epochs=1, seed=1))
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_network_whose_outputs_are_not_finite_is_no_perfect_network(tiny):

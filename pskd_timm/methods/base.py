@@ -22,6 +22,13 @@ def eval_mode(model: nn.Module):
             part.training = True
 
 
+def frozen(network: nn.Module, like: nn.Module | None) -> nn.Module:
+    """`network` made a teacher: in eval mode, learning nothing, and compiled in place where `like` is."""
+    if like is not None and like._compiled_call_impl is not None:
+        network.compile(dynamic=False)
+    return network.eval().requires_grad_(False)
+
+
 class Method:
     """Base of all methods. Not an `nn.Module`: a teacher is neither wrapped nor saved with the student."""
 

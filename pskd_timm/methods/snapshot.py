@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import ranks
 from ..models.build import contiguous_state
 from ..recipe import InputError
+from .base import frozen
 
 
 class Snapshot:
@@ -46,7 +47,7 @@ class Snapshot:
     def _copy(self) -> nn.Module:
         if self.network is None:
             raise InputError("teacher snapshot does not know the network yet: give it to setup(…, model=model)")
-        return frozen_copy(self.network)
+        return frozen(copy.deepcopy(self.network), like=self.network)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -54,11 +55,3 @@ def bare(model: nn.Module) -> nn.Module:
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     return model
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` that is in eval mode, learns nothing, and is compiled in place where `model` is."""
-    copied = copy.deepcopy(model).eval().requires_grad_(False)
-    if model._compiled_call_impl is not None:  # a copy is not
-        copied.compile(dynamic=False)
-    return copied

@@ -10,7 +10,7 @@ from .. import losses
 from ..effective import tfkd_weight
 from ..models.build import load_model
 from ..recipe import InputError
-from .base import Method
+from .base import Method, frozen
 
 
 class TFKD(Method):
@@ -66,7 +66,7 @@ class TFKD(Method):
         constants = self.alpha, self.temperature, self.multiplier, self.reduction
         self.kl_weight = tfkd_weight(num_classes, virtual, *constants)
         if not virtual:
-            self.teacher.to(device).eval().requires_grad_(False)
+            frozen(self.teacher.to(device), like=model)
         return self
 
     def loss(self, model, batch):

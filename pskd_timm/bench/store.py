@@ -1,37 +1,58 @@
-"""What this machine does: figures measured here, not promises."""
+"""The prediction store beside the way of PS-KD's released code, over several processes."""
 
 import multiprocessing
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from . import order
-from .store import PredictionStore, store_bytes
+from .. import order
+from ..recipe import InputError
+from ..store import PredictionStore, store_bytes
+from . import rounds
 
-STORE_SIZES = ((50_000, 100), (300_000, 1_000), (1_281_167, 1_000))  # CIFAR-100, a large set, ImageNet-1k
+TITLE = "the prediction store (float16) beside two all-gathers and a float32 table a process (batch 128)"
+OPTIONS = ("sizes", "processes")
 
 
-def store(sizes=STORE_SIZES, processes=(1, 2, 4), batch_size: int = 128, steps: int = 300, say=print) -> list[dict]:
-    """The prediction store (float16) and the way of PS-KD's released code, for each size (N, K) and number of processes.
+def parse_size(text: str) -> tuple[int, int]:
+    """`50000x100` as (50000, 100): samples and classes."""
+    try:
+        num_samples, num_classes = (int(part) for part in text.lower().split("x"))
+        if num_samples < 128 or num_classes < 2:
+            raise ValueError
+    except ValueError:
+        raise InputError(
+            f"--sizes: {text!r} should be SAMPLESxCLASSES, as in 50000x100 (128 samples at least)"
+        ) from None
+    return num_samples, num_classes
+
+
+def measure(say, sizes=((50_000, 100), (300_000, 1_000)), processes=(1, 2, 4), batch_size=128, steps=200) -> list[dict]:
+    """A row for each size (N, K) and number of processes.
 
     Seconds are those of the slowest process, bytes those of the largest. `resident` is what the store added to a process's
-    resident memory, `peak` the most it added for a moment, `formula` what it should hold. The released way keeps a float32
-    table in every process and gathers and writes it row by row; its epoch is extrapolated from `steps` steps, and its
-    memory is computed where the tables of all processes do not fit into this machine (`measured` is False).
+    resident memory, `peak` the most it added for a moment, `formula` what it should hold. Checkout and checkin are those of
+    a later epoch than the first, which also takes its memory from the system (`first_checkout_seconds`). The released way
+    keeps a float32 table in every process and gathers and writes it row by row; its epoch is extrapolated from `steps`
+    steps, and its memory is computed where the tables of all processes do not fit into this machine (`measured` is False).
     """
     rows = []
     for num_samples, num_classes in sizes:
         for world_size in processes:
             row = {"num_samples": num_samples, "num_classes": num_classes, "processes": world_size}
-            shape = (num_samples, num_classes, batch_size, steps)
-            ours = _over_processes(_measure_store, world_size, shape)
-            row |= ours | {"formula_bytes": store_bytes(num_samples, num_classes, "float16", world_size)}
-            row["epoch_seconds"] = ours["checkout_seconds"] + ours["checkin_seconds"]
-            row["epoch_seconds"] += ours["step_seconds"] * (num_samples / batch_size)
-            row |= {f"released_{key}": value for key, value in _released(world_size, shape).items()}
+            table_bytes = num_samples * num_classes * 4
+            fits = 1.5 * world_size * table_bytes < rounds.free_bytes()
+            row |= _over_processes(world_size, (num_samples, num_classes, batch_size, steps, fits))
+            row["formula_bytes"] = store_bytes(num_samples, num_classes, "float16", world_size)
+            row["epoch_seconds"] = row["checkout_seconds"] + row["checkin_seconds"]
+            row["epoch_seconds"] += row["step_seconds"] * (num_samples / batch_size)
+            row["released_measured"] = fits
+            if not fits:
+                row["released_resident_bytes"] = table_bytes
+            row["released_epoch_seconds"] = row["released_step_seconds"] * (num_samples / batch_size)
+            row["ratio"] = row["epoch_seconds"] / row["released_epoch_seconds"]
             rows.append(row)
             say(_line(row))
     return rows
@@ -40,33 +61,24 @@ def store(sizes=STORE_SIZES, processes=(1, 2, 4), batch_size: int = 128, steps: 
 def _line(row: dict) -> str:
     gb = {key: value / 1e9 for key, value in row.items() if key.endswith("_bytes")}
     return (
-        f"{row['num_samples']:>9,} × {row['num_classes']:<5,} {row['processes']} processes | "
+        f"  {row['num_samples']:>9,} × {row['num_classes']:<5,} {row['processes']} processes | "
         f"resident {gb['resident_bytes']:.3f} GB, peak {gb['peak_bytes']:.3f}, formula {gb['formula_bytes']:.3f} | "
         f"checkout {row['checkout_seconds']:.2f} s, checkin {row['checkin_seconds']:.2f} s, "
-        f"step {1e3 * row['step_seconds']:.2f} ms, epoch {row['epoch_seconds']:.1f} s | released code's way: "
+        f"step {1e3 * row['step_seconds']:.2f} ms, epoch {row['epoch_seconds']:.2f} s | released way: "
         f"{gb['released_resident_bytes']:.3f} GB{'' if row['released_measured'] else ' (computed)'}, "
-        f"step {1e3 * row['released_step_seconds']:.2f} ms, epoch {row['released_epoch_seconds']:.1f} s (extrapolated)"
+        f"step {1e3 * row['released_step_seconds']:.2f} ms, epoch {row['released_epoch_seconds']:.1f} s (extrapolated) | "
+        f"ratio {row['ratio']:.3f}"
     )
 
 
-def _released(world_size: int, shape: tuple) -> dict:
-    num_samples, num_classes, batch_size, _ = shape
-    table_bytes = num_samples * num_classes * 4
-    fits = 1.3 * world_size * table_bytes < _free_bytes()
-    found = _over_processes(_measure_released, world_size, (*shape, fits))
-    if not fits:
-        found["resident_bytes"] = table_bytes
-    return found | {"measured": fits, "epoch_seconds": found["step_seconds"] * (num_samples / batch_size)}
-
-
-def _over_processes(measure, world_size: int, arguments: tuple) -> dict[str, float]:
-    """`measure(*arguments)` in so many connected processes: the largest of each figure."""
+def _over_processes(world_size: int, arguments: tuple) -> dict[str, float]:
+    """Both ways in so many connected processes: the largest of each figure."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
         meeting = f"file://{folder}/meeting"
         workers = [
-            context.Process(target=_worker, args=(measure, rank, world_size, meeting, arguments, results))
+            context.Process(target=_worker, args=(rank, world_size, meeting, arguments, results))
             for rank in range(world_size)
         ]
         for worker in workers:
@@ -79,11 +91,14 @@ def _over_processes(measure, world_size: int, arguments: tuple) -> dict[str, flo
     return {key: max(one[key] for one in found) for key in found[0]}
 
 
-def _worker(measure, rank: int, world_size: int, meeting: str, arguments: tuple, results):
+def _worker(rank: int, world_size: int, meeting: str, arguments: tuple, results):
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
-    results.put(measure(rank, world_size, *arguments))
+    *shape, whole = arguments
+    ours = _measure_store(rank, world_size, *shape)
+    released = _measure_released(rank, world_size, *shape, whole)
+    results.put(ours | {f"released_{key}": value for key, value in released.items()})
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -104,16 +119,19 @@ def _measure_store(rank: int, world_size: int, num_samples: int, num_classes: in
     small.checkout(torch.arange(batch_size))
     step(small, torch.arange(len(labels)))
     small.checkin()
-    before = _memory("VmRSS")
-    _forget_peak()
+    before = rounds.memory("VmRSS")
+    rounds.forget_peak()
     table = PredictionStore(num_samples, num_classes)
+    first_checkout_seconds = _timed(lambda: table.checkout(mine))
+    resident = rounds.memory("VmRSS") - before
+    table.checkin()
     checkout_seconds = _timed(lambda: table.checkout(mine))
-    resident = _memory("VmRSS") - before
     step_seconds = _timed(lambda: [step(table, index) for index in batches[:steps]]) / min(steps, len(batches))
     checkin_seconds = _timed(table.checkin)
     return {
         "resident_bytes": resident,
-        "peak_bytes": _memory("VmHWM") - before,
+        "peak_bytes": rounds.memory("VmHWM") - before,
+        "first_checkout_seconds": first_checkout_seconds,
         "checkout_seconds": checkout_seconds,
         "checkin_seconds": checkin_seconds,
         "step_seconds": step_seconds,
@@ -127,11 +145,11 @@ def _measure_released(
     # Shares of one batch may differ by a row, which an all-gather does not take.
     rows = batch_size // world_size
     batches = [index[:rows] for index in batches if len(index) >= rows]
-    before = _memory("VmRSS")
+    before = rounds.memory("VmRSS")
     table = torch.zeros(num_samples, num_classes)
     if whole:
         table.fill_(1.0 / num_classes)
-    resident = _memory("VmRSS") - before
+    resident = rounds.memory("VmRSS") - before
     predictions = torch.rand(rows, num_classes).softmax(1)
 
     def gather(mine):
@@ -162,18 +180,3 @@ def _timed(work) -> float:
     if dist.is_initialized():
         dist.barrier()
     return time.perf_counter() - start
-
-
-def _memory(what: str) -> int:
-    """Bytes of this process: VmRSS now resident, VmHWM the most that ever was (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
-
-
-def _forget_peak():
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _free_bytes() -> int:
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024

@@ -1,0 +1,160 @@
+"""What a method adds to a training step."""
+
+import copy
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from ..batch import Batch
+from ..methods import METHODS
+from ..models.build import create_model
+from ..optim import make_optimizer
+from ..progress import Display, readable
+from ..recipe import Model, Optim, load_recipe
+from ..tracking import read_lines
+from .rounds import peak, ratio, rounds, timed
+
+TITLE = "each method's step over a bare one (cross-entropy; 128 images of 32×32, K = 100, one thread on the CPU)"
+OPTIONS = ()
+BATCH, CLASSES, SAMPLES, SIZE = 128, 100, 50_000, (32, 32)
+NETWORKS = {  # name: width, seconds of measuring, steps in a measured turn
+    "small": (2, 25.0, 10),
+    "cifar_preact_resnet18": (64, 60.0, 1),
+}
+TAUGHT = {
+    "baseline": ("baseline", {}),
+    "label_smoothing": ("label_smoothing", {}),
+    "pskd": ("pskd", {}),
+    "pskd snapshot": ("pskd", {"teacher": "snapshot"}),
+    "cskd": ("cskd", {}),
+    "tfkd virtual": ("tfkd", {}),
+    "tfkd trained": ("tfkd", {"temperature": 6.0}),
+}
+
+
+def measure(say) -> list[dict]:
+    """A row for each network and method: seconds of a step, its ratio to the bare one, and the memory it needs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    for name, (width, seconds, turn) in NETWORKS.items():
+        model, steps = _steps(width)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        for _ in range(3):
+            steps["bare"]()  # the first steps choose algorithms and fill caches
+        found = rounds({key: _repeat(step, turn) for key, step in steps.items()}, seconds)
+        for key, step in steps.items():
+            row = {"network": name, "num_parameters": num_parameters, "step": key, **ratio(found, key, "bare")}
+            row["seconds"] /= turn
+            row["peak_bytes"] = peak(step)
+            rows.append(row)
+            say(
+                f"  {name} ({num_parameters:,} parameters)  {key:<16} {1e3 * row['seconds']:9.2f} ms   "
+                f"{row['ratio']:.3f} × bare ({row['low']:.3f} … {row['high']:.3f}, {row['rounds']} rounds)   "
+                f"peak {readable(row['peak_bytes'])}"
+            )
+    rows += _whole_run(say)
+    torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        say("  not measured here: anything on a GPU (bf16, CUDA graphs, the share of the bare step's rate)")
+    return rows
+
+
+def _repeat(step, times: int):
+    def turn():
+        for _ in range(times):
+            step()
+
+    return turn
+
+
+def _steps(width: int) -> tuple[torch.nn.Module, dict]:
+    """A network and, by name, what takes a step of it: the same weights, optimizer and batch for all."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = create_model(Model(name="cifar_preact_resnet18", kwargs={"width": width}), CLASSES, SIZE).to(device).train()
+    optimizer = make_optimizer(model, Optim(lr=1e-4))
+    images, partners = torch.randn(2, BATCH, 3, *SIZE, device=device)
+    labels = torch.randint(CLASSES, (BATCH,), device=device)
+    ids = torch.randperm(SAMPLES, device=device).split(BATCH)[:-1]
+
+    def finish(loss):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def bare():
+        finish(F.cross_entropy(model(images), labels))
+
+    def taught(method):
+        turn = iter(range(10**9))
+
+        def step():
+            index = ids[next(turn) % len(ids)]
+            batch = Batch(images, labels, index, partners if method.needs_partners else None)
+            finish(method.loss(model, batch)[0])
+
+        return step
+
+    steps = {"bare": bare}
+    for key, (name, settings) in TAUGHT.items():
+        if key == "tfkd trained":
+            settings = {**settings, "teacher": copy.deepcopy(model)}
+        method = METHODS[name](**settings)
+        method.setup(num_samples=SAMPLES, num_classes=CLASSES, num_epochs=2, device=device, model=model)
+        method.begin_epoch(0, torch.arange(SAMPLES))
+        if getattr(method, "snapshot", None):
+            method.snapshot.take()
+        steps[key] = taught(method)
+    return model, steps
+
+
+def _whole_run(say) -> list[dict]:
+    """Images/s of PS-KD's `train`, loader, augmentation and sums included, over the bare step's with the same network."""
+    from ..train import train
+
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        name, width, samples = ("cifar_preact_resnet18", 64, 25_600) if on_gpu else ("small", 2, 6_400)
+        overrides = {
+            "data.path": _images(Path(folder) / "data", samples),
+            "data.source": None,
+            "data.cache_dir": f"{folder}/cache",
+            "data.limit_test": BATCH,
+            "model.kwargs": {"width": width},
+            "epochs": 4,
+            "threads": 1,
+            "batch_size": BATCH,
+            "output_dir": f"{folder}/runs",
+            "tracking.wandb": "disabled",
+            "tracking.log_every": 1000,
+        }
+        model, steps = _steps(width)
+        before = median(timed(_repeat(steps["bare"], 50)) / 50 for _ in range(5))
+        result = train(load_recipe("cifar100/preact_resnet18", overrides), Display(quiet=True))
+        after = median(timed(_repeat(steps["bare"], 50)) / 50 for _ in range(5))
+        rates = [line["images_per_second"] for line in read_lines(result.run_dir / "metrics.jsonl")][1:]
+    bare = BATCH / median([before, after])
+    row = {"network": name, "step": "whole run", "images_per_second": median(rates), "bare_images_per_second": bare}
+    say(
+        f"  {name}: train with PS-KD {row['images_per_second']:,.0f} images/s, bare step {bare:,.0f}: "
+        f"{row['images_per_second'] / bare:.1%} of it"
+    )
+    return [row]
+
+
+def _images(folder: Path, count: int) -> str:
+    """A saved data set of random images, as CIFAR-100 is shaped."""
+    from datasets import ClassLabel, Dataset, DatasetDict, Features
+    from datasets import Image as ImageFeature
+    from PIL import Image
+
+    pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8).numpy()
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=[f"c{k}" for k in range(CLASSES)])})
+    columns = {"image": [Image.fromarray(one) for one in pixels], "label": [i % CLASSES for i in range(count)]}
+    table = Dataset.from_dict(columns, features=features)
+    DatasetDict(train=table, test=table.select(range(BATCH))).save_to_disk(str(folder))
+    return str(folder)
