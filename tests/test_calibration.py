@@ -16,7 +16,7 @@ def drawn(num_samples, num_classes, temperature, seed=0, dtype=torch.float64):
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
 def test_the_temperature_of_synthetic_logits_is_found_again(temperature):
-    logits, labels = drawn(200_000, 10, temperature)
+    logits, labels = drawn(100_000, 10, temperature)
     assert fit_temperature(logits.softmax(1), labels) == pytest.approx(temperature, rel=0.01)
 
 

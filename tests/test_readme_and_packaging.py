@@ -86,6 +86,7 @@ def test_a_wheel_holds_the_recipes_and_shows_them_from_any_folder(tmp_path):
     assert shipped == {*shipped_recipes(), "sweep"}
     assert (tmp_path / "site/pskd_timm/recipes/compare_methods.ipynb").is_file()
     assert len(list((tmp_path / "site/pskd_timm/recipes/slurm").glob("*.sh"))) == 3
+    assert all((tmp_path / "site/pskd_timm" / name).is_file() for name in ("report.html", "paper_results.csv"))
     code = "import pskd_timm.recipe as r; print(r.__file__, r.load_recipe('digits').data.source)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "site")
     assert done.stdout.split() == [str(tmp_path / "site/pskd_timm/recipe.py"), "digits"], done.stderr

@@ -17,10 +17,12 @@ from pskd_timm import InputError, Result, report, train
 from pskd_timm.calibration import with_temperature
 from pskd_timm.cli import main
 from pskd_timm.metrics import METRICS, score
+from pskd_timm.page import compared_with_baseline, figure_tables, paper_notes, untested
 from pskd_timm.paper import departures, paper_figures
 from pskd_timm.plots import COLOURS, TITLES, class_errors, curves, looks, reliability, risk_coverage
 from pskd_timm.progress import Display
 from pskd_timm.recipe import METHOD_SECTIONS, load_recipe
+from pskd_timm.runs import by_method, find_runs, predictions, rows
 from pskd_timm.tables import latex_table
 
 SETTINGS = {
@@ -106,9 +108,9 @@ def test_csv_latex_markdown_and_page_have_the_figures_of_result_json(runs, compa
     for place, method in enumerate(("baseline", "pskd")):
         last, best = results(runs, method), results(runs, method, "best")
         for i, name in enumerate(METRICS):
-            rows = csv[csv.method == method]
-            np.testing.assert_allclose(rows[name], last[name], rtol=1e-12)
-            np.testing.assert_allclose(rows[f"best_{name}"], best[name], rtol=1e-12)
+            mine = csv[csv.method == method]
+            np.testing.assert_allclose(mine[name], last[name], rtol=1e-12)
+            np.testing.assert_allclose(mine[f"best_{name}"], best[name], rtol=1e-12)
             for table, values in ((0, last[name]), (1, best[name])):
                 value, text = tables[table][1 + place][2 + i]
                 assert float(value) == pytest.approx(values.mean())
@@ -120,9 +122,9 @@ def test_csv_latex_markdown_and_page_have_the_figures_of_result_json(runs, compa
 
 
 def test_the_latex_table_has_booktabs_bold_for_the_best_and_nothing_unescaped(compared):
-    rows = compared.rows.copy()
-    rows.loc[3, "status"] = "failed: 100% of_it\nbroke"
-    text = latex_table(rows, "digits")
+    table_rows = compared.rows.copy()
+    table_rows.loc[3, "status"] = "failed: 100% of_it\nbroke"
+    text = latex_table(table_rows, "digits")
     table = text[text.index(r"\begin{tabular}") :]
     assert all(rule in table for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"top-1 error \%"))
     for line in table.splitlines()[4:6]:
@@ -280,10 +282,13 @@ def test_different_data_and_the_same_run_twice_are_refused(runs, copied):
 
 
 def test_other_labels_in_the_test_part_are_not_compared(copied):
-    path = copied / "pskd" / "seed0" / "predictions.parquet"
-    pd.read_parquet(path).assign(label=lambda table: (table.label + 1) % 10).to_parquet(path)
-    found = page(report([copied / "pskd" / "seed0", copied / "baseline" / "seed0"]))
-    assert "Not held against a baseline" in found and "the data set has changed" not in found
+    finished = by_method(find_runs([copied]))
+    tables = predictions(finished)
+    assert [seeds for _, seeds, _ in compared_with_baseline(finished, tables)] == [(0, 1)]
+    tables["pskd"][0]["label"] = (tables["pskd"][0].label + 1) % 10
+    assert [seeds for _, seeds, _ in compared_with_baseline(finished, tables)] == [(1,)]
+    del tables["pskd"][1]
+    assert compared_with_baseline(finished, tables) == [] and untested(finished, []) == ["PS-KD"]
 
 
 def test_the_papers_figures_stand_beside_runs_of_its_network_with_what_differs():
@@ -307,11 +312,11 @@ def test_the_page_puts_the_papers_figure_and_the_difference_into_the_cell(copied
             .replace("gaussian_noise: 0.2", "gaussian_noise: 0.0")
         )
         path.write_text(text.replace("cifar_preact_resnet_tiny", "cifar_preact_resnet18"))
-    found = report(copied)
-    ours = found.frame.top1_error["pskd"]
-    text = Tables(page(found)).tables[0][2][2][1]
-    assert text.endswith(f"paper 20.82 ({ours - 20.82:+.2f})".replace("-", "−"))
-    assert "epochs 2 instead of 300" in page(found)
+    found = find_runs([copied])
+    ours = results(copied, "pskd")["top1_error"].mean()
+    cell, beside = figure_tables(found, rows(found))[0]["lines"][1]["cells"][0]
+    assert cell.mean == pytest.approx(ours) and beside == f"paper 20.82 ({ours - 20.82:+.2f})".replace("-", "−")
+    assert "epochs 2 instead of 300" in paper_notes(by_method(found))
 
 
 def test_class_errors_are_torchmetrics_accuracies_and_every_method_has_its_look(runs):
