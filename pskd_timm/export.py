@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__
+from .augment import normalize
+from .evaluate import normalisation
 from .metrics import METRICS, score
 from .plots import reliability_and_risk, title
 from .predict import Classifier
