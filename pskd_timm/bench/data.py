@@ -76,7 +76,7 @@ def _resident(say) -> list[dict]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = rounds({"usual": usual_way, "resident": resident}, seconds=15.0)
+    found = rounds({"usual": usual_way, "resident": resident}, seconds=12.0)
     torch.set_num_threads(threads)
     return _rows(found, f"{SMALL}×{SMALL} resident, one thread", SMALL_COUNT, f"DataLoader, {WORKERS} workers", say)
 
@@ -136,7 +136,7 @@ def _streaming(folder: str, say) -> list[dict]:
         return lambda: [None for _ in loader]
 
     makers = {"usual": torchvisions, "timm": timms, "streaming": ours}
-    found = rounds({name: make(WORKERS) for name, make in makers.items()}, seconds=15.0)
+    found = rounds({name: make(WORKERS) for name, make in makers.items()}, seconds=12.0)
     rows = _rows(found, f"JPEG to {LARGE}×{LARGE} streaming", count, f"DataLoader, {WORKERS} workers", say)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

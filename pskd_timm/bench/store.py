@@ -29,7 +29,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return num_samples, num_classes
 
 
-def measure(say, sizes=((50_000, 100), (300_000, 1_000)), processes=(1, 2, 4), batch_size=128, steps=200) -> list[dict]:
+def measure(say, sizes=((50_000, 100), (300_000, 1_000)), processes=(1, 2, 4), batch_size=128, steps=100) -> list[dict]:
     """A row for each size (N, K) and number of processes.
 
     Seconds are those of the slowest process, bytes those of the largest. `resident` is what the store added to a process's
