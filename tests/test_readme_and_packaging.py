@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from pskd_timm.cli import make_parser
+from pskd_timm.cli import main, make_parser
 from pskd_timm.recipe import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -20,9 +21,43 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def commands():
-    words = [shlex.split(line) for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+def commands(marked=None):
+    """The words of each of the README's commands; `marked` chooses those that say, or do not say, that they need more."""
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    if marked is not None:
+        lines = [line for line in lines if ("  # needs" in line) == marked]
+    words = [shlex.split(line, comments=True) for line in lines]
     return [line[line.index(start) + 1 :] for line in words for start in ("pskd-timm", "pskd_timm") if start in line]
+
+
+# What makes a command of the README one of seconds; later options go before earlier ones.
+TINY = "--epochs 1 --model.name cifar_preact_resnet_tiny --model.kwargs.width 4 --tracking.wandb disabled --seeds 0"
+SMALLER = {
+    "digits": f"{TINY} --data.limit_train 60 --data.limit_test 40 --methods baseline pskd",
+    "custom": f"{TINY} --data.image_size 16 --batch_size 8",
+}
+SEARCHED = "--epochs 1 --data.limit_train 60 --model.kwargs.width 4 --trials 2"
+
+
+def test_the_readmes_commands_run_one_after_the_other_but_for_those_that_say_what_they_need(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new_images").mkdir()
+    for i in range(30):
+        split, kind = ("train", "train", "test")[i % 3], ("dark", "bright")[i % 2]
+        (tmp_path / "my_images" / split / kind).mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (20 + i, 24), (60 + 100 * (i % 2), i, 9))
+        picture.save(tmp_path / "my_images" / split / kind / f"{i}.jpg")
+        picture.save(tmp_path / "new_images" / f"{i}.png")
+    done = []
+    for words in commands(marked=False):
+        name = words[1].removeprefix("recipes/").removesuffix(".yaml") if len(words) > 1 else ""
+        smaller = SEARCHED if words[0] == "search" else SMALLER.get(name, "")
+        assert main([*words, *shlex.split(smaller)]) == 0, (words, capfd.readouterr())
+        done.append(words[0])
+    assert {"compare", "report", "search", "predict", "push", "export"} <= set(done)
+    assert (tmp_path / "runs" / "digits" / "report.html").is_file() and (tmp_path / "predictions.json").is_file()
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -87,6 +122,8 @@ def test_a_wheel_holds_the_recipes_and_shows_them_from_any_folder(tmp_path):
     assert (tmp_path / "site/pskd_timm/recipes/compare_methods.ipynb").is_file()
     assert len(list((tmp_path / "site/pskd_timm/recipes/slurm").glob("*.sh"))) == 3
     assert all((tmp_path / "site/pskd_timm" / name).is_file() for name in ("report.html", "paper_results.csv"))
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pskd_timm").rglob("*.py")}
+    assert all((tmp_path / "site" / module).is_file() for module in modules)
     code = "import pskd_timm.recipe as r; print(r.__file__, r.load_recipe('digits').data.source)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "site")
     assert done.stdout.split() == [str(tmp_path / "site/pskd_timm/recipe.py"), "digits"], done.stderr

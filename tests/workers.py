@@ -40,7 +40,7 @@ def exchange(folder: Path):
         derandomize=True,
         database=None,
         deadline=None,
-        max_examples=50,
+        max_examples=30,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
