@@ -74,11 +74,22 @@ def _resident(say) -> list[dict]:
         for images, _ in usual:
             images.to(device, non_blocking=True)
 
+    def on_threads(count: int):
+        def work():
+            torch.set_num_threads(count)
+            resident()
+
+        return work
+
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = rounds({"usual": usual_way, "resident": resident}, seconds=12.0)
+    ways = {
+        "usual": usual_way,
+        "resident, 1 thread": on_threads(1),
+        f"resident, {WORKERS} threads": on_threads(WORKERS),
+    }
+    found = rounds(ways, seconds=12.0)
     torch.set_num_threads(threads)
-    return _rows(found, f"{SMALL}×{SMALL} resident, one thread", SMALL_COUNT, f"DataLoader, {WORKERS} workers", say)
+    return _rows(found, f"{SMALL}×{SMALL} resident", SMALL_COUNT, f"DataLoader, {WORKERS} workers", say)
 
 
 def _streaming(folder: str, say) -> list[dict]:

@@ -77,6 +77,8 @@ def _steps(width: int) -> tuple[torch.nn.Module, dict]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = create_model(Model(name="cifar_preact_resnet18", kwargs={"width": width}), CLASSES, SIZE).to(device).train()
+    if device == "cuda":
+        model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, Optim(lr=1e-4))
     images, partners = torch.randn(2, BATCH, 3, *SIZE, device=device)
     labels = torch.randint(CLASSES, (BATCH,), device=device)
@@ -126,6 +128,7 @@ def _whole_run(say) -> list[dict]:
             "data.cache_dir": f"{folder}/cache",
             "data.limit_test": BATCH,
             "model.kwargs": {"width": width},
+            "model.channels_last": on_gpu,
             "epochs": 4,
             "threads": 1,
             "batch_size": BATCH,
