@@ -10,11 +10,6 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of `logits` [B, K] against `targets` [B, K] whose rows sum to 1; mean over B."""
-    return -(targets * F.log_softmax(at_least_float32(logits), dim=1)).sum(dim=1).mean()
-
-
 def tempered_kl(
     logits: Tensor, target_logits: Tensor, temperature: float, student_temperature: float | None = None
 ) -> Tensor:
