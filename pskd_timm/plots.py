@@ -131,7 +131,7 @@ def curves(
         apart = max(1, len(kept) // 6)
         _line(axes, epochs, mean, look, (i * apart // 5 % len(kept), apart))
     late = history[history.epoch > 0.4 * history.epoch.max()].groupby(["method", "epoch"])[metric].mean()
-    axes.set_ylim(max(0, 0.8 * late.min()), 1.1 * late.max())  # the first epochs may leave by the top
+    axes.set_ylim(max(0, 0.8 * late.min()), 1.1 * late.max() or 1)  # the first epochs may leave by the top
     axes.set_xlim(history.epoch.min(), max(history.epoch.max(), 2))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(axes, legend)

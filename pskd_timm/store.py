@@ -17,7 +17,7 @@ from .recipe import InputError
 DTYPES = ("float16", "float32", "float64")
 NO_SAMPLE = torch.iinfo(torch.int64).min
 UNSEEN = -1.0  # first number of a row that was never written: no probability is negative
-EXCHANGE_BYTES = 64 * 2**20  # what a rank sends, and receives, in one round of an exchange
+EXCHANGE_BYTES = 16 * 2**20  # what a rank sends, and receives, in one round of an exchange
 
 
 class FullRows:

@@ -34,7 +34,7 @@ def commands(marked=None):
 TINY = "--epochs 1 --model.name cifar_preact_resnet_tiny --model.kwargs.width 4 --tracking.wandb disabled --seeds 0"
 SMALLER = {
     "digits": f"{TINY} --data.limit_train 60 --data.limit_test 40 --methods baseline pskd",
-    "custom": f"{TINY} --data.image_size 16 --batch_size 8",
+    "custom": f"{TINY} --epochs 2 --data.image_size 16 --batch_size 8",
 }
 SEARCHED = "--epochs 1 --data.limit_train 60 --model.kwargs.width 4 --trials 2"
 
