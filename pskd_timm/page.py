@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from . import __version__, paper, plots, significance
 from .calibration import fit_temperature, with_temperature
+from .effective import effective_lines
 from .metrics import METRICS, score
 from .pictures import image_size, most_confident_mistakes, pictures
 from .plots import title
@@ -58,6 +59,7 @@ def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.
         "temperatures": temperatures(finished),
         "mistakes": mistakes(finished, tables) if each else {},
         "runs": run_lines(found),
+        "losses": losses(finished),
         "settings": settings_lines(found),
         "surroundings": surroundings(found),
     }
@@ -148,6 +150,14 @@ def settings_lines(found: list[Run]) -> list[tuple[str, str, bool]]:
             if key not in ("method", "seed") and (section not in METHOD_SECTIONS or section == run.name):
                 seen.setdefault(key, {})[str(value)] = None
     return [(key, " | ".join(values), len(values) > 1 and key in decisive) for key, values in seen.items()]
+
+
+def losses(finished: dict[str, list[Run]]) -> list[tuple[str, list[str]]]:
+    """What the loss of each method's runs amounts to, warnings included: title and lines."""
+    return [
+        (title(method), effective_lines(runs[0].recipe, runs[0].values["num_classes"]))
+        for method, runs in finished.items()
+    ]
 
 
 def run_lines(found: list[Run]) -> list[dict]:

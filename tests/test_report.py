@@ -178,6 +178,7 @@ def test_the_page_shows_what_was_run_tests_plots_and_pictures_and_asks_nothing_o
         "torch",
         "McNemar",
         "p =",
+        "0.2 × cross-entropy + 0.8 × KL(its own last prediction",  # what PS-KD's loss amounts to
     ):
         assert words in text
     assert text.count("<svg") > 10 and text.count('src="data:image/png;base64,') == 12
