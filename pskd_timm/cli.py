@@ -187,6 +187,7 @@ def load(arguments, rest) -> Recipe:
 
 def run_train(arguments, rest):
     recipe = load(arguments, rest)
+    recipe.check_method(recipe.method)
     from safetensors import SafetensorError
 
     from .progress import Display
@@ -227,6 +228,8 @@ def run_compare(arguments, rest):
     from .compare import compare
     from .progress import Display
 
+    for method in arguments.methods:
+        recipe.check_method(method)
     # A seed or method given twice is one run.
     methods, seeds = dict.fromkeys(arguments.methods), dict.fromkeys(arguments.seeds)
     with Display(arguments.quiet) as display:
@@ -332,6 +335,7 @@ def run_models(arguments, rest):
 
 def run_predict(arguments, rest):
     refuse(rest, arguments)
+    check_file("--json", arguments.json)
     from pathlib import Path
 
     from rich.console import Console
@@ -372,11 +376,20 @@ def run_push(arguments, rest):
 
 def run_export(arguments, rest):
     refuse(rest, arguments)
+    check_file("export", arguments.file)
     from .export import export_onnx
 
     difference = export_onnx(arguments.run_dir, arguments.file, arguments.best)
     print(f"wrote {arguments.file}: ONNX Runtime's confidences differ from torch's by {difference:.1g} at most")
     return DONE
+
+
+def check_file(option: str, name: str | None):
+    """Raise InputError, before any work, where a file `name` cannot be written."""
+    if name and not Path(name).absolute().parent.is_dir():
+        raise InputError(f"{option}: there is no folder {Path(name).absolute().parent}")
+    if name and Path(name).is_dir():
+        raise InputError(f"{option}: {name} is a folder, a file is wanted")
 
 
 def refuse(rest: list[str], arguments: argparse.Namespace):
@@ -392,12 +405,13 @@ def run_bench(arguments, rest):
 
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         raise InputError(f"bench has no part {unknown[0]!r}, only {', '.join(PARTS)}{nearest(unknown[0], PARTS)}")
-    if arguments.processes and min(arguments.processes) < 1:
-        raise InputError("--processes must be at least 1")
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise InputError(f"--json: there is no folder {Path(arguments.json).absolute().parent}")
+    if arguments.processes and not 1 <= min(arguments.processes) <= max(arguments.processes) <= 64:
+        raise InputError("--processes must be from 1 to 64")
+    check_file("--json", arguments.json)
     sizes = [parse_size(text) for text in arguments.sizes] if arguments.sizes else None
-    found = bench(arguments.parts or PARTS, sizes=sizes, processes=arguments.processes, images=arguments.images)
+    found = bench(
+        dict.fromkeys(arguments.parts or PARTS), sizes=sizes, processes=arguments.processes, images=arguments.images
+    )
     if arguments.json:
         write_whole(Path(arguments.json), json.dumps(found, indent=1))
     return DONE

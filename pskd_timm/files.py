@@ -16,9 +16,13 @@ def warn(text: str):
 def write_whole(path: Path, text: str):
     """Replace the file `path` by one with `text`."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush_to_disk(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush_to_disk(partial)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     flush_to_disk(path.parent)
 
 

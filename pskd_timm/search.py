@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, get_args, get_origin
@@ -128,9 +129,12 @@ def search(
         study.add_trials([_known(optuna, trial, ranges, metric) for trial in done])
         asked = study.ask()
         values = {key: drawn_from.draw(asked, key) for key, drawn_from in ranges.items()}
+        if any(trial.settings == values for trial in done):
+            values = _untried(ranges, done) or values  # choices are drawn more than once
         display.say(f"trial {number} of {trials}: {_settings(values)}")
         if twin := next((trial for trial in done if trial.settings == values), None):
-            trial = replace(twin, number=number, seconds=0.0)  # choices are drawn more than once
+            display.say(f"trial {number} repeats trial {twin.number}: every choice has been tried")
+            trial = replace(twin, number=number, seconds=0.0)
         else:
             trial = _train_trial(base, number, values, folder, seeds, metric, asked if prune else None, display)
         done.append(trial)
@@ -204,6 +208,17 @@ def _on_holdout(recipe: Recipe) -> Recipe:
     if recipe.source_of("tracking.wandb") == "default":
         given["tracking.wandb"] = "disabled"  # trials are many, and trials.csv holds them together
     return lay_over(recipe.model_dump(), given, "search", recipe.name)
+
+
+def _untried(ranges: dict[str, Range], done: list[Trial]) -> dict | None:
+    """The first combination of choices that no trial has had, where there are only choices and one is left."""
+    if not all(drawn_from.choices for drawn_from in ranges.values()):
+        return None
+    grid = product(*(drawn_from.choices for drawn_from in ranges.values()))
+    tried = [trial.settings for trial in done]
+    return next(
+        (values for values in (dict(zip(ranges, one, strict=True)) for one in grid) if values not in tried), None
+    )
 
 
 def _trial_recipe(base: Recipe, values: dict, folder: Path, number: int, seed: int = 0) -> Recipe:

@@ -91,7 +91,8 @@ class Tracker:
             "entity": recipe.tracking.entity,
             "dir": str(self.run_dir),
             "mode": recipe.tracking.wandb,
-            "settings": {"silent": quiet},
+            # Offline there is nothing to look at yet: its lines would bury the run's own.
+            "settings": {"silent": quiet or recipe.tracking.wandb == "offline"},
         }
         try:
             self.accelerator.init_trackers(recipe.tracking.project, recipe.model_dump(), {"wandb": options})

@@ -262,7 +262,12 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 images_per_second = progress.num_seen / progress.epoch_seconds
 
                 # Evaluate.
-                figures = score_split(evaluated, choosing_split).score()
+                try:
+                    figures = score_split(evaluated, choosing_split).score()
+                except InputError:  # a damaged image: the epoch's training is not lost
+                    if world_size == 1:
+                        save()
+                    raise
                 clock.update(progress)
                 if progress.best is None or figures["top1_error"] < progress.best["top1_error"]:
                     progress.best = {"epoch": epoch + 1, **figures}

@@ -39,8 +39,11 @@ def test_bench_measures_the_parts_that_are_named_with_the_options_they_know(tmp_
     [
         (["stor"], "bench has no part 'stor', only step, data, store, metrics, start: did you mean store?"),
         (["store", "--sizes", "5x"], "'5x' should be SAMPLESxCLASSES"),
-        (["store", "--processes", "0"], "--processes must be at least 1"),
+        (["store", "--processes", "0"], "--processes must be from 1 to 64"),
         (["store", "--json", "/nowhere/b.json"], "there is no folder /nowhere"),
+        (["store", "--processes", "3000"], "--processes must be from 1 to 64"),
+        (["metrics", "--json", "."], ". is a folder"),
+        (["store", "--sizes", "99999999999x99999"], "GB, this machine has"),
         (["data", "--images", "/nowhere"], "/nowhere holds 0 JPEG files"),
     ],
 )

@@ -476,6 +476,10 @@ def test_a_policy_of_timms_is_drawn_for_each_sample_on_any_number_of_workers(tmp
         assert np.array_equal(np.asarray(theirs(picture)), changed[i].permute(1, 2, 0).numpy())
     with pytest.raises(InputError, match="no policy 'rand-q9'"):
         load_data(photographs(tmp_path / "third"), Augment(auto_augment="rand-q9"))
+    with pytest.raises(InputError, match="no policy 'rand-mX'"):
+        load_data(photographs(tmp_path / "fourth"), Augment(auto_augment="rand-mX"))
+    with pytest.raises(InputError, match="cutout 33 is larger than the images of 32×32"):
+        load_data(photographs(tmp_path / "fifth"), Augment(cutout=33))
 
 
 def test_cutout_and_random_erasing_set_their_boxes_to_zero_as_a_loop_over_the_samples_does():

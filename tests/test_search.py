@@ -222,3 +222,10 @@ def test_a_chosen_recipe_keeps_what_was_set_back_from_a_preset():
         assert recipe.cskd.weight == (1.0 if "cskd.weight" in more else 3.0)
         again = lay_over(differing(recipe), {}, "best.yaml", "digits")
         assert again.identity() == recipe.identity()
+
+
+def test_a_choice_that_is_drawn_again_gives_way_to_one_that_was_not_tried(tiny, tmp_path):
+    recipe = tiny(epochs=1, data__limit_train=60)
+    found = search(recipe, ["pskd.alpha=0.3,0.9"], trials=3, seeds=[0])
+    tried = [trial.settings["pskd.alpha"] for trial in found.trials]
+    assert set(tried[:2]) == {"0.3", "0.9"} and tried[2] in tried[:2]

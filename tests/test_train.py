@@ -12,11 +12,12 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from pskd_timm import METHODS, InputError, evaluate, score, train
+from pskd_timm import METHODS, InputError, evaluate, load_recipe, score, train
 from pskd_timm.checkpoint import newest
 from pskd_timm.data import load_data
 from pskd_timm.metrics import METRICS
@@ -162,6 +163,34 @@ def test_the_best_epoch_is_chosen_on_the_held_out_part_and_the_test_part_is_scor
     assert result.values["num_train"] == 240
     table = pd.read_parquet(result.run_dir / "holdout.parquet")
     assert 100 * (1 - table.correct.mean()) == pytest.approx(errors[-1]) and len(table) == 60
+
+
+def test_a_damaged_test_image_ends_a_streaming_run_with_its_epoch_saved(tmp_path):
+    for i in range(12):
+        path = tmp_path / "images" / ("train", "test")[i % 2] / ("a", "b")[i // 6] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (20 * i, 9, 9)).save(path)
+    settings = {
+        "data.path": str(tmp_path / "images"),
+        "data.image_size": 16,
+        "data.loading": "streaming",
+        "data.workers": 0,
+    }
+    settings |= {"model.name": "cifar_preact_resnet_tiny", "model.kwargs": {"width": 4}, "epochs": 2, "batch_size": 3}
+    recipe = load_recipe("custom", settings | {"output_dir": str(tmp_path / "runs"), "tracking.wandb": "disabled"})
+    whole = (tmp_path / "images" / "test" / "b" / "7.png").read_bytes()
+    (tmp_path / "images" / "test" / "b" / "7.png").write_bytes(b"no picture")
+    with pytest.raises(
+        InputError, match=r"7\.png\) cannot be decoded: .*; an image that is evaluated is never left out"
+    ):
+        train(recipe)
+    (tmp_path / "images" / "test" / "b" / "7.png").write_bytes(whole)
+    result = train(recipe)
+    again = train(recipe.model_copy(update={"output_dir": str(tmp_path / "again")}))
+    same = ("epoch", "train_loss", "train_error", "nll")
+    assert [[line[name] for name in same] for line in result.history] == [
+        [line[name] for name in same] for line in again.history
+    ]
 
 
 class Conversions(TorchFunctionMode):

@@ -42,8 +42,11 @@ def measure(say, sizes=((50_000, 100), (300_000, 1_000)), processes=(1, 2, 4), b
     for num_samples, num_classes in sizes:
         for world_size in processes:
             row = {"num_samples": num_samples, "num_classes": num_classes, "processes": world_size}
-            table_bytes = num_samples * num_classes * 4
-            fits = 1.5 * world_size * table_bytes < rounds.free_bytes()
+            table_bytes, free = num_samples * num_classes * 4, rounds.free_bytes()
+            if table_bytes > free:
+                what = f"{num_samples}x{num_classes} takes {table_bytes / 1e9:,.1f} GB"
+                raise InputError(f"--sizes: {what}, this machine has {free / 1e9:,.1f} free")
+            fits = 1.5 * world_size * table_bytes < free
             row |= _over_processes(world_size, (num_samples, num_classes, batch_size, steps, fits))
             row["formula_bytes"] = store_bytes(num_samples, num_classes, "float16", world_size)
             row["epoch_seconds"] = row["checkout_seconds"] + row["checkin_seconds"]

@@ -21,7 +21,12 @@ from .sources import Table
 
 VERSION = 3  # of what a cached file holds; a change makes old files be decoded anew
 CHUNK = 512
+SKIPS = "--data.damaged skip leaves such training images out"
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
+
+
+class DamagedImage(InputError):
+    """An image that cannot be decoded."""
 
 
 def cache_folder(setting: str | None) -> Path:
@@ -142,7 +147,7 @@ def open_image(stored, position: int, crop=None) -> tuple[Image.Image, tuple | N
         return _rgb(image), tuple(edge * scale[i % 2] for i, edge in enumerate(box))
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         name = f" ({stored['path']})" if isinstance(stored, dict) and stored.get("path") else ""
-        raise InputError(f"data: image {position}{name} cannot be decoded: {str(error)[:200]}") from None
+        raise DamagedImage(f"data: image {position}{name} cannot be decoded: {str(error)[:200]}") from None
 
 
 def _file(stored: dict | bytes):

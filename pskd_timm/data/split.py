@@ -11,7 +11,7 @@ from .. import rng
 from ..recipe import Augment as AugmentSection
 from ..recipe import Data as DataSection
 from ..recipe import InputError
-from .decode import cache_folder, decoded
+from .decode import SKIPS, DamagedImage, cache_folder, decoded
 from .sources import Table, open_tables
 from .streaming import StreamedSplit, policy
 
@@ -90,6 +90,10 @@ def load_data(section: DataSection, augment: AugmentSection, progress=None) -> D
         raise InputError(f"data: training images are {of_train}, test images {of_test}: set data.image_size")
     train = _with_noise(_limited(train, section.limit_train, section.seed), section, 0)
     test = test and _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
+    if augment.cutout > min(train.size):
+        raise InputError(
+            f"augment.cutout {augment.cutout} is larger than the images of {train.size[0]}×{train.size[1]}"
+        )
     train, holdout = _held_out(train, section)
     train = replace(train, labels=flip_labels(train.labels, len(class_names), section.label_noise, section.seed))
     return Data(train, test, holdout, class_names)
@@ -108,7 +112,10 @@ def _resident(name: str, table: Table, class_names, section: DataSection, augmen
     crop_pct = section.crop_pct if name == "test" else 1.0
     skip_damaged = name == "train" and section.damaged == "skip"
     folder = cache_folder(section.cache_dir)
-    images, rows = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
+    try:
+        images, rows = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
+    except DamagedImage as error:
+        raise InputError(f"{error}; {SKIPS if name == 'train' else 'a test image is never left out'}") from None
     return Split(images, labels[rows], rows)
 
 

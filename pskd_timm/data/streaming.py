@@ -15,7 +15,7 @@ from .. import rng
 from ..augment import AUTO_AUGMENT, RESIZED_CROP
 from ..files import warn
 from ..recipe import InputError
-from .decode import fit, open_image, undecoded
+from .decode import SKIPS, DamagedImage, fit, open_image, undecoded
 
 TRIES = 10  # boxes drawn for a random resized crop before the centre is taken, as torchvision does
 RATIO = (3 / 4, 4 / 3)  # range of a box's width over its height
@@ -76,7 +76,7 @@ class StreamedSplit:
         told = set()
         for index, views, damage in _ahead(loader, device):
             if damage and not views:
-                raise InputError(damage[0])
+                raise DamagedImage(damage[0])
             for line in set(damage) - told:
                 warn(f"{line}; left out")
             told.update(damage)
@@ -121,9 +121,12 @@ class _Pictures(Dataset):
         if not damage:
             return index, [_stack(view) for view in seen], []
         whole = [i for i, row in enumerate(zip(*seen, strict=True)) if not any(isinstance(p, InputError) for p in row)]
-        training = views[0][1] is not None
-        if not (self.split.skip_damaged and training and whole):
-            return index, [], damage
+        if views[0][1] is None:
+            return index, [], [f"{damage[0]}; an image that is evaluated is never left out"]
+        if not self.split.skip_damaged:
+            return index, [], [f"{damage[0]}; {SKIPS}"]
+        if not whole:
+            return index, [], [f"{damage[0]}; every image of this batch is damaged"]
         return index[whole], [_stack([view[i] for i in whole]) for view in seen], damage
 
     def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> list[np.ndarray | InputError]:
@@ -165,8 +168,11 @@ def policy(name: str, image_size: int) -> Callable:
     """timm's augmentation policy `name` (`rand-m9-mstd0.5`, `augmix-m3`, `original`, …): a picture in, a picture out."""
     from timm.data import auto_augment as timms
 
+    # timm passes over parts that have no number.
+    mute = [part for part in name.split("-")[1:] if not (any(c.isdigit() for c in part) or part.startswith("t"))]
     make = {"rand": timms.rand_augment_transform, "augmix": timms.augment_and_mix_transform}
     try:
+        assert not mute
         return make.get(name.split("-")[0], timms.auto_augment_transform)(
             name, {"translate_const": int(0.45 * image_size)}
         )
