@@ -43,7 +43,7 @@ def make_workspace(recipe: Recipe, entity: str, project: str):
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as ws
     except ImportError:
-        raise InputError("dashboard needs wandb-workspaces: pip install 'pskd_timm[dashboard]'") from None
+        raise InputError("dashboard needs a package: pip install wandb-workspaces") from None
     over_seeds = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 
     def curve(metric, title, x):

@@ -241,7 +241,7 @@ class PredictionStore:
         Samples never seen are one-hot where the store knows their labels, NaN where it does not.
         """
         rows = ranks.gather_rows(self.shard(), self.parts)
-        table = self.format.decode(rows).clone()
+        table = self.format.decode(rows)
         unseen = self.format.unseen(rows).nonzero().squeeze(1)
         table[unseen] = float("nan")
         if self.labels is not None:

@@ -179,7 +179,7 @@ def test_a_dashboard_without_its_extra_or_without_runs_is_a_line(tmp_path, monke
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     assert main(["dashboard", "digits"]) == 2
     no_runs, no_extra = capsys.readouterr().err.splitlines()
-    assert "no runs here" in no_runs and "pip install 'pskd_timm[dashboard]'" in no_extra
+    assert "no runs here" in no_runs and "pip install wandb-workspaces" in no_extra
 
 
 def test_a_continued_run_keeps_its_wandb_id_and_repeats_no_epoch(tmp_path):
