@@ -159,8 +159,11 @@ class PredictionStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on this rank now."""
-        return self.home.nbytes + (self.rows.nbytes if self.rows is not self.home else 0)
+        """Bytes on this rank with a whole epoch's rows checked out: with several processes as many again as its own.
+
+        Not those of now: a run resumed in mid-epoch visits fewer rows, and logs the same figures all the same.
+        """
+        return self.home.nbytes * (1 if self.world_size == 1 else 2)
 
     def _release(self):
         self.ids = torch.empty(0, dtype=torch.int64)  # sorted, so that rows of one home lie together
