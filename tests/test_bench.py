@@ -5,17 +5,22 @@ import pytest
 from pskd_timm import bench
 from pskd_timm.bench import metrics, rounds, step, store
 from pskd_timm.cli import main
+from pskd_timm.store import EXCHANGE_BYTES
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_store_adds_its_formula_to_a_processs_memory_and_the_released_way_the_full_float32_table(processes):
+def test_the_store_adds_its_formula_to_a_processs_memory_and_the_released_way_the_full_float32_table(
+    processes, monkeypatch
+):
+    # glibc may keep what was freed (here the buffers of an exchange) for the next allocation: not memory of the store's.
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     said = []
     (row,) = store.measure(said.append, [(40_000, 500)], [processes], steps=3)
     overhead = 10e6  # ids, slots and what the interpreter takes on the way
     assert row["formula_bytes"] == 40_000_000
     assert 0.95 * row["formula_bytes"] < row["resident_bytes"] < row["formula_bytes"] + overhead
     # A round sends and receives at most EXCHANGE_BYTES each, and the process group keeps a copy.
-    assert row["peak_bytes"] < row["formula_bytes"] + 2 * 20e6 * processes + overhead
+    assert row["peak_bytes"] < row["formula_bytes"] + 2 * 1.25 * EXCHANGE_BYTES * (processes - 1) + overhead
     assert row["released_measured"] and row["released_resident_bytes"] == pytest.approx(80e6, rel=0.1)
     assert row["ratio"] == row["epoch_seconds"] / row["released_epoch_seconds"]
     assert len(said) == 1 and "extrapolated" in said[0]

@@ -56,7 +56,7 @@ def peak(work: Callable) -> int:
 
 
 def memory(what: str) -> int:
-    """Bytes of this process: VmRSS now resident, VmHWM the most that ever was (Linux)."""
+    """Bytes of this process (Linux): VmRSS now resident, RssAnon those of no file, VmHWM the most that were ever resident."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
     return int(line.split()[1]) * 1024
 

@@ -122,18 +122,18 @@ def _measure_store(rank: int, world_size: int, num_samples: int, num_classes: in
     small.checkout(torch.arange(batch_size))
     step(small, torch.arange(len(labels)))
     small.checkin()
-    before = rounds.memory("VmRSS")
+    before, before_all = rounds.memory("RssAnon"), rounds.memory("VmRSS")
     rounds.forget_peak()
     table = PredictionStore(num_samples, num_classes)
     first_checkout_seconds = _timed(lambda: table.checkout(mine))
-    resident = rounds.memory("VmRSS") - before
+    resident = rounds.memory("RssAnon") - before
     table.checkin()
     checkout_seconds = _timed(lambda: table.checkout(mine))
     step_seconds = _timed(lambda: [step(table, index) for index in batches[:steps]]) / min(steps, len(batches))
     checkin_seconds = _timed(table.checkin)
     return {
         "resident_bytes": resident,
-        "peak_bytes": rounds.memory("VmHWM") - before,
+        "peak_bytes": rounds.memory("VmHWM") - before_all,
         "first_checkout_seconds": first_checkout_seconds,
         "checkout_seconds": checkout_seconds,
         "checkin_seconds": checkin_seconds,
@@ -148,11 +148,11 @@ def _measure_released(
     # Shares of one batch may differ by a row, which an all-gather does not take.
     rows = batch_size // world_size
     batches = [index[:rows] for index in batches if len(index) >= rows]
-    before = rounds.memory("VmRSS")
+    before = rounds.memory("RssAnon")
     table = torch.zeros(num_samples, num_classes)
     if whole:
         table.fill_(1.0 / num_classes)
-    resident = rounds.memory("VmRSS") - before
+    resident = rounds.memory("RssAnon") - before
     predictions = torch.rand(rows, num_classes).softmax(1)
 
     def gather(mine):
