@@ -41,6 +41,7 @@ from .metrics import METRICS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
 from .order import num_batches
+from .profile import profiled
 from .progress import Display
 from .recipe import Diverged, InputError, Recipe
 from .released import start_from
@@ -205,7 +206,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         if about := method.about():
             display.say(about)
 
-        with StopSignals() as stop:
+        profile_steps = recipe.tracking.profile_steps if is_main else 0
+        with StopSignals() as stop, profiled(run_dir, profile_steps, display.say) as profile:
             for epoch in range(progress.epoch, recipe.epochs):
                 batches = loader.rank_batches(epoch)[progress.step :]
                 # After a change of the number of processes an epoch may have nothing left for them but to be evaluated.
@@ -233,6 +235,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     if ema:
                         ema.update(network)
                     progress.step += 1
+                    if profile:
+                        profile.step()
                     if to_log:
                         means = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
                         line = {"epoch": epoch + 1, **means, "lr": lr, "grad_norm": grad_norm.item(), **method.values()}
