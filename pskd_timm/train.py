@@ -359,10 +359,7 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError("model.compile graphs is for one process: use default or max-autotune with several")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    # torch rounds the factors of convolutions on GPUs to TF32 unless it is told not to.
-    torch.set_float32_matmul_precision("highest" if recipe.mixed_precision == "no" else "high")
-    torch.backends.cudnn.allow_tf32 = recipe.mixed_precision != "no"
-    torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
+    set_backends(recipe.mixed_precision)
     # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
     AcceleratorState._reset_state()
     try:
@@ -380,6 +377,14 @@ def connect(recipe: Recipe) -> Accelerator:
             f"this launch starts {os.environ['WORLD_SIZE']} copies that know nothing of each other: {right}"
         )
     return accelerator
+
+
+def set_backends(mixed_precision: str):
+    """Have GPUs round the factors of float32 products to TF32 or not, and look for the fastest convolutions."""
+    # torch rounds those of convolutions unless it is told not to.
+    torch.set_float32_matmul_precision("highest" if mixed_precision == "no" else "high")
+    torch.backends.cudnn.allow_tf32 = mixed_precision != "no"
+    torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
 
 
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
