@@ -193,10 +193,11 @@ def _whole_run(say, width: int, samples: int, compile: str) -> dict:
 
 def _images(folder: Path, count: int) -> str:
     """A saved data set of random images, as CIFAR-100 is shaped."""
-    from datasets import ClassLabel, Dataset, DatasetDict, Features
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, disable_progress_bars
     from datasets import Image as ImageFeature
     from PIL import Image
 
+    disable_progress_bars()
     pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8).numpy()
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=[f"c{k}" for k in range(CLASSES)])})
     columns = {"image": [Image.fromarray(one) for one in pixels], "label": [i % CLASSES for i in range(count)]}
