@@ -12,16 +12,17 @@ from pskd_timm.store import EXCHANGE_BYTES
 def test_the_store_adds_its_formula_to_a_processs_memory_and_the_released_way_the_full_float32_table(
     processes, monkeypatch
 ):
-    # glibc may keep what was freed (here the buffers of an exchange) for the next allocation: not memory of the store's.
+    # glibc may keep what was freed for the next allocation, which is no memory of the store's.
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     said = []
-    (row,) = store.measure(said.append, [(40_000, 500)], [processes], steps=3)
+    (row,) = store.measure(said.append, [(100_000, 1000)], [processes], steps=3)
     overhead = 10e6  # ids, slots and what the interpreter takes on the way
-    assert row["formula_bytes"] == 40_000_000
-    assert 0.95 * row["formula_bytes"] < row["resident_bytes"] < row["formula_bytes"] + overhead
-    # A round sends and receives at most EXCHANGE_BYTES each, and the process group keeps a copy.
-    assert row["peak_bytes"] < row["formula_bytes"] + 2 * 1.25 * EXCHANGE_BYTES * (processes - 1) + overhead
-    assert row["released_measured"] and row["released_resident_bytes"] == pytest.approx(80e6, rel=0.1)
+    # A round sends and receives at most EXCHANGE_BYTES each; whether the system has taken them back is up to it.
+    buffers = 2 * EXCHANGE_BYTES * (processes > 1)
+    assert row["formula_bytes"] == 200_000_000
+    assert 0.95 * row["formula_bytes"] < row["resident_bytes"] < row["formula_bytes"] + buffers + overhead
+    assert row["peak_bytes"] < row["formula_bytes"] + 1.25 * buffers + overhead
+    assert row["released_measured"] and row["released_resident_bytes"] == pytest.approx(400e6, rel=0.1)
     assert row["ratio"] == row["epoch_seconds"] / row["released_epoch_seconds"]
     assert len(said) == 1 and "extrapolated" in said[0]
 
