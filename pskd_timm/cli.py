@@ -147,11 +147,11 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, without=(), only=None):
+def add_settings(parser: argparse.ArgumentParser, without=()):
     """An option for every setting, with its sentence; values are checked by the recipe, not here."""
     groups = {}
     for key, field in settings().items():
-        if key in without or (only and key not in only):
+        if key in without:
             continue
         section = key.rpartition(".")[0] or "run"
         group = groups.setdefault(section, parser.add_argument_group(section) if section not in groups else None)
