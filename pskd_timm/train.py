@@ -36,7 +36,7 @@ from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
 from .graph import StepGraph
-from .methods import METHODS
+from .methods import METHODS, Method
 from .metrics import METRICS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
@@ -171,6 +171,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
 
     recorded = recipe.model.compile == "graphs"
     if recorded:
+        check_recording(method)
         forward_backward = StepGraph(forward_backward, lambda: method.variant)
 
     def score_split(model, split, keep_probabilities=False):
@@ -392,6 +393,15 @@ def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
             continue  # the teacher is trained first, from this very recipe
         taught = recipe.model_copy(update={"method": method})
         METHODS[method].from_section(method_section(taught)).check(model, data.num_classes)
+
+
+def check_recording(method: Method):
+    """Raise InputError where a CUDA graph cannot hold a step of `method`: it cannot wait for copies from and to the CPU."""
+    if method.store and method.store.device.type == "cpu":
+        raise InputError(
+            "model.compile graphs needs the prediction store on the GPU (pskd.store_device auto): "
+            "where it does not fit, pskd.store_format topk or pskd.teacher snapshot do, or model.compile default"
+        )
 
 
 def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module, image_size: tuple[int, int]):
