@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -93,6 +93,17 @@ class Result:
         return f"<p>{where}</p>{table}"
 
 
+@contextmanager
+def connected_no_longer():
+    """Makes Accelerate forget a process that was alone: it starts no several ones where it remembers one."""
+    try:
+        yield
+    finally:
+        if "WORLD_SIZE" not in os.environ:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@connected_no_longer()
 def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Callable[[dict], None]] = ()) -> Result:
     """Train as `recipe` says, or go on with the run in its folder, and return the result.
 
@@ -186,7 +197,11 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
 
     lock = FileLock(run_dir / ".lock")
     ranks.on_main(lambda: prepare_folder(recipe, lock))
-    tracker = Tracker(accelerator, recipe, run_dir, loader.steps, display.quiet)
+    try:
+        tracker = Tracker(accelerator, recipe, run_dir, loader.steps, display.quiet)
+    except InputError:
+        lock.release()  # a notebook keeps what an error has seen, the lock among it
+        raise
     wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
     try:
@@ -333,8 +348,6 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         tracker.finish()
         display.close()
         lock.release()
-        if world_size == 1:  # Accelerate refuses to start several processes where it has run one before
-            AcceleratorState._reset_state(reset_partial_state=True)
     return Result.read(run_dir)
 
 

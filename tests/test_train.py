@@ -316,6 +316,22 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tiny, tmp_
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_that_is_refused_or_finished_before_leaves_neither_a_lock_nor_accelerates_memory(tiny, monkeypatch):
+    def refused(*_):
+        raise InputError("no account")
+
+    recipe = tiny(epochs=1, method="baseline", tracking__wandb="offline")
+    with monkeypatch.context() as patched:
+        patched.setattr("pskd_timm.tracking.Tracker._start_wandb", refused)
+        for _ in range(2):
+            with pytest.raises(InputError, match="no account") as error:
+                train(recipe)
+            assert error.tb and AcceleratorState._shared_state == {}
+    for _ in range(2):
+        train(recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"wandb": "disabled"})}))
+        assert AcceleratorState._shared_state == {} == PartialState._shared_state
+
+
 def test_copies_that_know_nothing_of_each_other_are_refused(tiny, monkeypatch):
     PartialState(cpu=True)  # this process is connected to no other
     monkeypatch.setenv("WORLD_SIZE", "2")
