@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,22 @@ class Conversions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextmanager
+def cuda_waits():
+    """The list that torch's warnings of waits for a GPU go to; on a machine without one it stays empty."""
+    waits, found = [], torch.cuda.is_available()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if found:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            if found:
+                torch.cuda.set_sync_debug_mode("default")
+            waits += [one for one in told if "synchronizing CUDA operation" in str(one.message)]
+
+
 @pytest.mark.parametrize(
     "method, settings",
     [("cskd", {}), ("tfkd", {}), ("pskd", {}), ("pskd", {"teacher": "snapshot"})],
@@ -217,12 +235,12 @@ def test_no_step_waits_for_a_value_on_the_device(tiny, method, settings):
     def conversions(batch_size):
         sizes = {"data.limit_train": 48, "data.limit_test": 10, "batch_size": batch_size, "tracking.log_every": 1000}
         recipe = tiny(**sizes | settings, method=method, output_dir=str(tiny().run_dir / str(batch_size)))
-        with Conversions() as calls, profile(activities=[ProfilerActivity.CPU]) as profiled:
+        with Conversions() as calls, profile(activities=[ProfilerActivity.CPU]) as profiled, cuda_waits() as waits:
             train(recipe)
         inside = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
-        return calls.count, sum(event.count for event in profiled.key_averages() if event.key in inside)
+        return calls.count, sum(event.count for event in profiled.key_averages() if event.key in inside), len(waits)
 
-    # Six times the steps, and as many conversions: at the ends of epochs and of the run.
+    # Six times the steps, and as many conversions and waits: at the ends of epochs and of the run.
     few, many = conversions(24), conversions(4)
     assert few[0] > 0 and few[1] > 0
     assert many == few
