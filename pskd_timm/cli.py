@@ -189,6 +189,7 @@ def run_train(arguments, rest):
     recipe = load(arguments, rest)
     recipe.check_method(recipe.method)
     from safetensors import SafetensorError
+    from torch import OutOfMemoryError
 
     from .progress import Display
     from .ranks import tells_of_a_lost_rank
@@ -199,6 +200,10 @@ def run_train(arguments, rest):
             result = train(recipe, display)
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
+        return FAILED
+    except OutOfMemoryError as error:
+        helps = f"--accumulate {2 * recipe.accumulate} splits each step's samples into smaller parts"
+        print(f"pskd-timm: {recipe.run_dir}: {str(error).split('. ')[0]}: {helps}", file=sys.stderr)
         return FAILED
     except RuntimeError as error:
         if not tells_of_a_lost_rank(error):

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pskd_timm import METHODS, InputError, evaluate, load_recipe, score, train
 from pskd_timm.checkpoint import newest
+from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.metrics import METRICS
 from pskd_timm.optim import lr_at
@@ -394,6 +395,17 @@ def test_other_ways_to_train_learn_too(tiny, settings):
     assert np.mean(losses(result.run_dir)[-5:]) < 0.8 * losses(result.run_dir)[0]
     again = evaluate(result.run_dir)["last"]
     assert {name: again[name] for name in METRICS} == again["recorded"]
+
+
+def test_a_gpu_without_memory_left_is_a_line_that_says_what_helps(monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(sys.modules["pskd_timm.train"], "train", full)
+    assert main(["train", "digits", "--accumulate", "2", "--output_dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith(
+        "seed0: CUDA out of memory: --accumulate 4 splits each step's samples into smaller parts\n"
+    )
 
 
 def test_learning_rates_equal_torchs_schedulers():
