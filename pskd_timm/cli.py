@@ -189,7 +189,7 @@ def run_train(arguments, rest):
     recipe = load(arguments, rest)
     recipe.check_method(recipe.method)
     from safetensors import SafetensorError
-    from torch import OutOfMemoryError
+    from torch import OutOfMemoryError, distributed
 
     from .progress import Display
     from .ranks import tells_of_a_lost_rank
@@ -221,6 +221,8 @@ def run_train(arguments, rest):
         print(f"last epoch {last['epoch']}: {figures(last)}")
         print(f"best epoch {best['epoch']} (best on {best['chosen_on']}): {figures(best)}")
         print(f"wrote {result.run_dir}")
+    if distributed.is_initialized():  # NCCL warns where a process leaves without
+        distributed.destroy_process_group()
     return DONE
 
 
