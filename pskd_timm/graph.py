@@ -43,7 +43,7 @@ class StepGraph:
             return
         self.seen[key] += 1
         if batch.images.is_cuda:
-            _aside(lambda: self.step(batch, weight))
+            aside(lambda: self.step(batch, weight))
         else:
             self.step(batch, weight)
 
@@ -69,8 +69,8 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def _aside(work: Callable[[], None]):
-    # Steps before a recording run on another stream than the default one, as torch's notes on CUDA graphs ask.
+def aside(work: Callable[[], None]):
+    """Run `work` on another stream than the default one, as torch's notes on CUDA graphs ask of steps before a recording."""
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
