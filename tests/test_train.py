@@ -24,7 +24,7 @@ from pskd_timm.checkpoint import newest
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.metrics import METRICS
-from pskd_timm.optim import lr_at
+from pskd_timm.optim import lr_at, make_optimizer
 from pskd_timm.recipe import Optim
 from pskd_timm.tracking import read_lines
 from pskd_timm.train import Diverged
@@ -406,6 +406,15 @@ def test_a_gpu_without_memory_left_is_a_line_that_says_what_helps(monkeypatch, t
     assert capsys.readouterr().err.endswith(
         "seed0: CUDA out of memory: --accumulate 4 splits each step's samples into smaller parts\n"
     )
+
+
+def test_sgd_without_momentum_is_plain_sgd():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = make_optimizer(layer, Optim(lr=0.5, momentum=0, weight_decay=0))
+    layer(torch.tensor([2.0, 4.0])).backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, before - torch.tensor([[1.0, 2.0]]))
 
 
 def test_learning_rates_equal_torchs_schedulers():
