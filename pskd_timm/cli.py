@@ -147,11 +147,11 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, without=(), only=None):
+def add_settings(parser: argparse.ArgumentParser, without=()):
     """An option for every setting, with its sentence; values are checked by the recipe, not here."""
     groups = {}
     for key, field in settings().items():
-        if key in without or (only and key not in only):
+        if key in without:
             continue
         section = key.rpartition(".")[0] or "run"
         group = groups.setdefault(section, parser.add_argument_group(section) if section not in groups else None)
@@ -189,6 +189,7 @@ def run_train(arguments, rest):
     recipe = load(arguments, rest)
     recipe.check_method(recipe.method)
     from safetensors import SafetensorError
+    from torch import OutOfMemoryError, distributed
 
     from .progress import Display
     from .ranks import tells_of_a_lost_rank
@@ -199,6 +200,10 @@ def run_train(arguments, rest):
             result = train(recipe, display)
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
+        return FAILED
+    except OutOfMemoryError as error:
+        helps = f"--accumulate {2 * recipe.accumulate} splits each step's samples into smaller parts"
+        print(f"pskd-timm: {recipe.run_dir}: {str(error).split('. ')[0]}: {helps}", file=sys.stderr)
         return FAILED
     except RuntimeError as error:
         if not tells_of_a_lost_rank(error):
@@ -216,6 +221,8 @@ def run_train(arguments, rest):
         print(f"last epoch {last['epoch']}: {figures(last)}")
         print(f"best epoch {best['epoch']} (best on {best['chosen_on']}): {figures(best)}")
         print(f"wrote {result.run_dir}")
+    if distributed.is_initialized():  # NCCL warns where a process leaves without
+        distributed.destroy_process_group()
     return DONE
 
 

@@ -200,12 +200,17 @@ def _stop(running: list[Job]):
             job.process.kill()
 
 
+def gpu_of(seat: int, count: int, visible: str | None) -> str:
+    """The GPU of a seat, in turn among `count`: by number, or by the names that CUDA_VISIBLE_DEVICES has for those given us."""
+    return visible.split(",")[seat % count] if visible else str(seat % count)
+
+
 def _run(recipe: Recipe, seat: int, seats: int, log: str):
     """The process of one run: its share of the cores or its own GPU, its words into run.log."""
     import torch
 
-    if torch.cuda.device_count() > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(seat % torch.cuda.device_count())
+    if (count := torch.cuda.device_count()) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(seat, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
     threads = recipe.threads or max(1, (os.cpu_count() or 1) // seats)
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", buffering=1) as file:

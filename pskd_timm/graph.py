@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,14 +57,21 @@ class Recorder:
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """What replays `work`, which recording does not run."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # thread_local: else the thread that pins a streaming loader's batches may end the recording.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
 
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    # One for all steps: what the allocator holds for a stream serves no other.
+    return torch.cuda.Stream()
+
+
 def aside(work: Callable[[], None]):
     """Run `work` on another stream than the default one, as torch's notes on CUDA graphs ask of steps before a recording."""
-    stream = torch.cuda.Stream()
+    stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()

@@ -22,7 +22,7 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
             groups,
             section.lr,
             section.momentum,
-            nesterov=section.nesterov,
+            nesterov=section.nesterov and section.momentum > 0,
             weight_decay=section.weight_decay,
             fused=fused,
         )

@@ -369,6 +369,11 @@ class Recipe(Section):
             raise ValueError(f"preset_of: nothing published of {unknown[0]!r}: there is {', '.join(presets.PLACES)}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate {self.accumulate} must not exceed batch_size {self.batch_size}")
+        if self.accumulate > 1 and self.model.compile == "max-autotune":
+            # https://github.com/pytorch/pytorch/issues/169545: its CUDA graphs write gradients over those to be added to.
+            raise ValueError(
+                "accumulate does not go with model.compile max-autotune: default and graphs add gradients up"
+            )
         return self
 
     @property

@@ -184,5 +184,6 @@ class Tracker:
             file.sync()
 
     def finish(self):
-        if self.uses_wandb:
-            self.accelerator.end_training()
+        # Accelerate's end_training would part the processes too, which may have another run before them.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -36,7 +36,7 @@ from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
 from .files import write_whole
 from .graph import StepGraph
-from .methods import METHODS
+from .methods import METHODS, Method
 from .metrics import METRICS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
@@ -94,6 +94,17 @@ class Result:
         return f"<p>{where}</p>{table}"
 
 
+@contextmanager
+def connected_no_longer():
+    """Makes Accelerate forget a process that was alone: it starts no several ones where it remembers one."""
+    try:
+        yield
+    finally:
+        if "WORLD_SIZE" not in os.environ:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@connected_no_longer()
 def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Callable[[dict], None]] = ()) -> Result:
     """Train as `recipe` says, or go on with the run in its folder, and return the result.
 
@@ -172,6 +183,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
 
     recorded = recipe.model.compile == "graphs"
     if recorded:
+        check_recording(method)
         forward_backward = StepGraph(forward_backward, lambda: method.variant)
 
     def score_split(model, split, keep_probabilities=False):
@@ -186,7 +198,11 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
 
     lock = FileLock(run_dir / ".lock")
     ranks.on_main(lambda: prepare_folder(recipe, lock))
-    tracker = Tracker(accelerator, recipe, run_dir, loader.steps, display.quiet)
+    try:
+        tracker = Tracker(accelerator, recipe, run_dir, loader.steps, display.quiet)
+    except InputError:
+        lock.release()  # a notebook keeps what an error has seen, the lock among it
+        raise
     wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
     try:
@@ -336,8 +352,6 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         tracker.finish()
         display.close()
         lock.release()
-        if world_size == 1:  # Accelerate refuses to start several processes where it has run one before
-            AcceleratorState._reset_state(reset_partial_state=True)
     return Result.read(run_dir)
 
 
@@ -401,6 +415,15 @@ def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
             continue  # the teacher is trained first, from this very recipe
         taught = recipe.model_copy(update={"method": method})
         METHODS[method].from_section(method_section(taught)).check(model, data.num_classes)
+
+
+def check_recording(method: Method):
+    """Raise InputError where a CUDA graph cannot hold a step of `method`: it cannot wait for copies from and to the CPU."""
+    if method.store and method.store.device.type == "cpu":
+        raise InputError(
+            "model.compile graphs needs the prediction store on the GPU (pskd.store_device auto): "
+            "where it does not fit, pskd.store_format topk or pskd.teacher snapshot do, or model.compile default"
+        )
 
 
 def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.Module, image_size: tuple[int, int]):

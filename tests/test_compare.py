@@ -13,6 +13,7 @@ from PIL import Image
 
 from pskd_timm import METHODS, InputError, compare
 from pskd_timm.cli import main
+from pskd_timm.compare import gpu_of
 from pskd_timm.metrics import METRICS
 from pskd_timm.runs import COLUMNS
 from pskd_timm.tables import markdown_table, summary
@@ -267,3 +268,8 @@ def test_runs_go_on_after_compare_was_interrupted(tmp_path):
     assert again.returncode == 0
     assert "going on after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
     assert lines.read_text().count("\n") == 300
+
+
+def test_runs_take_turns_on_the_gpus_that_are_given_to_them():
+    assert [gpu_of(seat, 2, None) for seat in range(3)] == ["0", "1", "0"]
+    assert [gpu_of(seat, 2, "5,MIG-1/0") for seat in range(3)] == ["5", "MIG-1/0", "5"]

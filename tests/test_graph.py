@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pskd_timm import METHODS, Batch
+from pskd_timm import METHODS, PSKD, Batch, InputError
 from pskd_timm.graph import WARMUP, StepGraph
+from pskd_timm.train import check_recording
 
 N, K, EPOCHS = 23, 4, 3
 
@@ -73,3 +74,10 @@ def test_a_recorded_step_gives_the_losses_of_the_plain_one_through_tails_and_epo
     assert replayed == pytest.approx(plain, rel=1e-6)
     full, variants = (N // 4) * EPOCHS, 2 if "teacher" in settings else 1
     assert replays == full - variants * WARMUP
+
+
+def test_a_step_with_a_store_on_the_cpu_is_not_recorded():
+    known = {"num_samples": 4, "num_classes": 2, "num_epochs": 1, "device": "cpu"}
+    with pytest.raises(InputError, match="graphs needs the prediction store on the GPU"):
+        check_recording(PSKD().setup(**known))
+    check_recording(PSKD(teacher="snapshot").setup(**known))

@@ -7,6 +7,7 @@ from torch import nn
 
 from pskd_timm import METHODS, PSKD, Batch, InputError
 from pskd_timm.methods import CSKD, TFKD, Baseline, LabelSmoothing
+from pskd_timm.methods.base import frozen
 
 N, K, B, E = 23, 7, 5, 4
 
@@ -158,6 +159,12 @@ def test_tfkd_refuses_a_teacher_of_other_classes():
     teacher.num_classes = 3
     with pytest.raises(InputError, match=f"3 classes, the data {K}"):
         ready(TFKD(teacher))
+
+
+def test_a_teacher_lies_in_memory_as_its_student_does():
+    last = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    assert frozen(nn.Conv2d(3, 4, 3), like=last).weight.stride() == last.weight.stride()
+    assert frozen(nn.Conv2d(3, 4, 3), like=nn.Conv2d(3, 4, 3)).weight.is_contiguous()
 
 
 def test_tfkds_teacher_stays_in_eval_mode_and_learns_nothing():

@@ -30,6 +30,12 @@ def commands(marked=None):
     return [line[line.index(start) + 1 :] for line in words for start in ("pskd-timm", "pskd_timm") if start in line]
 
 
+def mentioned():
+    """The words of each command that stands between the lines."""
+    found = re.findall(r"`pskd-timm (\w+ [^`…]+)`", README)
+    return [shlex.split(words) for words in found if not words.endswith("--help")]
+
+
 # What makes a command of the README one of seconds; later options go before earlier ones.
 TINY = "--epochs 1 --model.name cifar_preact_resnet_tiny --model.kwargs.width 4 --tracking.wandb disabled --seeds 0"
 SMALLER = {
@@ -60,7 +66,7 @@ def test_the_readmes_commands_run_one_after_the_other_but_for_those_that_say_wha
     assert (tmp_path / "runs" / "digits" / "report.html").is_file() and (tmp_path / "predictions.json").is_file()
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", [*commands(), *mentioned()], ids=" ".join)
 def test_every_command_of_the_readme_parses_and_names_a_recipe_that_is_there(words):
     arguments, rest = make_parser().parse_known_args(words)
     assert not rest

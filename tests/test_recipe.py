@@ -57,6 +57,7 @@ def test_the_command_line_lies_over_the_recipe_and_the_recipe_over_the_default()
         ({"model.kwargs.width": "a: b: c"}, "cannot read 'a: b: c'"),
         ({"data.path": "x"}, "source digits ships with scikit-learn and takes no path"),
         ({"tfkd.alpha": "true"}, "tfkd.alpha"),
+        ({"accumulate": 2, "model.compile": "max-autotune"}, "accumulate does not go with model.compile max-autotune"),
     ],
 )
 def test_a_bad_setting_is_refused_in_one_line_that_names_it(overrides, says):

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from pskd_timm import METHODS, InputError, evaluate, load_recipe, score, train
 from pskd_timm.checkpoint import newest
+from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.metrics import METRICS
-from pskd_timm.optim import lr_at
+from pskd_timm.optim import lr_at, make_optimizer
 from pskd_timm.recipe import Optim
 from pskd_timm.tracking import read_lines
 from pskd_timm.train import Diverged
@@ -207,6 +210,22 @@ class Conversions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextmanager
+def cuda_waits():
+    """The list that torch's warnings of waits for a GPU go to; on a machine without one it stays empty."""
+    waits, found = [], torch.cuda.is_available()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if found:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            if found:
+                torch.cuda.set_sync_debug_mode("default")
+            waits += [one for one in told if "synchronizing CUDA operation" in str(one.message)]
+
+
 @pytest.mark.parametrize(
     "method, settings",
     [("cskd", {}), ("tfkd", {}), ("pskd", {}), ("pskd", {"teacher": "snapshot"})],
@@ -217,12 +236,12 @@ def test_no_step_waits_for_a_value_on_the_device(tiny, method, settings):
     def conversions(batch_size):
         sizes = {"data.limit_train": 48, "data.limit_test": 10, "batch_size": batch_size, "tracking.log_every": 1000}
         recipe = tiny(**sizes | settings, method=method, output_dir=str(tiny().run_dir / str(batch_size)))
-        with Conversions() as calls, profile(activities=[ProfilerActivity.CPU]) as profiled:
+        with Conversions() as calls, profile(activities=[ProfilerActivity.CPU]) as profiled, cuda_waits() as waits:
             train(recipe)
         inside = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"}
-        return calls.count, sum(event.count for event in profiled.key_averages() if event.key in inside)
+        return calls.count, sum(event.count for event in profiled.key_averages() if event.key in inside), len(waits)
 
-    # Six times the steps, and as many conversions: at the ends of epochs and of the run.
+    # Six times the steps, and as many conversions and waits: at the ends of epochs and of the run.
     few, many = conversions(24), conversions(4)
     assert few[0] > 0 and few[1] > 0
     assert many == few
@@ -316,6 +335,22 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tiny, tmp_
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_that_is_refused_or_finished_before_leaves_neither_a_lock_nor_accelerates_memory(tiny, monkeypatch):
+    def refused(*_):
+        raise InputError("no account")
+
+    recipe = tiny(epochs=1, method="baseline", tracking__wandb="offline")
+    with monkeypatch.context() as patched:
+        patched.setattr("pskd_timm.tracking.Tracker._start_wandb", refused)
+        for _ in range(2):
+            with pytest.raises(InputError, match="no account") as error:
+                train(recipe)
+            assert error.tb and AcceleratorState._shared_state == {}
+    for _ in range(2):
+        train(recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"wandb": "disabled"})}))
+        assert AcceleratorState._shared_state == {} == PartialState._shared_state
+
+
 def test_copies_that_know_nothing_of_each_other_are_refused(tiny, monkeypatch):
     PartialState(cpu=True)  # this process is connected to no other
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -360,6 +395,26 @@ def test_other_ways_to_train_learn_too(tiny, settings):
     assert np.mean(losses(result.run_dir)[-5:]) < 0.8 * losses(result.run_dir)[0]
     again = evaluate(result.run_dir)["last"]
     assert {name: again[name] for name in METRICS} == again["recorded"]
+
+
+def test_a_gpu_without_memory_left_is_a_line_that_says_what_helps(monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(sys.modules["pskd_timm.train"], "train", full)
+    assert main(["train", "digits", "--accumulate", "2", "--output_dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith(
+        "seed0: CUDA out of memory: --accumulate 4 splits each step's samples into smaller parts\n"
+    )
+
+
+def test_sgd_without_momentum_is_plain_sgd():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    before = layer.weight.detach().clone()
+    optimizer = make_optimizer(layer, Optim(lr=0.5, momentum=0, weight_decay=0))
+    layer(torch.tensor([2.0, 4.0])).backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, before - torch.tensor([[1.0, 2.0]]))
 
 
 def test_learning_rates_equal_torchs_schedulers():

@@ -121,6 +121,7 @@ def train_all(folder: Path):
         "pskd.teacher": "snapshot",
         "output_dir": str(folder / f"on{world_size}" / "snapshot"),
     }
+    runs[0]["tracking.wandb"] = "offline"  # the end of its tracking is not the end of the processes
     for own in [*runs, snapshot]:
         result = train(load_recipe("digits", settings | own))
         assert newest(result.run_dir)

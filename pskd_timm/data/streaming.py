@@ -64,7 +64,7 @@ class StreamedSplit:
         """For each job (ids [B], views) the ids and each view's images, uint8 [B, 3, H, W], on the labels' device."""
         device = self.labels.device
         loader = DataLoader(
-            _Pictures(self),
+            _Pictures(self.to("cpu")),  # labels on a GPU would make each worker that is not forked start CUDA
             batch_size=None,
             sampler=jobs,
             num_workers=self.workers,

@@ -23,7 +23,9 @@ def eval_mode(model: nn.Module):
 
 
 def frozen(network: nn.Module, like: nn.Module | None) -> nn.Module:
-    """`network` made a teacher: in eval mode, learning nothing, and compiled in place where `like` is."""
+    """`network` made a teacher: in eval mode, learning nothing, and compiled and laid out in memory as `like` is."""
+    if like is not None and not all(weights.is_contiguous() for weights in like.parameters()):
+        network.to(memory_format=torch.channels_last)
     if like is not None and like._compiled_call_impl is not None:
         network.compile(dynamic=False)
     return network.eval().requires_grad_(False)
