@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from pskd_timm import bench
 from pskd_timm.bench import metrics, rounds, step, store
 from pskd_timm.cli import main
 from pskd_timm.store import EXCHANGE_BYTES
@@ -66,7 +65,7 @@ def test_a_ratio_is_the_median_of_each_rounds_own():
 def test_every_method_and_teacher_is_measured_as_a_step_that_trains():
     model, steps = step._steps(width=2)
     assert set(steps) == {"bare", *step.TAUGHT}
-    assert {name for name, _ in step.TAUGHT.values()} == set(bench.step.METHODS)
+    assert {name for name, _ in step.TAUGHT.values()} == set(step.METHODS)
     for take in steps.values():
         before = [p.detach().clone() for p in model.parameters()]
         take()
