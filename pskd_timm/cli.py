@@ -267,7 +267,7 @@ def run_search(arguments, rest):
     with Display(arguments.quiet) as display:
         found = search(recipe, arguments.over, *options, display)
     chosen = ", ".join(f"{key} {value}" for key, value in found.best.settings.items())
-    print(f"trial {found.best.number} of {len(found.trials)}: {chosen}")
+    print(f"chosen: trial {found.best.number} of {len(found.trials)}: {chosen}")
     print(f"on the held-out part: {figures(found.best.figures)}")
     print("wrote " + ", ".join(map(str, found.paths)))
     return DONE

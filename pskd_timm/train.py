@@ -33,7 +33,7 @@ from . import checkpoint, ranks, rng
 from .batch import Batch
 from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data, pictures
-from .evaluate import Predictions, normalisation, predict, run_recipe
+from .evaluate import Predictions, normalisation, predict, run_recipe, run_result
 from .files import write_whole
 from .graph import StepGraph
 from .methods import METHODS
@@ -60,7 +60,7 @@ class Result:
 
     @classmethod
     def read(cls, run_dir: Path) -> "Result":
-        return cls(run_dir, json.loads((run_dir / "result.json").read_text()))
+        return cls(run_dir, run_result(run_dir))
 
     @property
     def last(self) -> dict:

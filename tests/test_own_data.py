@@ -113,24 +113,49 @@ def test_unreadable_images_are_named_and_the_others_predicted(run, folder, tmp_p
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "test" / "三角", "some/三角")
     Path("some/broken.jpg").write_bytes(b"no picture")
+    Path("some/phone.HEIC").write_bytes(b"no picture")  # what Pillow cannot read is named too
+    Path("some/folder.jpg").mkdir()
     command = ["predict", str(run), "some", "some/三角/*0.png", "--json", "out.json", "--top", "2"]
     assert main(command) == 1
     said = capsys.readouterr()
     assert "some/broken.jpg cannot be decoded" in said.err and "三角" in said.out and "cannot be read" in said.out
     assert "calibrated on the run's held-out part: temperature" in said.out
     rows = {row["image"]: row for row in json.loads(Path("out.json").read_text())["images"]}
-    assert len(rows) == 5 and "error" in rows["some/broken.jpg"]  # what two names stand for is there once
+    assert (
+        len(rows) == 6 and "error" in rows["some/phone.HEIC"] and "error" in rows["some/broken.jpg"]
+    )  # what two names stand for is there once
     assert len(rows["some/三角/bild 0.png"]["top"]) == 2
     Path("some/broken.jpg").unlink()
+    Path("some/phone.HEIC").unlink()
     assert main(command) == 0
+    # A pattern may name folders, and a name bytes that are no text.
+    shutil.copy("some/三角/bild 0.png", b"some/\xff.png")
+    assert main(["predict", str(run), "so*", "--json", "out.json"]) == 0
+    names = [row["image"] for row in json.loads(Path("out.json").read_text())["images"]]
+    assert len(names) == 5 and "some/\N{REPLACEMENT CHARACTER}.png" in names
     for bad, says in (
         (["predict", str(run), "nowhere/*.png"], "nowhere/*.png: no such image"),
         (["predict", "nowhere", "some"], "no run here"),
+        (["predict", str(run), "some/folder.jpg"], "no images in this folder"),
         (["predict", str(run), "some", "--top", "0"], "--top must be at least 1"),
         (["predict", str(run), "some", "--topp", "3"], "did you mean top"),
     ):
         assert main(bad) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["result.json", "holdout.parquet", "model.safetensors", "config.json"])
+def test_a_damaged_run_is_told_in_a_line_that_names_what_is_damaged(run, folder, tmp_path, capsys, name):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "run" / name).write_bytes((run / name).read_bytes()[:100])
+    for command in (
+        ["predict", str(tmp_path / "run"), str(folder)],
+        ["push", str(tmp_path / "run"), str(tmp_path / "x")],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err.strip()
+        assert "\n" not in said and ("damaged" in said or "cannot be loaded" in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_that_held_nothing_out_says_that_its_confidences_are_not_calibrated(folder, tmp_path, capsys):
