@@ -125,7 +125,7 @@ def predict(
     """
     if top < 1:
         raise InputError(f"--top must be at least 1, got {top}")
-    paths = find_images(images)
+    paths = find_images([images] if isinstance(images, str | Path) else images)
     classifier = Classifier.of_run(run, best)
     display = display or Display(quiet=True)
     rows, step = [], classifier.recipe.batch_size

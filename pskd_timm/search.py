@@ -21,7 +21,7 @@ from . import rng
 from .files import write_whole
 from .metrics import METRICS
 from .progress import Display
-from .recipe import Diverged, InputError, Recipe, differing, lay_over, nearest, settings
+from .recipe import Diverged, InputError, Recipe, check_call, differing, lay_over, nearest, settings
 from .train import Result, check_recipe, train
 
 HOLDOUT_FRACTION = 0.1  # of a recipe that holds nothing out itself
@@ -104,6 +104,7 @@ def search(
     ends there (Optuna's median pruner). A trial that diverges, whose settings do not go together or whose network does not
     fit into memory is told and passed over. Raises InputError for bad input, before anything is trained.
     """
+    check_call(recipe, over=over, seeds=seeds)
     optuna = _optuna()
     if "WORLD_SIZE" in os.environ:
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
@@ -111,6 +112,7 @@ def search(
         raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, METRICS)} (of {', '.join(METRICS)})")
     if trials < 1 or not seeds or min(seeds) < 0:
         raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
+    seeds = list(dict.fromkeys(seeds))
     display = display or Display()
     ranges = parse_over(over, recipe)
     folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"

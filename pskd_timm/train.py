@@ -42,7 +42,7 @@ from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
 from .order import num_batches
 from .progress import Display
-from .recipe import Diverged, InputError, Recipe
+from .recipe import Diverged, InputError, Recipe, check_call
 from .released import start_from
 from .teacher import method_section, teacher_figures
 from .tracking import Tracker, read_lines
@@ -102,6 +102,9 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
+    check_call(recipe, callbacks=callbacks)
+    if not all(map(callable, callbacks)):
+        raise InputError("callbacks should be functions, each of one argument: an epoch's line of metrics.jsonl")
     recipe.check_method(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pskd_timm import InputError, load_recipe, train
+from pskd_timm import InputError, load_recipe, report, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.progress import Display
@@ -268,6 +268,14 @@ def test_another_search_at_work_a_damaged_one_and_one_that_is_to_be_replaced(tin
     assert len((folder / "trials.jsonl").read_text().splitlines()) == 1
 
 
-def test_whole_numbers_that_are_few_are_all_tried(tiny):
+def test_whole_numbers_that_are_few_are_all_tried_and_a_report_has_the_trials_where_it_is_asked_for_them(
+    tiny, tmp_path
+):
     found = search(tiny(epochs=3, data__limit_train=60), ["pskd.alpha_warmup_epochs=0:2"], trials=3)
     assert sorted(trial.settings["pskd.alpha_warmup_epochs"] for trial in found.trials) == [0, 1, 2]
+    of_trials = report(tmp_path / "runs" / "search-pskd")
+    assert sorted(of_trials.frame.nll) == sorted(trial.figures["nll"] for trial in found.trials)
+    assert "The images cannot be shown" not in (tmp_path / "runs" / "search-pskd" / "report.html").read_text()
+    # Beside a comparison they were tested on other images, and would be refused.
+    with pytest.raises(InputError, match="a search's folder is named itself"):
+        report(tmp_path / "runs")
