@@ -15,9 +15,10 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from scipy.optimize import minimize_scalar
 
-from pskd_timm import InputError, load_recipe, train
+from pskd_timm import InputError, Result, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
+from pskd_timm.export import model_card
 from pskd_timm.metrics import METRICS
 from pskd_timm.predict import Classifier, predict
 from pskd_timm.recipe import METHOD_SECTIONS
@@ -230,7 +231,10 @@ def test_a_pushed_folder_is_timms_and_its_card_tells_the_results(run, folder, tm
     assert head["library_name"] == "timm" and head["pipeline_tag"] == "image-classification" and "pskd" in head["tags"]
     measured = {each["type"]: each["value"] for each in head["model-index"][0]["results"][0]["metrics"]}
     assert measured["accuracy"] == pytest.approx(1 - result["top1_error"] / 100) and measured["nll"] == result["nll"]
-    assert "as trained | " + " | ".join(f"{result[name]:.2f}" for name in METRICS) in body
+    # Of three classes the right one is always among five.
+    told = [name for name in METRICS if name != "top5_error"]
+    assert "as trained | " + " | ".join(f"{result[name]:.2f}" for name in told) + " |\n" in body and "top-5" not in body
+    assert "On the 12 test images." in body and ("(chosen on the held-out images)" in body) == best
     assert "with temperature" in body and all(name in body for name in CLASSES) and "(reliability.png)" in body
     # Where the pictures lay on this machine is nobody's business.
     assert str(folder.parent) not in (pushed / "recipe.yaml").read_text() + body and f"path: {folder.name}" in body
@@ -246,6 +250,14 @@ def test_a_pushed_folder_is_timms_and_its_card_tells_the_results(run, folder, tm
     (row,) = predict(run, ["image.jpg"], top=3, best=best)["images"]
     told = {each["class"]: each["confidence"] for each in row["top"]}
     assert [told[name] for name in sorted(CLASSES)] == pytest.approx(scope["confidences"][0].tolist(), abs=1e-4)
+
+
+def test_a_card_claims_no_calibration_for_the_images_that_the_temperature_was_fitted_on(run):
+    result = Result.read(run)
+    result.values |= {"evaluated_on": "holdout", "best": result.best | {"chosen_on": "test"}}
+    body = model_card(result, Classifier.of_run(run), True, "local-dir:x")
+    assert "with temperature" not in body and "On the held-out training images." in body
+    assert "(chosen on the test images themselves: the figures are a little too good)" in body
 
 
 def test_pushing_to_the_hub_without_token_or_network_fails_in_one_line(run, monkeypatch, capsys):
