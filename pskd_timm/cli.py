@@ -228,19 +228,13 @@ def run_train(arguments, rest):
 
 def run_compare(arguments, rest):
     recipe = load(arguments, rest)
-    if arguments.jobs < 1:
-        raise InputError(f"--jobs must be at least 1, got {arguments.jobs}")
-    if min(arguments.seeds) < 0:
-        raise InputError(f"--seeds must not be negative, got {min(arguments.seeds)}")
     from .compare import compare
     from .progress import Display
 
     for method in arguments.methods:
         recipe.check_method(method)
-    # A seed or method given twice is one run.
-    methods, seeds = dict.fromkeys(arguments.methods), dict.fromkeys(arguments.seeds)
     with Display(arguments.quiet) as display:
-        found = compare(recipe, list(methods), list(seeds), arguments.jobs, display)
+        found = compare(recipe, arguments.methods, arguments.seeds, arguments.jobs, display)
     tell(found)
     return FAILED if found.failed else DONE
 
@@ -269,12 +263,11 @@ def run_search(arguments, rest):
     from .progress import Display
     from .search import search
 
-    seeds = list(dict.fromkeys(arguments.seeds))
-    options = (arguments.trials, seeds, arguments.metric, arguments.prune, arguments.search_seed)
+    options = (arguments.trials, arguments.seeds, arguments.metric, arguments.prune, arguments.search_seed)
     with Display(arguments.quiet) as display:
         found = search(recipe, arguments.over, *options, display)
     chosen = ", ".join(f"{key} {value}" for key, value in found.best.settings.items())
-    print(f"trial {found.best.number} of {len(found.trials)}: {chosen}")
+    print(f"chosen: trial {found.best.number} of {len(found.trials)}: {chosen}")
     print(f"on the held-out part: {figures(found.best.figures)}")
     print("wrote " + ", ".join(map(str, found.paths)))
     return DONE

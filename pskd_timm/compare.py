@@ -10,9 +10,10 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from .progress import Display, Row, duration
-from .recipe import METHOD_SECTIONS, InputError, Recipe
+from .recipe import METHOD_SECTIONS, InputError, Recipe, check_call
 from .report import Comparison, report
 from .tables import short
 from .teacher import teacher_folder
@@ -60,6 +61,13 @@ def compare(
     A failed run is a row that says so; the others go on. Finished runs are not repeated. With `tfkd.teacher: baseline` the
     baselines are trained before TF-KD, also where `methods` does not name them.
     """
+    check_call(recipe, methods=methods, seeds=seeds)
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {jobs}")
+    if not methods or not seeds or min(seeds) < 0:
+        raise InputError(f"--methods and --seeds must name some, no seed below 0: got {list(methods)}, {list(seeds)}")
+    # A seed or method given twice is one run.
+    methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
     if unknown := [method for method in methods if method not in METHOD_SECTIONS]:
         raise InputError(f"--methods: unknown method {unknown[0]!r}: choose from {', '.join(METHOD_SECTIONS)}")
     if "WORLD_SIZE" in os.environ:
@@ -127,11 +135,16 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
 
 
 def _start(process: multiprocessing.Process):
-    """Start a process that a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM."""
+    """Start a process that a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM.
+
+    Nor does it run the parent's script again, which need not say `if __name__ == "__main__"`.
+    """
     ignoring = _in_main_thread() and signal.signal(signal.SIGINT, signal.SIG_IGN)
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         process.start()
     finally:
+        sys.modules["__main__"] = script
         if ignoring:
             signal.signal(signal.SIGINT, ignoring)
 

@@ -107,6 +107,17 @@ def run_recipe(run_dir: Path, overrides: dict | None = None) -> Recipe:
     return load_recipe(str(run_dir / "recipe.yaml"), overrides)
 
 
+def run_result(run_dir: Path) -> dict:
+    """What a finished run's result.json holds; raises InputError where there is none, or a damaged one."""
+    path = run_dir / "result.json"
+    if not path.is_file():
+        raise InputError(f"{run_dir}: the run is not finished (no result.json); the same train command goes on with it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}; --resume never trains the run anew") from None
+
+
 def normalisation(model: nn.Module, recipe: Recipe) -> tuple[list[float], list[float]]:
     """Mean and std [3] in units of the pixel range: the recipe's, else the model's own."""
     config = model.pretrained_cfg
@@ -117,9 +128,7 @@ def evaluate(run_dir: str | Path, overrides: dict | None = None, progress=None) 
     """Score a finished run's weights where it was scored, again: {"last": …, "best": …}, `recorded` beside each figure."""
     run_dir = Path(run_dir)
     recipe = run_recipe(run_dir, overrides)
-    if not (run_dir / "result.json").is_file():
-        raise InputError(f"{run_dir}: the run is not finished (no result.json); the same train command goes on with it")
-    recorded = json.loads((run_dir / "result.json").read_text())
+    recorded = run_result(run_dir)
     data = load_data(recipe.data, recipe.augment, progress)
     found = {}
     for which, folder in (("last", run_dir), ("best", run_dir / "best")):

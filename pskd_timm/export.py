@@ -89,14 +89,15 @@ def recipe_for_others(recipe: Recipe) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
+CHOSEN_ON = {"holdout": "held-out images", "test": "test images themselves: the figures are a little too good"}
 CARD = """
 # {name}: {model}, {method}
 
-An image classifier for {num_classes} classes, trained by pskd_timm {version} with {method} for {epochs} epochs; the {which}
-epoch's weights, {num_parameters:,} parameters.
+An image classifier for {num_classes} classes, trained on {num_train:,} images by pskd_timm {version} with {method} for {epochs}
+epochs; the {which} epoch's weights{chosen}, {num_parameters:,} parameters.
 
 {table}
-On the {split} part. Errors and ECE in %, NLL in nats, AURC and E-AURC × 10³; lower is better.
+On the {split} images. Errors and ECE in %, NLL in nats, AURC and E-AURC × 10³; lower is better.
 
 ![Reliability diagram and risk–coverage curve](reliability.png)
 
@@ -138,15 +139,24 @@ def model_card(result: Result, classifier: Classifier, best: bool, timm_name: st
         version=__version__,
         epochs=recipe.epochs,
         which="best" if best else "last",
+        chosen=f" (chosen on the {CHOSEN_ON[result.best['chosen_on']]})" if best else "",
         num_parameters=result.values["num_parameters"],
+        num_train=result.values["num_train"],
         table=card_table(result, classifier, best),
-        split=result.values.get("evaluated_on", "test"),
+        split=scored_images(result),
         imports=imports,
         loading=loading,
         temperature=classifier.temperature or 1.0,
         classes=", ".join(classifier.class_names),
         recipe=recipe_for_others(recipe),
     )
+
+
+def scored_images(result: Result) -> str:
+    """Which images the figures are from, and how many."""
+    if result.values.get("evaluated_on", "test") == "test":
+        return f"{result.values['num_test']:,} test"
+    return "held-out training"
 
 
 def card_head(result: Result, recipe: Recipe, best: bool) -> str:
@@ -173,14 +183,18 @@ def card_head(result: Result, recipe: Recipe, best: bool) -> str:
 
 
 def card_table(result: Result, classifier: Classifier, best: bool) -> str:
-    """The six figures as the network gives them, and with the temperature that was fitted on held-out images."""
+    """The figures as the network gives them, and with the temperature where other images than the scored ones gave it.
+
+    Without the top-5 error where there are no more than five classes.
+    """
     rows = {"as trained": result.best if best else result.last}
-    if classifier.temperature:
+    if classifier.temperature and result.values.get("evaluated_on", "test") == "test":
         labels, probabilities = calibrated_predictions(result.run_dir / "best" if best else result.run_dir, classifier)
         label = f"with temperature {classifier.temperature:.4f}, fitted on held-out training images"
         rows[label] = score(probabilities, labels)
-    lines = [["confidences", *(HEADERS[name] for name in METRICS)], ["---", *("---:" for _ in METRICS)]]
-    lines += [[label, *(f"{row[name]:.2f}" for name in METRICS)] for label, row in rows.items()]
+    names = [name for name in METRICS if name != "top5_error" or len(classifier.class_names) > 5]
+    lines = [["confidences", *(HEADERS[name] for name in names)], ["---", *("---:" for _ in names)]]
+    lines += [[label, *(f"{row[name]:.2f}" for name in names)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

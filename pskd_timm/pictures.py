@@ -23,13 +23,14 @@ def most_confident_mistakes(table: pd.DataFrame, count: int = 6) -> pd.DataFrame
 
 
 def pictures(recipe: Recipe, mistakes: pd.DataFrame, image_size: tuple[int, int]) -> dict[int, str]:
-    """Index in the test part → `data:` URI, for the rows of `mistakes`. Raises InputError where the images cannot be had."""
+    """Index in the part that was scored → `data:` URI, for `mistakes`' rows. Raises InputError where images cannot be had."""
     section = recipe.data
     if section.source != "digits" and not section.gaussian_noise and image_size[0] == image_size[1]:
         # Streaming decodes what is asked for; the network saw the same, since it is resized to the size it has.
         section = section.model_copy(update={"loading": "streaming", "image_size": image_size[0], "workers": 0})
     with _offline():
-        test = load_data(section, recipe.augment).test
+        data = load_data(section, recipe.augment)
+    test = data.test or data.holdout  # as train scores
     ids = torch.tensor(mistakes["index"].to_numpy())
     if ids.max() >= len(test) or not torch.equal(test.labels[ids], torch.tensor(mistakes["label"].to_numpy())):
         raise InputError("the data set has changed since the runs were tested")

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from .augment import normalize
 from .calibration import fit_temperature, with_temperature
 from .data.decode import fit, open_image
 from .data.sources import PICTURE_SUFFIXES
-from .evaluate import autocast, normalisation, run_recipe
+from .evaluate import autocast, normalisation, run_recipe, run_result
 from .losses import at_least_float32
 from .models.build import load_model
 from .progress import Display
@@ -37,8 +38,7 @@ class Classifier:
         """The last epoch's network of the run in a folder, or with `best` the best epoch's."""
         run = Path(run).expanduser()
         recipe = run_recipe(run)
-        if not (run / "result.json").is_file():
-            raise InputError(f"{run}: the run is not finished (no result.json); the same train command goes on with it")
+        run_result(run)  # the run is finished
         folder = run / "best" if best else run
         model = load_model(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         if recipe.threads:
@@ -84,7 +84,10 @@ def held_out_temperature(folder: Path) -> float | None:
     path = folder / "holdout.parquet"
     if not path.is_file():
         return None
-    table = pd.read_parquet(path, columns=["label", "probabilities"])
+    try:
+        table = pd.read_parquet(path, columns=["label", "probabilities"])
+    except (OSError, ValueError) as error:  # pyarrow's are among them
+        raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
     return fit_temperature(torch.tensor(np.stack(table.probabilities)), torch.tensor(table.label.to_numpy()))
 
 
@@ -93,18 +96,23 @@ def find_images(names: list[str]) -> list[Path]:
     found = []
     for name in names:
         path = Path(name).expanduser()
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
-            if not inside:
-                raise InputError(f"{name}: no images in this folder")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        elif matches := sorted(glob.glob(str(path), recursive=True)):
-            found += map(Path, matches)
-        else:
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not matches:
             raise InputError(f"{name}: no such image, folder or pattern")
+        files = [file for match in matches for file in (_pictures(match) if match.is_dir() else [match])]
+        if not files:
+            raise InputError(f"{name}: no images in this folder ({' '.join(PICTURE_SUFFIXES)})")
+        found += files
     return list(dict.fromkeys(found))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and not file.is_dir())
+
+
+def _name(path: Path) -> str:
+    """A path as text that can be written, whatever bytes are in it."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def predict(
@@ -117,7 +125,7 @@ def predict(
     """
     if top < 1:
         raise InputError(f"--top must be at least 1, got {top}")
-    paths = find_images(images)
+    paths = find_images([images] if isinstance(images, str | Path) else images)
     classifier = Classifier.of_run(run, best)
     display = display or Display(quiet=True)
     rows, step = [], classifier.recipe.batch_size
@@ -143,9 +151,9 @@ def _predict_batch(classifier: Classifier, paths: list[Path], top: int, pool) ->
     rows = []
     for path, image in zip(paths, decoded, strict=True):
         if isinstance(image, InputError):
-            rows.append({"image": str(path), "error": str(image)})
+            rows.append({"image": _name(path), "error": str(image)})
         else:
-            rows.append({"image": str(path), **_ranked(next(confidences), classifier.class_names, top)})
+            rows.append({"image": _name(path), **_ranked(next(confidences), classifier.class_names, top)})
     return rows
 
 
@@ -154,7 +162,7 @@ def _decoded(classifier: Classifier, path: Path) -> np.ndarray | InputError:
         return classifier.prepare(path)
     except InputError as error:
         # Which number it would have in a data set says nothing here.
-        return InputError(f"{path} cannot be decoded: {str(error).partition('cannot be decoded: ')[2]}")
+        return InputError(f"{_name(path)} cannot be decoded: {str(error).partition('cannot be decoded: ')[2]}")
 
 
 def _ranked(confidences: Tensor, class_names: list[str], top: int) -> dict:

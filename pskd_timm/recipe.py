@@ -1,6 +1,7 @@
 """Every setting of a run on one page: typed, bounded, a sentence each. No torch here, so help and errors are instant."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -571,6 +572,15 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     return lay_over(read_yaml(path), overrides, str(path), default_name(path))
 
 
+def check_call(recipe, **lists):
+    """Raise InputError where Python hands over no Recipe, or one thing where a list is wanted."""
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"a recipe is wanted, as load_recipe gives it, got {recipe!r:.60}")
+    for name, value in lists.items():
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise InputError(f"{name} should be a list: {name}=[{value!r}]")
+
+
 def default_name(path: Path) -> str:
     """What the runs of a recipe file are filed under, where it does not say."""
     if path.resolve().is_relative_to(SHIPPED.resolve()):
@@ -590,7 +600,7 @@ def lay_over(written: dict, overrides: dict[str, Any] | None, origin: str, name:
     """The recipe of the settings `written` in `origin` with `overrides` by dotted name laid over them."""
     flat = flatten(written)
     sources = dict.fromkeys(flat, origin)
-    for key, value in (overrides or {}).items():
+    for key, value in flatten(overrides or {}).items():
         _override(flat, key, _value(value))
         parent = key.rpartition(".")[0]
         sources[parent if key not in settings() and parent in settings() else key] = "command line"

@@ -60,6 +60,8 @@ def report(runs: Iterable[str | Path], output: str | Path | None = None) -> Comp
     runs that were tested on different data.
     """
     runs = [runs] if isinstance(runs, str | Path) else list(runs)
+    if not runs:
+        raise InputError("report: name run folders, or a folder that holds some (runs/digits)")
     found = find_runs(runs)
     folder = Path(output or os.path.commonpath([run.folder.absolute() for run in found]))
     try:

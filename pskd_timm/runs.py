@@ -56,7 +56,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
             raise InputError(f"{path} {what}: give run folders, or a folder that holds some (runs/digits)")
         found = list(_run_folders(path))
         if not found:
-            raise InputError(f"{path}: no run here (a run folder has a recipe.yaml)")
+            raise InputError(f"{path}: no run here (a run folder has a recipe.yaml; a search's folder is named itself)")
         folders |= {folder.resolve(): folder for folder in found}
     runs = [read_run(folder) for folder in folders.values()]
     _check_same_test(runs)
@@ -73,7 +73,8 @@ def _run_folders(path: Path):
         if "recipe.yaml" in files or "run.log" in files:
             inside.clear()
             yield Path(folder)
-        inside.sort()
+        # A search's trials are no part of the comparison beside it: its own folder has to be named.
+        inside[:] = sorted(name for name in inside if not (Path(folder) / name / "search.json").is_file())
 
 
 def read_run(folder: Path) -> Run:

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import shlex
+import shutil
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -10,30 +13,25 @@ from types import UnionType
 from typing import Annotated, get_args, get_origin
 
 import pandas as pd
+import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from . import rng
 from .files import write_whole
 from .metrics import METRICS
 from .progress import Display
-from .recipe import Diverged, InputError, Recipe, differing, lay_over, nearest, settings
+from .recipe import Diverged, InputError, Recipe, check_call, differing, lay_over, nearest, settings
 from .train import Result, check_recipe, train
 
 HOLDOUT_FRACTION = 0.1  # of a recipe that holds nothing out itself
 DIGITS = 4  # of a drawn number: what a recipe shows of it is all there is to it
 RANDOM_TRIALS = 5  # before Optuna's TPE looks at what they gave
 SAMPLER = 12  # stream of random numbers
-# What a search fixes itself: who is compared with whom, and on what.
-NOT_SEARCHED = (
-    "method",
-    "seed",
-    "data.seed",
-    "data.test",
-    "data.test_fraction",
-    "data.test_split",
-    "data.holdout_fraction",
-)
-DONE, STOPPED, DIVERGED = "finished", "stopped early", "diverged"
+# Of the data's settings only these leave every trial the same held-out images.
+SEARCHED_DATA = ("data.image_size", "data.label_noise")
+DONE, STOPPED, DIVERGED, REFUSED, TOO_LARGE = "finished", "stopped early", "diverged", "refused", "out of memory"
+ANEW = "choose another --output_dir, or --resume never to delete it"
 LABELS = {"nll": "NLL", "ece": "ECE %", "top1_error": "top-1 error %"}
 
 
@@ -51,6 +49,11 @@ class Range:
     def ends(self) -> tuple:
         """The values that the setting's bounds are checked at."""
         return self.choices or (self.low, self.high)
+
+    @property
+    def countable(self):
+        """All values there are, where they can be counted, else None."""
+        return self.choices or (range(self.low, self.high + 1) if self.whole else None)
 
     def draw(self, trial, key: str):
         """A value for `key` from an Optuna trial."""
@@ -96,10 +99,12 @@ def search(
 ) -> Found:
     """Train `trials` choices of the settings `over` ("pskd.alpha=0.3:0.9") and rank them by `metric` on the held-out part.
 
-    Everything goes into <output root>/search-<method>; the same call goes on with what is there. With `prune`, a trial whose
-    first seed does worse than the median of the earlier ones at the same epoch ends there (Optuna's median pruner).
-    Raises InputError for bad input, before anything is trained.
+    Everything goes into <output root>/search-<method>; the same call goes on with what is there, unless the recipe says
+    `resume: never`. With `prune`, a trial whose first seed does worse than the median of the earlier ones at the same epoch
+    ends there (Optuna's median pruner). A trial that diverges, whose settings do not go together or whose network does not
+    fit into memory is told and passed over. Raises InputError for bad input, before anything is trained.
     """
+    check_call(recipe, over=over, seeds=seeds)
     optuna = _optuna()
     if "WORLD_SIZE" in os.environ:
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
@@ -107,6 +112,7 @@ def search(
         raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, METRICS)} (of {', '.join(METRICS)})")
     if trials < 1 or not seeds or min(seeds) < 0:
         raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
+    seeds = list(dict.fromkeys(seeds))
     display = display or Display()
     ranges = parse_over(over, recipe)
     folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
@@ -117,35 +123,55 @@ def search(
             f"tfkd.teacher baseline: a trial has none beside it: train it with {held_out} and name its folder"
         )
     _check(base, ranges, folder, display)
-    done = _trials_of_before(folder, base, ranges, seeds, metric, search_seed)
-    if done:
-        display.say(f"{folder}: {len(done)} trials done before")
-    for number in range(len(done) + 1, trials + 1):
-        # A draw is a function of the seed, its number and the trials before it: a search that was stopped goes on as it was.
-        sampler = optuna.samplers.TPESampler(
-            n_startup_trials=RANDOM_TRIALS, seed=rng.fold(search_seed, SAMPLER, number) % 2**32
-        )
-        study = optuna.create_study(sampler=sampler, pruner=_pruner(optuna, recipe.epochs))
-        study.add_trials([_known(optuna, trial, ranges, metric) for trial in done])
-        asked = study.ask()
-        values = {key: drawn_from.draw(asked, key) for key, drawn_from in ranges.items()}
-        if any(trial.settings == values for trial in done):
-            values = _untried(ranges, done) or values  # choices are drawn more than once
-        display.say(f"trial {number} of {trials}: {_settings(values)}")
-        if twin := next((trial for trial in done if trial.settings == values), None):
-            display.say(f"trial {number} repeats trial {twin.number}: every choice has been tried")
-            trial = replace(twin, number=number, seconds=0.0)
-        else:
-            trial = _train_trial(base, number, values, folder, seeds, metric, asked if prune else None, display)
-        done.append(trial)
-        write_whole(folder / "trials.jsonl", "".join(json.dumps(asdict(trial)) + "\n" for trial in done))
-        display.say(_line(trial, metric))
-    finished = [trial for trial in done if trial.state == DONE]
-    if not finished:
-        raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
-    best = min(finished, key=lambda trial: trial.figures[metric])
-    chosen = lay_over(recipe.model_dump(), best.settings, str(folder), recipe.name)
-    return Found(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
+    with _locked(folder):
+        done = _trials_of_before(folder, base, ranges, seeds, metric, search_seed)
+        if done:
+            display.say(f"{folder}: {len(done)} trials done before")
+        for number in range(len(done) + 1, trials + 1):
+            # A draw is a function of the seed, its number and the trials before it: a stopped search goes on as it was.
+            sampler = optuna.samplers.TPESampler(
+                n_startup_trials=RANDOM_TRIALS, seed=rng.fold(search_seed, SAMPLER, number) % 2**32
+            )
+            study = optuna.create_study(sampler=sampler, pruner=_pruner(optuna, recipe.epochs))
+            study.add_trials([_known(optuna, trial, ranges, metric) for trial in done])
+            asked = study.ask()
+            values = {key: drawn_from.draw(asked, key) for key, drawn_from in ranges.items()}
+            if any(trial.settings == values for trial in done):
+                values = _untried(ranges, done) or values  # what can be counted is drawn more than once
+            display.say(f"trial {number} of {trials}: {_settings(values)}")
+            if twin := next((trial for trial in done if trial.settings == values), None):
+                display.say(f"trial {number} repeats trial {twin.number}: every choice has been tried")
+                trial = replace(twin, number=number, seconds=0.0)
+            else:
+                trial = _train_trial(base, number, values, folder, seeds, metric, asked if prune else None, display)
+            done.append(trial)
+            write_whole(folder / "trials.jsonl", "".join(json.dumps(asdict(trial)) + "\n" for trial in done))
+            display.say(_line(trial, metric))
+        finished = [trial for trial in done if trial.state == DONE]
+        if not finished:
+            raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
+        best = min(finished, key=lambda trial: trial.figures[metric])
+        chosen = lay_over(recipe.model_dump(), best.settings, str(folder), recipe.name)
+        return Found(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
+
+
+@contextmanager
+def _locked(folder: Path):
+    """The search's folder, made and held for this process alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            f"{folder}: another search is at work here: wait for it, or choose another --output_dir"
+        ) from None
+    except OSError as error:
+        raise InputError(f"output_dir: {folder} cannot be written: {error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def parse_over(over: list[str], recipe: Recipe) -> dict[str, Range]:
@@ -160,9 +186,10 @@ def parse_over(over: list[str], recipe: Recipe) -> dict[str, Range]:
             raise InputError(f"--over {text}: write --over setting=low:high, setting=low:high:log or setting=one,other")
         if key not in known and not is_mapping:
             raise InputError(f"--over {text}: unknown setting {key!r}{nearest(key, known)}")
-        if key in NOT_SEARCHED or (key in known and key not in recipe.identity()):
-            why = "a search fixes it" if key in NOT_SEARCHED else f"with method {recipe.method} it decides nothing"
-            raise InputError(f"--over {text}: {key} cannot be searched: {why}")
+        if key in ("method", "seed") or (key.startswith("data.") and key not in SEARCHED_DATA):
+            raise InputError(f"--over {text}: {key} cannot be searched: a search fixes it, so that its trials compare")
+        if key in known and key not in recipe.identity():
+            raise InputError(f"--over {text}: {key} cannot be searched: of method {recipe.method} it decides nothing")
         if key in ranges:
             raise InputError(f"--over {text}: {key} is given twice")
         ranges[key] = _range(text, values, known[key].annotation if key in known else None)
@@ -211,10 +238,10 @@ def _on_holdout(recipe: Recipe) -> Recipe:
 
 
 def _untried(ranges: dict[str, Range], done: list[Trial]) -> dict | None:
-    """The first combination of choices that no trial has had, where there are only choices and one is left."""
-    if not all(drawn_from.choices for drawn_from in ranges.values()):
+    """The first combination that no trial has had, where all values can be counted and one is left."""
+    if not all(drawn_from.countable for drawn_from in ranges.values()):
         return None
-    grid = product(*(drawn_from.choices for drawn_from in ranges.values()))
+    grid = product(*(drawn_from.countable for drawn_from in ranges.values()))
     tried = [trial.settings for trial in done]
     return next(
         (values for values in (dict(zip(ranges, one, strict=True)) for one in grid) if values not in tried), None
@@ -243,7 +270,13 @@ def _train_trial(base, number, values, folder, seeds, metric, asked, display) ->
 
     trial = Trial(number, DONE, values)
     results, reported = [], set()
-    runs = [_trial_recipe(base, values, folder, number, seed) for seed in seeds]
+    try:
+        runs = [_trial_recipe(base, values, folder, number, seed) for seed in seeds]
+        check_recipe(runs[0], (base.method,), display)
+    except InputError as error:  # each setting is in its range, but not with the others
+        display.say(f"trial {number}: {error}")
+        trial.state = REFUSED
+        return trial
     first = Result(runs[0].run_dir, {})
 
     def watch(line: dict):
@@ -253,7 +286,7 @@ def _train_trial(base, number, values, folder, seeds, metric, asked, display) ->
             if earlier["epoch"] not in reported:
                 asked.report(earlier[metric], earlier["epoch"])
                 reported.add(earlier["epoch"])
-        if asked.should_prune() and line["epoch"] < base.epochs:
+        if asked.should_prune() and line["epoch"] < runs[0].epochs:
             raise optuna.TrialPruned
 
     try:
@@ -261,9 +294,9 @@ def _train_trial(base, number, values, folder, seeds, metric, asked, display) ->
             results.append(train(run, display, callbacks=[watch]))
     except optuna.TrialPruned:
         trial.state = STOPPED
-    except Diverged as error:
-        trial.state = DIVERGED
-        display.say(f"trial {number}: {error}")
+    except (Diverged, torch.OutOfMemoryError) as error:
+        trial.state = DIVERGED if isinstance(error, Diverged) else TOO_LARGE
+        display.say(f"trial {number}: {str(error).splitlines()[0]}")
     lines = first.history
     trial.by_epoch = {line["epoch"]: line[metric] for line in lines}
     if trial.state == DONE:
@@ -301,8 +334,8 @@ def _known(optuna, trial: Trial, ranges: dict[str, Range], metric: str):
             kind = kinds.IntDistribution if drawn_from.whole else kinds.FloatDistribution
             distributions[key] = kind(drawn_from.low, drawn_from.high, log=drawn_from.log)
     return optuna.trial.create_trial(
-        state={DONE: states.COMPLETE, STOPPED: states.PRUNED, DIVERGED: states.FAIL}[trial.state],
-        value=None if trial.state == DIVERGED else trial.figures[metric],
+        state={DONE: states.COMPLETE, STOPPED: states.PRUNED}.get(trial.state, states.FAIL),
+        value=trial.figures[metric] if trial.state in (DONE, STOPPED) else None,
         params=trial.settings,
         distributions=distributions,
         intermediate_values=trial.by_epoch,
@@ -321,22 +354,36 @@ def _trials_of_before(folder: Path, base: Recipe, ranges, seeds, metric, search_
     }
     this = json.loads(json.dumps(this))
     path = folder / "search.json"
-    if path.is_file():
-        there = json.loads(path.read_text())
-        if different := [key for key in this if key != "recipe" and there[key] != this[key]]:
-            what = f"{different[0].replace('_', ' ')} {there[different[0]]}"
-        elif different := [key for key in this["recipe"] if there["recipe"].get(key) != this["recipe"][key]]:
-            what = f"{different[0]} {there['recipe'].get(different[0])!r}"
-        if different:
-            raise InputError(f"{folder} holds another search, with {what}: choose another --output_dir, or delete it")
-    else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(this, indent=1, ensure_ascii=False))
-        except OSError as error:
-            raise InputError(f"output_dir: {folder} cannot be written: {error}") from None
-    lines = folder / "trials.jsonl"
-    return [_read_trial(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
+    if base.resume == "never" or not path.is_file():
+        _start_anew(folder, json.dumps(this, indent=1, ensure_ascii=False))
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        lines = folder / "trials.jsonl"
+        trials = [_read_trial(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
+        different = [key for key in this if key != "recipe" and there[key] != this[key]]
+        different += [key for key in this["recipe"] if there["recipe"].get(key) != this["recipe"][key]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: what it holds of a search is damaged ({error!r}); {ANEW}") from None
+    if different:
+        key = different[0]
+        value = there[key] if key in there else there["recipe"].get(key)
+        what = " ".join(_over(*each) for each in value.items()) if key == "over" else value
+        raise InputError(f"{folder} holds another search, with {key.replace('_', ' ')} {what}: {ANEW}")
+    return trials
+
+
+def _start_anew(folder: Path, identity: str):
+    """Delete a search; the trials go before what says which search they are of."""
+    (folder / "trials.jsonl").unlink(missing_ok=True)
+    for trial in folder.glob("trial[0-9]*"):
+        shutil.rmtree(trial)
+    write_whole(folder / "search.json", identity)
+
+
+def _over(key: str, drawn_from: dict) -> str:
+    """A range of search.json as `--over` takes it."""
+    low_high = f"{drawn_from['low']:g}:{drawn_from['high']:g}{':log' * drawn_from['log']}"
+    return f"{key}={','.join(drawn_from['choices']) or low_high}"
 
 
 def _read_trial(line: str) -> Trial:
@@ -368,12 +415,16 @@ def trials_table(trials: list[Trial]) -> pd.DataFrame:
                 "trial": trial.number,
                 "state": trial.state,
                 **trial.settings,
-                **trial.figures,
+                **{name: trial.figures.get(name) for name in METRICS},
                 **spread,
                 "seconds": trial.seconds,
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    for key in trials[0].settings:
+        with suppress(ValueError):  # words stay words, chosen numbers are numbers
+            table[key] = pd.to_numeric(table[key])
+    return table
 
 
 def search_figure(frame: pd.DataFrame, metric: str = "nll"):
@@ -425,10 +476,11 @@ def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> l
         f"# {best.figures[metric]:.4f}{spread} after the last epoch (mean over seeds {' '.join(map(str, seeds))}).",
         *(f"#   {key}: {_short(value)}" for key, value in best.settings.items()),
         "#",
-        f"#   pskd-timm compare {paths[0]} --methods baseline {recipe.method} --seeds 0 1 2",
+        f"#   pskd-timm compare {shlex.quote(str(paths[0]))} --methods baseline {recipe.method} --seeds 0 1 2",
     ]
     # Under a name of its own, so that its runs go beside those of the recipe it was chosen for.
     tree = differing(chosen) | {"name": f"{recipe.name}-best"}
-    tree.pop("output_dir", None)
+    for key in ("output_dir", "resume"):
+        tree.pop(key, None)
     write_whole(paths[0], "\n".join(header) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     return paths

@@ -33,7 +33,7 @@ from . import checkpoint, ranks, rng
 from .batch import Batch
 from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data, pictures
-from .evaluate import Predictions, normalisation, predict, run_recipe
+from .evaluate import Predictions, normalisation, predict, run_recipe, run_result
 from .files import write_whole
 from .graph import StepGraph
 from .methods import METHODS, Method
@@ -43,7 +43,7 @@ from .optim import lr_at, make_optimizer
 from .order import num_batches
 from .profile import profiled
 from .progress import Display
-from .recipe import Diverged, InputError, Recipe
+from .recipe import Diverged, InputError, Recipe, check_call
 from .released import start_from
 from .teacher import method_section, teacher_figures
 from .tracking import Tracker, read_lines
@@ -61,7 +61,7 @@ class Result:
 
     @classmethod
     def read(cls, run_dir: Path) -> "Result":
-        return cls(run_dir, json.loads((run_dir / "result.json").read_text()))
+        return cls(run_dir, run_result(run_dir))
 
     @property
     def last(self) -> dict:
@@ -114,6 +114,9 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     Raises InputError for bad input, Diverged where the loss ends up not finite, and after a checkpoint KeyboardInterrupt
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
     """
+    check_call(recipe, callbacks=callbacks)
+    if not all(map(callable, callbacks)):
+        raise InputError("callbacks should be functions, each of one argument: an epoch's line of metrics.jsonl")
     recipe.check_method(recipe.method)
     check_name(recipe.model.name)
     accelerator = connect(recipe)

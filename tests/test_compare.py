@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import re
 import signal
@@ -11,9 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from pskd_timm import METHODS, InputError, compare
+from pskd_timm import METHODS, InputError, compare, report, train
 from pskd_timm.cli import main
-from pskd_timm.compare import gpu_of
+from pskd_timm.compare import _start, gpu_of
 from pskd_timm.metrics import METRICS
 from pskd_timm.runs import COLUMNS
 from pskd_timm.tables import markdown_table, summary
@@ -68,6 +69,34 @@ def test_a_failed_run_is_told_in_the_table_and_does_not_hide_the_others(tmp_path
     assert "1 of 2 runs is not in the figures" in (tmp_path / "report.html").read_text()
     assert "a lower optim.lr" in re.sub(r"\s*[│\n]\s*", " ", done.stdout)
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_processes_of_a_comparison_do_not_run_its_script_again(tmp_path, monkeypatch):
+    script, ran = tmp_path / "script.py", tmp_path / "ran"
+    script.write_text(f"open({str(ran)!r}, 'w')  # and compare(…), without if __name__ == '__main__'")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    context = multiprocessing.get_context("forkserver")
+    for start, runs_it in ((_start, False), (lambda process: process.start(), True)):
+        process = context.Process(target=time.sleep, args=(0,))
+        start(process)
+        process.join(60)
+        assert process.exitcode == 0 and ran.exists() == runs_it
+
+
+def test_what_python_hands_over_wrongly_is_told_in_a_line(tiny):
+    for call, says in (
+        (lambda: compare("digits"), "a recipe is wanted, as load_recipe gives it, got 'digits'"),
+        (lambda: compare(tiny(), "pskd"), r"methods should be a list: methods=\['pskd'\]"),
+        (lambda: compare(tiny(), ["pskd"], 3), r"seeds should be a list: seeds=\[3\]"),
+        (lambda: compare(tiny(), ["pskd"], [-1]), "no seed below 0"),
+        (lambda: compare(tiny(), ["pskd"], [0], jobs=0), "--jobs must be at least 1"),
+        (lambda: train(tiny(), callbacks=print), "callbacks should be a list"),
+        (lambda: train(tiny(), callbacks=["print"]), "callbacks should be functions"),
+        (lambda: report([]), "name run folders"),
+    ):
+        with pytest.raises(InputError, match=says):
+            call()
 
 
 @pytest.mark.parametrize(

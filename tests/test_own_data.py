@@ -15,9 +15,10 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from scipy.optimize import minimize_scalar
 
-from pskd_timm import InputError, load_recipe, train
+from pskd_timm import InputError, Result, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
+from pskd_timm.export import model_card
 from pskd_timm.metrics import METRICS
 from pskd_timm.predict import Classifier, predict
 from pskd_timm.recipe import METHOD_SECTIONS
@@ -113,24 +114,49 @@ def test_unreadable_images_are_named_and_the_others_predicted(run, folder, tmp_p
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "test" / "三角", "some/三角")
     Path("some/broken.jpg").write_bytes(b"no picture")
+    Path("some/phone.HEIC").write_bytes(b"no picture")  # what Pillow cannot read is named too
+    Path("some/folder.jpg").mkdir()
     command = ["predict", str(run), "some", "some/三角/*0.png", "--json", "out.json", "--top", "2"]
     assert main(command) == 1
     said = capsys.readouterr()
     assert "some/broken.jpg cannot be decoded" in said.err and "三角" in said.out and "cannot be read" in said.out
     assert "calibrated on the run's held-out part: temperature" in said.out
     rows = {row["image"]: row for row in json.loads(Path("out.json").read_text())["images"]}
-    assert len(rows) == 5 and "error" in rows["some/broken.jpg"]  # what two names stand for is there once
+    assert (
+        len(rows) == 6 and "error" in rows["some/phone.HEIC"] and "error" in rows["some/broken.jpg"]
+    )  # what two names stand for is there once
     assert len(rows["some/三角/bild 0.png"]["top"]) == 2
     Path("some/broken.jpg").unlink()
+    Path("some/phone.HEIC").unlink()
     assert main(command) == 0
+    # A pattern may name folders, and a name bytes that are no text.
+    shutil.copy("some/三角/bild 0.png", b"some/\xff.png")
+    assert main(["predict", str(run), "so*", "--json", "out.json"]) == 0
+    names = [row["image"] for row in json.loads(Path("out.json").read_text())["images"]]
+    assert len(names) == 5 and "some/\N{REPLACEMENT CHARACTER}.png" in names
     for bad, says in (
         (["predict", str(run), "nowhere/*.png"], "nowhere/*.png: no such image"),
         (["predict", "nowhere", "some"], "no run here"),
+        (["predict", str(run), "some/folder.jpg"], "no images in this folder"),
         (["predict", str(run), "some", "--top", "0"], "--top must be at least 1"),
         (["predict", str(run), "some", "--topp", "3"], "did you mean top"),
     ):
         assert main(bad) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["result.json", "holdout.parquet", "model.safetensors", "config.json"])
+def test_a_damaged_run_is_told_in_a_line_that_names_what_is_damaged(run, folder, tmp_path, capsys, name):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "run" / name).write_bytes((run / name).read_bytes()[:100])
+    for command in (
+        ["predict", str(tmp_path / "run"), str(folder)],
+        ["push", str(tmp_path / "run"), str(tmp_path / "x")],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err.strip()
+        assert "\n" not in said and ("damaged" in said or "cannot be loaded" in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_that_held_nothing_out_says_that_its_confidences_are_not_calibrated(folder, tmp_path, capsys):
@@ -205,7 +231,10 @@ def test_a_pushed_folder_is_timms_and_its_card_tells_the_results(run, folder, tm
     assert head["library_name"] == "timm" and head["pipeline_tag"] == "image-classification" and "pskd" in head["tags"]
     measured = {each["type"]: each["value"] for each in head["model-index"][0]["results"][0]["metrics"]}
     assert measured["accuracy"] == pytest.approx(1 - result["top1_error"] / 100) and measured["nll"] == result["nll"]
-    assert "as trained | " + " | ".join(f"{result[name]:.2f}" for name in METRICS) in body
+    # Of three classes the right one is always among five.
+    told = [name for name in METRICS if name != "top5_error"]
+    assert "as trained | " + " | ".join(f"{result[name]:.2f}" for name in told) + " |\n" in body and "top-5" not in body
+    assert "On the 12 test images." in body and ("(chosen on the held-out images)" in body) == best
     assert "with temperature" in body and all(name in body for name in CLASSES) and "(reliability.png)" in body
     # Where the pictures lay on this machine is nobody's business.
     assert str(folder.parent) not in (pushed / "recipe.yaml").read_text() + body and f"path: {folder.name}" in body
@@ -221,6 +250,14 @@ def test_a_pushed_folder_is_timms_and_its_card_tells_the_results(run, folder, tm
     (row,) = predict(run, ["image.jpg"], top=3, best=best)["images"]
     told = {each["class"]: each["confidence"] for each in row["top"]}
     assert [told[name] for name in sorted(CLASSES)] == pytest.approx(scope["confidences"][0].tolist(), abs=1e-4)
+
+
+def test_a_card_claims_no_calibration_for_the_images_that_the_temperature_was_fitted_on(run):
+    result = Result.read(run)
+    result.values |= {"evaluated_on": "holdout", "best": result.best | {"chosen_on": "test"}}
+    body = model_card(result, Classifier.of_run(run), True, "local-dir:x")
+    assert "with temperature" not in body and "On the held-out training images." in body
+    assert "(chosen on the test images themselves: the figures are a little too good)" in body
 
 
 def test_pushing_to_the_hub_without_token_or_network_fails_in_one_line(run, monkeypatch, capsys):

@@ -95,6 +95,11 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, text, says):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_override_may_be_a_section_and_leaves_the_rest_of_it():
+    nested = load_recipe("digits", {"optim": {"lr": 0.3}, "model": {"kwargs": {"width": 8}}})
+    assert nested == load_recipe("digits", {"optim.lr": 0.3, "model.kwargs": {"width": 8}})
+
+
 def test_yaml_merge_keys_and_overrides_of_written_mappings_work(tmp_path):
     path = tmp_path / "merged.yaml"
     path.write_text(

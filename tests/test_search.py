@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pskd_timm import InputError, load_recipe, train
+from pskd_timm import InputError, load_recipe, report, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.progress import Display
@@ -184,10 +184,11 @@ def test_whole_numbers_are_drawn_for_whole_settings_and_logarithmic_ranges_evenl
         ("pskd.alpha=0.5", "a single value is no choice"),
         ("pskd.alpha", "write --over setting=low:high"),
         ("epochs=1.5:4", "whole number"),
-        ("cskd.weight=1:3", "with method pskd it decides nothing"),
+        ("cskd.weight=1:3", "of method pskd it decides nothing"),
         ("tracking.log_every=1:3", "decides nothing"),
         ("seed=1:3", "a search fixes it"),
         ("data.holdout_fraction=0.1:0.5", "a search fixes it"),
+        ("data.gaussian_noise=0:0.5", "a search fixes it, so that its trials compare"),
         ("optim.name=sgd,adamm", "optim.name"),
         ("model.name=cifar_preact_resnet_tiny,resnet1888", "timm has no model 'resnet1888'"),
     ],
@@ -229,3 +230,52 @@ def test_a_choice_that_is_drawn_again_gives_way_to_one_that_was_not_tried(tiny, 
     found = search(recipe, ["pskd.alpha=0.3,0.9"], trials=3, seeds=[0])
     tried = [trial.settings["pskd.alpha"] for trial in found.trials]
     assert set(tried[:2]) == {"0.3", "0.9"} and tried[2] in tried[:2]
+
+
+def test_settings_that_do_not_go_together_fail_their_trial_alone_and_the_table_keeps_its_columns(tiny, tmp_path):
+    recipe = tiny(epochs=1, data__limit_train=60)
+    over = ["batch_size=2:6", "accumulate=1:6"]
+    found = search(recipe, over, trials=6, search_seed=1, display=Display(quiet=True))
+    fits = [trial.settings["accumulate"] <= trial.settings["batch_size"] for trial in found.trials]
+    assert [trial.state == "finished" for trial in found.trials] == fits and 0 < sum(fits) < 6
+    assert {trial.state for trial in found.trials} == {"finished", "refused"} and found.trials[0].state == "refused"
+    table = pd.read_csv(tmp_path / "runs" / "search-pskd" / "trials.csv")
+    assert table.columns[2:5].tolist() == ["batch_size", "accumulate", "top1_error"]
+    assert len(search_figure(table).axes) == 6
+
+
+def test_another_search_at_work_a_damaged_one_and_one_that_is_to_be_replaced(tiny, tmp_path):
+    from filelock import FileLock
+
+    recipe, folder = tiny(epochs=1, data__limit_train=60), tmp_path / "runs" / "search-pskd"
+    options = {"over": OVER, "trials": 1, "display": Display(quiet=True)}
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"), pytest.raises(InputError, match="another search is at work here"):
+        search(recipe, **options)
+    first = search(recipe, **options)
+    for name in ("search.json", "trials.jsonl"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text[: len(text) // 2])
+        with pytest.raises(InputError, match="damaged"):
+            search(recipe, **options)
+        (folder / name).write_text(text)
+    with pytest.raises(InputError, match=r"another search, with over pskd.alpha=0.3:0.9: .*--resume never"):
+        search(recipe, **options | {"over": ["pskd.alpha=0.3:0.8"]})
+    anew = recipe.model_copy(update={"resume": "never"})
+    replaced = search(anew, **options | {"over": ["pskd.alpha=0.1:0.2"]})
+    assert replaced.best.settings["pskd.alpha"] <= 0.2 < first.best.settings["pskd.alpha"]
+    assert load_recipe(str(folder / "best.yaml")).resume == "auto"  # what it is compared by is kept
+    assert len((folder / "trials.jsonl").read_text().splitlines()) == 1
+
+
+def test_whole_numbers_that_are_few_are_all_tried_and_a_report_has_the_trials_where_it_is_asked_for_them(
+    tiny, tmp_path
+):
+    found = search(tiny(epochs=3, data__limit_train=60), ["pskd.alpha_warmup_epochs=0:2"], trials=3)
+    assert sorted(trial.settings["pskd.alpha_warmup_epochs"] for trial in found.trials) == [0, 1, 2]
+    of_trials = report(tmp_path / "runs" / "search-pskd")
+    assert sorted(of_trials.frame.nll) == sorted(trial.figures["nll"] for trial in found.trials)
+    assert "The images cannot be shown" not in (tmp_path / "runs" / "search-pskd" / "report.html").read_text()
+    # Beside a comparison they were tested on other images, and would be refused.
+    with pytest.raises(InputError, match="a search's folder is named itself"):
+        report(tmp_path / "runs")

@@ -27,6 +27,7 @@ SOURCES = {
 }
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
+PICTURE_SUFFIXES += (".avif", ".heic", ".heif")  # which Pillow may not read: named then, not passed over
 TEST_SPLITS = ("test", "validation", "val")
 
 
