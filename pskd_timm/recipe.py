@@ -77,7 +77,7 @@ class Data(Section):
     test_split: str | None = None
     """Name of the test split; by default `test`, `validation` or `val`, whichever there is."""
     test_fraction: Fraction = 0.0
-    """Part of the training split to set aside as the test split, where the data set has none."""
+    """Part of each class of the training split to set aside as the test split, where the data set has none."""
     test: bool = True
     """Score the test part at the end; `false` leaves it unread and scores the held-out part instead, as a search does."""
     image_size: Annotated[int, Field(ge=4)] | None = None
@@ -95,7 +95,7 @@ class Data(Section):
     limit_test: Count | None = None
     """Test on so many samples only, taken evenly from all classes."""
     holdout_fraction: Fraction = 0.0
-    """Part of the training samples, evenly from all classes, held out to choose the best epoch on."""
+    """Part of each class of the training samples to hold out and choose the best epoch on."""
     label_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Part of the training labels to replace by another class."""
     gaussian_noise: NonNegative = 0.0

@@ -76,7 +76,7 @@ def test_a_folder_of_classes_alone_is_split_by_test_fraction_or_refused(tmp_path
     with pytest.raises(InputError, match=r"no test split among train.*data.test_fraction"):
         load_data(section(path=root))
     data = load_data(section(path=root, test_fraction=0.25))
-    assert (len(data.train), len(data.test)) == (9, 3)
+    assert data.test.labels.bincount().tolist() == [2, 2] and data.train.labels.bincount().tolist() == [4, 4]
 
 
 def test_images_of_different_sizes_need_a_size_and_are_resized_and_centre_cropped(tmp_path):
@@ -232,6 +232,25 @@ def test_limits_and_holdout_are_class_balanced_disjoint_and_fixed():
     assert not set(data.train.source_id.tolist()) & set(data.holdout.source_id.tolist())
     again = load_data(section(source="digits", limit_train=200, limit_test=50, holdout_fraction=0.2))
     assert torch.equal(again.train.source_id, data.train.source_id)
+
+
+def test_small_classes_are_in_every_part_and_a_single_image_is_told(tmp_path, capsys):
+    counts = {"many": 40, "few": 3, "two": 2, "one": 1}
+    root = image_folder(tmp_path, {".": counts})
+    data = load_data(section(path=root, test_fraction=0.2, holdout_fraction=0.2))
+    parts = {name: getattr(data, name).labels.bincount(minlength=4).tolist() for name in ("train", "holdout", "test")}
+    # The classes by name: few, many, one, two. Two images are enough for two parts of three.
+    assert parts == {"train": [1, 26, 1, 1], "holdout": [1, 6, 0, 0], "test": [1, 8, 0, 1]}
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].endswith("data.test_fraction: left alone, since they have one image each: one")
+    assert told[1].endswith("data.holdout_fraction: left alone, since they have one image each: one, two")
+    again = load_data(section(path=root, test_fraction=0.2, holdout_fraction=0.2))
+    assert torch.equal(again.test.images, data.test.images)
+    other = load_data(section(path=root, test_fraction=0.2, seed=1))
+    assert not torch.equal(other.test.images, data.test.images)
+    root = image_folder(tmp_path / "singles", {".": {"a": 1, "b": 1}})
+    with pytest.raises(InputError, match=r"data.test_fraction 0.5 has nothing to take: no class has two images"):
+        load_data(section(path=root, test_fraction=0.5))
 
 
 def test_a_class_balanced_part_takes_all_of_a_small_class():
