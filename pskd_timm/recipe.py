@@ -1,6 +1,7 @@
 """Every setting of a run on one page: typed, bounded, a sentence each. No torch here, so help and errors are instant."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -630,9 +631,18 @@ def _explain(error: dict, sources: dict[str, str], origin: str) -> str:
         message = "should be a plain name of letters, digits, spaces and . _ + -"
     if error["type"] == "list_type":
         message += ", written [3, 4]"
+    if error["type"] == "value_error" and key not in settings():
+        return f"{_origins(message, key, sources) or origin}: {key + ': ' if key else ''}{message}"
     if error["type"] == "value_error":
-        return f"{where}: {key + ': ' if key else ''}{message}"
+        return f"{where}: {key}: {message}"
     return f"{where}: {key} {message}, got {error['input']!r}"
+
+
+def _origins(message: str, section: str, sources: dict[str, str]) -> str:
+    """Where the settings that `message` names were set, those of its `section` without its name."""
+    words = re.findall(r"[a-z_]+(?:\.[a-z_]+)?", message)
+    named = [f"{section}.{word}" if section and "." not in word else word for word in words]
+    return " and ".join(dict.fromkeys(sources[name] for name in named if name in sources))
 
 
 def _description(key: str) -> str:
