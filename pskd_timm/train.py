@@ -34,7 +34,7 @@ from .batch import Batch
 from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe
-from .files import write_whole
+from .files import without_nan, write_whole
 from .graph import StepGraph
 from .methods import METHODS
 from .metrics import METRICS
@@ -565,7 +565,7 @@ def write_result(run_dir: Path, of_last: Predictions, of_best: Predictions, valu
     """Write predictions and, last of all, result.json, which says that the run is finished."""
     of_last.write(run_dir / "predictions.parquet")
     of_best.write(run_dir / "best" / "predictions.parquet")
-    write_whole(run_dir / "result.json", json.dumps(values, indent=1, ensure_ascii=False))
+    write_whole(run_dir / "result.json", json.dumps(without_nan(values), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def surroundings(device: torch.device) -> dict:
