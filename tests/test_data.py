@@ -33,6 +33,7 @@ from pskd_timm.data.loader import ANCHOR
 from pskd_timm.data.split import class_balanced, flip_labels
 from pskd_timm.data.streaming import _Pictures, resized_crop_box
 from pskd_timm.recipe import Augment
+from pskd_timm.show import cost_lines
 
 
 def picture(size=(8, 6), mode="RGB", value=100):
@@ -205,6 +206,12 @@ def test_labels_that_are_neither_numbers_nor_words_are_refused(tmp_path, labels)
     DatasetDict(train=table, test=table).save_to_disk(root)
     with pytest.raises(InputError, match="data.label_column: label should hold a number or a word a sample"):
         load_data(section(path=root))
+
+
+def test_show_does_not_count_damaged_images_as_usable_ones():
+    said = {damaged: cost_lines(load_recipe("digits", {"data.damaged": damaged}))[0] for damaged in ("fail", "skip")}
+    assert said["fail"].endswith("10 classes")
+    assert said["skip"] == said["fail"] + ", less training images that turn out damaged"
 
 
 def test_an_empty_folder_is_refused(tmp_path):
