@@ -72,9 +72,9 @@ class Loader:
         self._stream_epoch = None
         for number in range(self.steps - len(ids), self.steps):
             index, views = next(self._stream)
-            parts = [order.share(len(index), part, accumulate) for part in range(accumulate)]
+            parts = [order.share_pairs(len(index), part, accumulate) for part in range(accumulate)]
             mix = self.mix(epoch, number)
-            start = order.share(self.global_size(number), self.rank, self.world_size).start
+            start = order.share_pairs(self.global_size(number), self.rank, self.world_size).start
             yield [
                 self._batch(index[part], [view[part] for view in views], epoch, mix, start + part.start)
                 for part in parts
