@@ -129,7 +129,7 @@ class Data(Section):
 
 class Augment(Section):
     random_resized_crop: Annotated[list[Area], Field(min_length=2, max_length=2)] | None = None
-    """Range of the area of a random box resized to the image's size, [0.08, 1] on ImageNet (ratio 3/4 … 4/3; streaming only)."""
+    """Range of the area of a random box resized to the image's size, [0.08, 1] on ImageNet (ratio 3/4 … 4/3)."""
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Random crop of the image's own size after padding by so many zero pixels a side; 0 turns it off."""
     hflip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -352,8 +352,6 @@ class Recipe(Section):
             raise ValueError(
                 f"optim.milestones {late} lie beyond the last of {self.epochs} epochs; below 1 they are parts of the run"
             )
-        if self.augment.random_resized_crop and self.data.loading != "streaming":
-            raise ValueError("augment.random_resized_crop needs data.loading streaming; augment.crop_padding does not")
         if self.augment.auto_augment and self.data.loading != "streaming":
             raise ValueError("augment.auto_augment needs data.loading streaming, where workers hold single images")
         if self.optim.warmup_epochs >= self.epochs:

@@ -18,6 +18,7 @@ from pskd_timm.augment import (
     ORDERS,
     PCA_VALUES,
     PCA_VECTORS,
+    RESIZED_CROP,
     TOP,
     augment,
     color_jitter,
@@ -30,7 +31,7 @@ from pskd_timm.data import Loader, eval_batches
 from pskd_timm.data import load_data as load
 from pskd_timm.data.decode import open_image
 from pskd_timm.data.loader import ANCHOR
-from pskd_timm.data.split import class_balanced, flip_labels
+from pskd_timm.data.split import Split, class_balanced, flip_labels
 from pskd_timm.data.streaming import _Pictures, resized_crop_box
 from pskd_timm.recipe import Augment
 from pskd_timm.show import cost_lines
@@ -308,6 +309,22 @@ def test_crop_flip_and_normalise_equal_torchvisions_on_each_image():
         torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(12, 10), (10, 40)], ids=["nearly square", "long"])
+def test_a_resident_random_resized_crop_is_pils_of_the_box_that_streaming_draws(size):
+    width, height = size
+    images, index, key, scale = random_images(64, height, width), torch.arange(7, 71), 11, [0.3, 1.0]
+    split = Split(images, torch.zeros(64, dtype=torch.int64), torch.arange(64), scale)
+    found = next(split.stream([(index, [(torch.arange(64), key), (torch.arange(64), None)])]))[1]
+    assert torch.equal(found[1], images)
+    draws = rng.uniform(rng.fold(key, RESIZED_CROP), index[:, None] * 40 + torch.arange(40)).view(-1, 10, 4)
+    boxes = [resized_crop_box(width, height, scale, one) for one in draws.tolist()]
+    assert len(set(boxes)) > 5
+    for image, box, cropped in zip(images, boxes, found[0], strict=True):
+        whole = Pictures.fromarray(image.permute(1, 2, 0).numpy())
+        expected = np.asarray(whole.resize((width, height), Pictures.Resampling.BILINEAR, box=box))
+        assert np.abs(cropped.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("turn", range(6))
 def test_colour_jitter_equals_torchvisions_adjustments_in_the_same_order(turn):
     # Factors below 1 stay inside the range of pixels, where torchvision does not clip.
@@ -383,7 +400,7 @@ def test_a_streamed_view_depends_on_seed_epoch_and_sample_alone_not_on_workers_r
     assert len(alone) == 2 * 16
     others = [streamed_views(data, workers=2), streamed_views(data, epochs=(1,)), streamed_views(data, first_batch=2)]
     others += [streamed_views(data, rank, 2, workers=rank) for rank in (0, 1)]
-    assert [len(found) for found in others] == [32, 16, 22, 18, 12]  # two ranks leave out the last batch of one
+    assert [len(found) for found in others] == [32, 16, 22, 12, 18]  # two ranks leave out the last batch of one
     for found in others:
         assert all(torch.equal(view, alone[key]) for key, view in found.items())
     assert not torch.equal(alone[0, 3], alone[1, 3])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import rng
+from ..augment import resized_crop, resized_crop_boxes
 from ..recipe import Augment as AugmentSection
 from ..recipe import Data as DataSection
 from ..recipe import InputError
@@ -26,11 +27,15 @@ Job = tuple[Tensor, list[tuple[Tensor, int | None]]]  # ids [B]; for each view t
 
 @dataclass
 class Split:
-    """Images uint8 [N, C, H, W], labels int64 [N] and the ids [N] that the samples had in the source's split."""
+    """Images uint8 [N, C, H, W], labels int64 [N] and the ids [N] that the samples had in the source's split.
+
+    `scale` is the range of a random resized crop's area in training, None for none.
+    """
 
     images: Tensor
     labels: Tensor
     source_id: Tensor
+    scale: tuple[float, float] | None = None
 
     def __len__(self):
         return len(self.labels)
@@ -46,15 +51,20 @@ class Split:
         return self.images.device
 
     def take(self, rows: Tensor) -> "Split":
-        return Split(self.images[rows], self.labels[rows], self.source_id[rows])
+        return replace(self, images=self.images[rows], labels=self.labels[rows], source_id=self.source_id[rows])
 
     def to(self, device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device), self.source_id)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each job its ids and each view's images, uint8 [B, C, H, W]."""
         for index, views in jobs:
-            yield index, [self.images[samples] for samples, _ in views]
+            yield index, [self._view(samples, index, key) for samples, key in views]
+
+    def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> Tensor:
+        if key is None or not self.scale:
+            return self.images[samples]
+        return resized_crop(self.images[samples], resized_crop_boxes(drawn_for, key, self.scale, *self.size))
 
 
 @dataclass
@@ -109,7 +119,7 @@ def _resident(name: str, table: Table, class_names, section: DataSection, augmen
         images, rows = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
     except DamagedImage as error:
         raise InputError(f"{error}; {SKIPS if name == 'train' else 'a test image is never left out'}") from None
-    return Split(images, labels[rows], rows)
+    return Split(images, labels[rows], rows, augment.random_resized_crop if name == "train" else None)
 
 
 def _streamed(
