@@ -88,8 +88,11 @@ def compare(
         _work_off(waiting, len(all_jobs), jobs, display)
     finally:
         display.close()
-    with FileLock(root / ".report.lock"):  # another comparison may end at the same time
-        return report([job.recipe.run_dir for job in all_jobs], root)
+    try:
+        with FileLock(root / ".report.lock"):  # another comparison may end at the same time
+            return report([job.recipe.run_dir for job in all_jobs], root)
+    except OSError as error:
+        raise InputError(f"{root}: the report cannot be written: {error}") from None
 
 
 def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
@@ -184,7 +187,7 @@ def _tell(job: Job, display: Display):
     why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     if code == 1:  # it has said why
         with suppress(OSError, IndexError):
-            why = job.log.read_text().strip().splitlines()[-1]
+            why = job.log.read_text(errors="replace").strip().splitlines()[-1]
     _fail(job, f"failed: {why}", display)
 
 

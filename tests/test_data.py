@@ -163,6 +163,16 @@ def test_classes_and_files_named_like_splits_are_classes_and_files(tmp_path):
     assert data.class_names == ["cat", "train"] and (len(data.train), len(data.test)) == (6, 3)
 
 
+def test_test_labels_go_by_the_classes_names_where_the_test_part_lacks_a_class(tmp_path):
+    root = image_folder(tmp_path, {"train": {"ant": 1, "bee": 1, "cat": 1}, "test": {"ant": 1, "cat": 2}})
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    data = load_data(section(path=root))
+    assert data.class_names == ["ant", "bee", "cat"] and data.test.labels.tolist() == [0, 2, 2]
+    image_folder(tmp_path, {"test": {"dog": 1}})
+    with pytest.raises(InputError, match="the test split has the label 'dog', which the training split has not"):
+        load_data(section(path=root))
+
+
 def test_a_changed_picture_is_decoded_anew(tmp_path):
     import os
 

@@ -13,11 +13,8 @@ from ..batch import Batch
 from ..recipe import Augment
 from .split import Job, Split
 
-ANCHOR, PARTNER, MIXING = (
-    2,
-    3,
-    4,
-)  # streams of augmentation draws, so that a partner's view is its own even where it is the anchor
+# Streams of augmentation draws: a partner's view is its own even where it is the anchor.
+ANCHOR, PARTNER, MIXING = 2, 3, 4
 
 
 class Loader:
@@ -43,9 +40,8 @@ class Loader:
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.partners = order.Partners(split.labels.cpu(), num_classes) if partners else None
         self._stream, self._stream_epoch = iter(()), None
-        self.rank_batches = lru_cache(maxsize=2)(
-            self.rank_batches
-        )  # asked for by the run and, ahead of it, by the stream
+        # Asked for by the run and, ahead of it, by the stream.
+        self.rank_batches = lru_cache(maxsize=2)(self.rank_batches)
 
     @property
     def steps(self) -> int:
