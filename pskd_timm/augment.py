@@ -18,6 +18,9 @@ AUTO_AUGMENT, CUT_DOWN, CUT_ACROSS, ERASE, ERASED_AREA, ERASED_RATIO, ERASE_DOWN
 ERASED = (0.02, 1 / 3)  # range of a random erasing's area, as a part of the image's (timm's default)
 ERASED_RATIOS = (0.3, 1 / 0.3)  # range of its height over its width
 
+TRIES = 10  # boxes drawn for a random resized crop before the centre is taken, as torchvision does
+RATIO = (3 / 4, 4 / 3)  # range of a box's width over its height
+
 GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601)
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 # Principal components of ImageNet's colours in units of the pixel range (Krizhevsky et al., NIPS 2012).
@@ -30,6 +33,36 @@ def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
     height, width = images.shape[-2:]
     windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+def resized_crop_boxes(index: Tensor, key: int, scale, height: int, width: int) -> Tensor:
+    """(left, top, width, height) [B, 4] of a random resized crop of each sample `index` [B]: see streaming.resized_crop_box."""
+    counters = index[:, None] * (4 * TRIES) + torch.arange(4 * TRIES, device=index.device)
+    draws = rng.uniform(rng.fold(key, RESIZED_CROP), counters).view(-1, TRIES, 4)
+    area, ratio, across, down = draws.unbind(dim=2)
+    area = height * width * (scale[0] + area * (scale[1] - scale[0]))
+    ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
+    wide, tall = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    left, top = (across * (width - wide + 1)).floor(), (down * (height - tall + 1)).floor()
+    widest, tallest = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    centre = ((width - widest) // 2, (height - tallest) // 2, widest, tallest)
+    boxes = torch.stack([left, top, wide, tall], dim=2)
+    first = fits.int().argmax(dim=1)[:, None, None].expand(-1, 1, 4)
+    chosen = boxes.gather(1, first).squeeze(1)
+    return torch.where(fits.any(dim=1, keepdim=True), chosen, on_device(centre, index.device))
+
+
+def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """The `boxes` (left, top, width, height) [B, 4] of uint8 `images` [B, C, H, W], resized bilinearly to the images' size."""
+    height, width = images.shape[-2:]
+    left, top, wide, tall = boxes.unbind(dim=1)
+    nought = torch.zeros_like(left)
+    across = torch.stack([wide / width, nought, (2 * left + wide) / width - 1], dim=1)
+    down = torch.stack([nought, tall / height, (2 * top + tall) / height - 1], dim=1)
+    grid = F.affine_grid(torch.stack([across, down], dim=1), list(images.shape), align_corners=False)
+    resized = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return resized.round_().to(torch.uint8)
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:

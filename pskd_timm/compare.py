@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock
+
 from .progress import Display, Row, duration
 from .recipe import METHOD_SECTIONS, InputError, Recipe, check_call
 from .report import Comparison, report
 from .tables import short
 from .teacher import teacher_folder
 from .tracking import last_line
-from .train import Result, check_recipe, finished, train
+from .train import Result, at_work, check_recipe, finished, train
 
 NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
+BUSY = 75  # exit code of a run that another process is at work on (sysexits.h: try again later)
 GRACE = 60  # seconds that interrupted runs have to save before they are ended
 
 
@@ -31,6 +34,7 @@ class Job:
     recipe: Recipe
     process: multiprocessing.Process | None = None
     seat: int = 0  # which share of the machine it has
+    awaited: bool = False  # whether another process was seen at work on it
 
     @property
     def teacher(self) -> Path | None:
@@ -58,8 +62,9 @@ def compare(
 ) -> Comparison:
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
-    A failed run is a row that says so; the others go on. Finished runs are not repeated. With `tfkd.teacher: baseline` the
-    baselines are trained before TF-KD, also where `methods` does not name them.
+    A failed run is a row that says so; the others go on. Finished runs are not repeated; one that another process is at
+    work on, as a second comparison in the same folder may be, is waited for. With `tfkd.teacher: baseline` the baselines
+    are trained before TF-KD, also where `methods` does not name them.
     """
     check_call(recipe, methods=methods, seeds=seeds)
     if jobs < 1:
@@ -91,7 +96,11 @@ def compare(
         _work_off(waiting, len(all_jobs), jobs, display)
     finally:
         display.close()
-    return report([job.recipe.run_dir for job in all_jobs], root)
+    try:
+        with FileLock(root / ".report.lock"):  # another comparison may end at the same time
+            return report([job.recipe.run_dir for job in all_jobs], root)
+    except OSError as error:
+        raise InputError(f"{root}: the report cannot be written: {error}") from None
 
 
 def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
@@ -108,8 +117,8 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
         while left or running:
             _show(waiting, running, left, total, display)
             busy = {job.recipe.run_dir for job in [*left, *running]}
-            while (ready := [job for job in left if job.teacher not in busy]) and len(running) < jobs:
-                job = ready[0]
+            free = [job for job in left if job.teacher not in busy and not _held_elsewhere(job, display)]
+            for job in free[: jobs - len(running)]:
                 left.remove(job)
                 if job.teacher in failed:
                     failed.add(job.recipe.run_dir)
@@ -122,6 +131,9 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
             time.sleep(0.2)
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
+                if job.process.exitcode == BUSY:
+                    left.append(job)
+                    continue
                 if job.process.exitcode != 0:
                     failed.add(job.recipe.run_dir)
                 _tell(job, display)
@@ -188,8 +200,17 @@ def _tell(job: Job, display: Display):
     why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     if code == 1:  # it has said why
         with suppress(OSError, IndexError):
-            why = job.log.read_text().strip().splitlines()[-1]
+            why = job.log.read_text(errors="replace").strip().splitlines()[-1]
     _fail(job, f"failed: {why}", display)
+
+
+def _held_elsewhere(job: Job, display: Display) -> bool:
+    """Whether another process is at work on a job that waits; told once."""
+    held = at_work(job.recipe.run_dir)
+    if held and not job.awaited:
+        display.say(f"{job.name}: another process is at work on this run; waiting for it")
+        job.awaited = True
+    return held
 
 
 def _fail(job: Job, why: str, display: Display):
@@ -225,8 +246,11 @@ def _run(recipe: Recipe, seat: int, seats: int, log: str):
     if (count := torch.cuda.device_count()) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(seat, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
     threads = recipe.threads or max(1, (os.cpu_count() or 1) // seats)
+    if at_work(recipe.run_dir):
+        sys.exit(BUSY)  # the log is that process's
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", buffering=1) as file:
+    # The log of a run that another comparison has finished meanwhile is kept.
+    with open(log, "a" if (recipe.run_dir / "result.json").is_file() else "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(threads)

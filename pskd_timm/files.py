@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,6 +25,15 @@ def write_whole(path: Path, text: str):
         partial.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
+
+
+def without_nan(value):
+    """`value`, of dictionaries, lists and numbers, with None for numbers that are not finite: JSON has none of these."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def publish(partial: Path, final: Path):
@@ -58,12 +68,12 @@ class Lines:
 
     def __init__(self, path: Path, lines: list[dict]):
         self.path, self.waiting, self.warned = path, b"", False
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(without_nan(line), allow_nan=False) + "\n" for line in lines)
         write_whole(path, text)
         self.end = len(text.encode())
 
     def add(self, line: dict):
-        self.waiting += (json.dumps(line) + "\n").encode()
+        self.waiting += (json.dumps(without_nan(line), allow_nan=False) + "\n").encode()
         try:
             self.write()
         except OSError as error:

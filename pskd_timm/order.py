@@ -1,7 +1,8 @@
 """Which samples, when, on which rank: pure functions of (seed, epoch).
 
 A global batch is a slice of the epoch's order, a rank's share a slice of that: the same batches on any number of ranks,
-no sample repeated, none dropped. The one exception: a last batch with fewer samples than ranks is left out.
+no sample repeated, none dropped, no pair parted that may be mixed. The one exception: a last batch with fewer samples than
+ranks is left out.
 """
 
 import torch
@@ -29,17 +30,26 @@ def share(length: int, part: int, parts: int) -> slice:
     return slice(start, start + size + (part < longer))
 
 
+def share_pairs(length: int, part: int, parts: int) -> slice:
+    """`share` whose bounds are even, so that no pair of `mates` is parted; of fewer than two items a part, `share` itself."""
+    if length < 2 * parts:
+        return share(length, part, parts)
+    pairs = share(length // 2, part, parts)
+    return slice(2 * pairs.start, length if part == parts - 1 else 2 * pairs.stop)
+
+
 def rank_batches(order: Tensor, batch_size: int, rank: int, world_size: int) -> list[Tensor]:
     """The sample ids of each of this rank's batches, in the order of the global batches they are slices of."""
     steps = num_batches(len(order), batch_size, world_size)
     batches = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
-    return [batch[share(len(batch), rank, world_size)] for batch in batches]
+    return [batch[share_pairs(len(batch), rank, world_size)] for batch in batches]
 
 
 def mates(start: int, length: int, device=None) -> Tensor:
     """Whom each of `length` samples is mixed with, as positions [length]; the first one's place in the global batch is `start`.
 
-    Places 2j and 2j + 1 are each other's, on any number of ranks; whose mate is on another rank is its own.
+    Places 2j and 2j + 1 are each other's, on any number of ranks. In a batch of fewer than two samples a rank (or forward
+    pass) a mate may be out of reach: a sample is then its own.
     """
     places = torch.arange(start, start + length, device=device)
     mate = (places ^ 1) - start

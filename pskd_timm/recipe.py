@@ -1,6 +1,7 @@
 """Every setting of a run on one page: typed, bounded, a sentence each. No torch here, so help and errors are instant."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -78,7 +79,7 @@ class Data(Section):
     test_split: str | None = None
     """Name of the test split; by default `test`, `validation` or `val`, whichever there is."""
     test_fraction: Fraction = 0.0
-    """Part of the training split to set aside as the test split, where the data set has none."""
+    """Part of each class of the training split to set aside as the test split, where the data set has none."""
     test: bool = True
     """Score the test part at the end; `false` leaves it unread and scores the held-out part instead, as a search does."""
     image_size: Annotated[int, Field(ge=4)] | None = None
@@ -96,7 +97,7 @@ class Data(Section):
     limit_test: Count | None = None
     """Test on so many samples only, taken evenly from all classes."""
     holdout_fraction: Fraction = 0.0
-    """Part of the training samples, evenly from all classes, held out to choose the best epoch on."""
+    """Part of each class of the training samples to hold out and choose the best epoch on."""
     label_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Part of the training labels to replace by another class."""
     gaussian_noise: NonNegative = 0.0
@@ -129,7 +130,7 @@ class Data(Section):
 
 class Augment(Section):
     random_resized_crop: Annotated[list[Area], Field(min_length=2, max_length=2)] | None = None
-    """Range of the area of a random box resized to the image's size, [0.08, 1] on ImageNet (ratio 3/4 … 4/3; streaming only)."""
+    """Range of the area of a random box resized to the image's size, [0.08, 1] on ImageNet (ratio 3/4 … 4/3)."""
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Random crop of the image's own size after padding by so many zero pixels a side; 0 turns it off."""
     hflip: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -354,8 +355,6 @@ class Recipe(Section):
             raise ValueError(
                 f"optim.milestones {late} lie beyond the last of {self.epochs} epochs; below 1 they are parts of the run"
             )
-        if self.augment.random_resized_crop and self.data.loading != "streaming":
-            raise ValueError("augment.random_resized_crop needs data.loading streaming; augment.crop_padding does not")
         if self.augment.auto_augment and self.data.loading != "streaming":
             raise ValueError("augment.auto_augment needs data.loading streaming, where workers hold single images")
         if self.optim.warmup_epochs >= self.epochs:
@@ -647,9 +646,18 @@ def _explain(error: dict, sources: dict[str, str], origin: str) -> str:
         message = "should be a plain name of letters, digits, spaces and . _ + -"
     if error["type"] == "list_type":
         message += ", written [3, 4]"
+    if error["type"] == "value_error" and key not in settings():
+        return f"{_origins(message, key, sources) or origin}: {key + ': ' if key else ''}{message}"
     if error["type"] == "value_error":
-        return f"{where}: {key + ': ' if key else ''}{message}"
+        return f"{where}: {key}: {message}"
     return f"{where}: {key} {message}, got {error['input']!r}"
+
+
+def _origins(message: str, section: str, sources: dict[str, str]) -> str:
+    """Where the settings that `message` names were set, those of its `section` without its name."""
+    words = re.findall(r"[a-z_]+(?:\.[a-z_]+)?", message)
+    named = [f"{section}.{word}" if section and "." not in word else word for word in words]
+    return " and ".join(dict.fromkeys(sources[name] for name in named if name in sources))
 
 
 def _description(key: str) -> str:

@@ -87,8 +87,9 @@ def cost_lines(recipe: Recipe) -> list[str]:
     except InputError as error:
         return [f"cost: unknown until the data can be read: {error}"]
     steps = num_batches(size.num_train, recipe.batch_size)
+    unseen = ", less training images that turn out damaged" if recipe.data.damaged == "skip" else ""
     lines = [
-        f"data: {size.num_train:,} training samples, {size.num_test:,} test samples, {size.num_classes} classes",
+        f"data: {size.num_train:,} training samples, {size.num_test:,} test samples, {size.num_classes} classes{unseen}",
         f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,}",
     ]
     if recipe.method == "pskd" and recipe.pskd.teacher == "store":
@@ -119,7 +120,8 @@ def teacher_lines(recipe: Recipe, size: Sizes) -> list[str]:
     if recipe.method == "cskd":
         return [f"partners: {pass_more}, and as many images again"]
     if recipe.method == "pskd" and recipe.pskd.teacher == "snapshot":
-        return [f"snapshot teacher per rank: {network_size(recipe, size)}; {pass_more} from the second epoch on"]
+        first = max(2, recipe.pskd.alpha_warmup_epochs + 1)
+        return [f"snapshot teacher per rank: {network_size(recipe, size)}; {pass_more} from epoch {first} on"]
     if recipe.method == "tfkd" and recipe.tfkd.teacher != "virtual":
         return [f"trained teacher per rank: {network_size(recipe, size)}; {pass_more}"]
     return []

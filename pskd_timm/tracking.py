@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .files import Lines, write_whole
+from .files import Lines, without_nan, write_whole
 from .metrics import ECE_BINS, METRICS, Outcomes, bin_of, risk_curve
 from .recipe import InputError, Recipe
 
@@ -138,7 +138,9 @@ class Tracker:
         if self.is_main:
             self.files[name].add(values)
         if self.uses_wandb:
-            self.accelerator.log({key: value for key, value in values.items() if key != "step"}, step=step)
+            # A gap says of a number that is none what metrics.jsonl says with null.
+            shown = {key: value for key, value in without_nan(values).items() if key != "step" and value is not None}
+            self.accelerator.log(shown, step=step)
 
     def log_result(self, values: dict, each: Outcomes, prediction: Tensor, label: Tensor, names, pictures: Callable):
         """The end of a run, on the main rank: figures, charts, mistakes and, where the recipe asks for it, the weights.

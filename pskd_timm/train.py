@@ -34,7 +34,7 @@ from .batch import Batch
 from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data, pictures
 from .evaluate import Predictions, normalisation, predict, run_recipe, run_result
-from .files import write_whole
+from .files import without_nan, write_whole
 from .graph import StepGraph
 from .methods import METHODS, Method
 from .metrics import METRICS
@@ -49,6 +49,7 @@ from .teacher import method_section, teacher_figures
 from .tracking import Tracker, read_lines
 
 GO_ON = "the same command goes on from there"
+LOCK = ".lock"  # file in a run folder that is locked while a process is at work there
 MODEL, STEP = 10, 11  # streams of random numbers: initial weights, and what a step draws (dropout)
 
 
@@ -199,7 +200,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         checkpoint.save(run_dir, progress, parts, recipe.checkpoint.keep, before_publishing=tracker.sync)
         wishes.saved_at = time.monotonic()
 
-    lock = FileLock(run_dir / ".lock")
+    lock = FileLock(run_dir / LOCK)
     ranks.on_main(lambda: prepare_folder(recipe, lock))
     try:
         tracker = Tracker(accelerator, recipe, run_dir, loader.steps, display.quiet)
@@ -472,10 +473,14 @@ def finished(recipe: Recipe) -> bool:
     different = [key for key in here if there.get(key) != here[key]]
     if different and (checkpoint.newest(run_dir) or (run_dir / "result.json").is_file()):
         key = different[0]
-        raise InputError(
-            f"{run_dir} holds a run with {key} {there.get(key)!r}, not {here[key]!r}: "
-            "choose another --output_dir, or --resume never to replace it"
-        )
+        other = f"{run_dir} holds a run with {key} {there.get(key)!r}, not {here[key]!r}"
+        weights = run_dir / "model.safetensors"
+        if different == ["epochs"] and weights.is_file():
+            raise InputError(
+                f"{other}, and a run keeps its length, which learning rate and α follow: choose another --output_dir (with "
+                f"--init_from {weights} to start from its weights), or --resume never to replace it"
+            )
+        raise InputError(f"{other}: choose another --output_dir, or --resume never to replace it")
     return (run_dir / "result.json").is_file()
 
 
@@ -487,7 +492,7 @@ def prepare_folder(recipe: Recipe, lock: FileLock):
     run_dir = recipe.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # compare takes it for an instant when it looks whether a run is free
         if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
             delete_run(run_dir)
         write_whole(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
@@ -499,6 +504,17 @@ def prepare_folder(recipe: Recipe, lock: FileLock):
         raise InputError(f"output_dir: {run_dir} cannot be written: {error}") from None
 
 
+def at_work(run_dir: Path) -> bool:
+    """Whether a process holds the run in a folder, which may not be there yet."""
+    if not (run_dir / LOCK).is_file():
+        return False
+    try:
+        with FileLock(run_dir / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def delete_run(run_dir: Path):
     """Delete a run but for its lock and the log that compare writes; result.json goes first and recipe.yaml last.
 
@@ -508,7 +524,7 @@ def delete_run(run_dir: Path):
     for path in run_dir.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in (".lock", "run.log", "recipe.yaml"):
+        elif path.name not in (LOCK, "run.log", "recipe.yaml"):
             path.unlink()
     (run_dir / "recipe.yaml").unlink()
 
@@ -600,7 +616,7 @@ def write_result(run_dir: Path, of_last: Predictions, of_best: Predictions, valu
     """Write predictions and, last of all, result.json, which says that the run is finished."""
     of_last.write(run_dir / "predictions.parquet")
     of_best.write(run_dir / "best" / "predictions.parquet")
-    write_whole(run_dir / "result.json", json.dumps(values, indent=1, ensure_ascii=False))
+    write_whole(run_dir / "result.json", json.dumps(without_nan(values), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def surroundings(device: torch.device) -> dict:

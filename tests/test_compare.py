@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from pskd_timm import METHODS, InputError, compare, report, train
 from pskd_timm.cli import main
-from pskd_timm.compare import _start, gpu_of
+from pskd_timm.compare import BUSY, _run, _start, gpu_of
 from pskd_timm.metrics import METRICS
 from pskd_timm.runs import COLUMNS
 from pskd_timm.tables import markdown_table, summary
@@ -282,7 +283,7 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
     assert len(pd.read_csv(tmp_path / "runs" / "custom" / "comparison.csv")) == 2
 
 
-def test_runs_go_on_after_compare_was_interrupted(tmp_path):
+def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for_them(tmp_path):
     options = ["--epochs", "300", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
     command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
     # A shell's background job ignores SIGINT, and so would all that it starts: the tests may be run in one.
@@ -290,11 +291,16 @@ def test_runs_go_on_after_compare_was_interrupted(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **listening)
     lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
     wait_for_lines(lines, process)
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert "1 runs, 0 finished before" in other.stdout.readline()
+    assert "another process is at work on this run; waiting for it" in other.stdout.readline()
+    first = lines.parent.joinpath("run.log").read_text().splitlines()[0]
+    assert "epoch 1/300" in first  # the other one has left the log alone
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 130 and "the same command goes on from there" in output and "Traceback" not in output
-    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 0
+    other.communicate(timeout=200)
+    assert other.returncode == 0
     assert "going on after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
     assert lines.read_text().count("\n") == 300
 
@@ -302,3 +308,12 @@ def test_runs_go_on_after_compare_was_interrupted(tmp_path):
 def test_runs_take_turns_on_the_gpus_that_are_given_to_them():
     assert [gpu_of(seat, 2, None) for seat in range(3)] == ["0", "1", "0"]
     assert [gpu_of(seat, 2, "5,MIG-1/0") for seat in range(3)] == ["5", "MIG-1/0", "5"]
+
+
+def test_a_run_that_another_process_holds_keeps_its_log(tiny):
+    recipe = tiny()
+    recipe.run_dir.mkdir(parents=True)
+    (recipe.run_dir / "run.log").write_text("theirs")
+    with FileLock(recipe.run_dir / ".lock"), pytest.raises(SystemExit) as ended:
+        _run(recipe, 0, 1, str(recipe.run_dir / "run.log"))
+    assert ended.value.code == BUSY and (recipe.run_dir / "run.log").read_text() == "theirs"

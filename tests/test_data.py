@@ -18,6 +18,7 @@ from pskd_timm.augment import (
     ORDERS,
     PCA_VALUES,
     PCA_VECTORS,
+    RESIZED_CROP,
     TOP,
     augment,
     color_jitter,
@@ -30,9 +31,10 @@ from pskd_timm.data import Loader, eval_batches
 from pskd_timm.data import load_data as load
 from pskd_timm.data.decode import open_image
 from pskd_timm.data.loader import ANCHOR
-from pskd_timm.data.split import class_balanced, flip_labels
+from pskd_timm.data.split import Split, class_balanced, flip_labels
 from pskd_timm.data.streaming import _Pictures, resized_crop_box
 from pskd_timm.recipe import Augment
+from pskd_timm.show import cost_lines
 
 
 def picture(size=(8, 6), mode="RGB", value=100):
@@ -76,7 +78,7 @@ def test_a_folder_of_classes_alone_is_split_by_test_fraction_or_refused(tmp_path
     with pytest.raises(InputError, match=r"no test split among train.*data.test_fraction"):
         load_data(section(path=root))
     data = load_data(section(path=root, test_fraction=0.25))
-    assert (len(data.train), len(data.test)) == (9, 3)
+    assert data.test.labels.bincount().tolist() == [2, 2] and data.train.labels.bincount().tolist() == [4, 4]
 
 
 def test_images_of_different_sizes_need_a_size_and_are_resized_and_centre_cropped(tmp_path):
@@ -161,6 +163,16 @@ def test_classes_and_files_named_like_splits_are_classes_and_files(tmp_path):
     assert data.class_names == ["cat", "train"] and (len(data.train), len(data.test)) == (6, 3)
 
 
+def test_test_labels_go_by_the_classes_names_where_the_test_part_lacks_a_class(tmp_path):
+    root = image_folder(tmp_path, {"train": {"ant": 1, "bee": 1, "cat": 1}, "test": {"ant": 1, "cat": 2}})
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    data = load_data(section(path=root))
+    assert data.class_names == ["ant", "bee", "cat"] and data.test.labels.tolist() == [0, 2, 2]
+    image_folder(tmp_path, {"test": {"dog": 1}})
+    with pytest.raises(InputError, match="the test split has the label 'dog', which the training split has not"):
+        load_data(section(path=root))
+
+
 def test_a_changed_picture_is_decoded_anew(tmp_path):
     import os
 
@@ -207,6 +219,12 @@ def test_labels_that_are_neither_numbers_nor_words_are_refused(tmp_path, labels)
         load_data(section(path=root))
 
 
+def test_show_does_not_count_damaged_images_as_usable_ones():
+    said = {damaged: cost_lines(load_recipe("digits", {"data.damaged": damaged}))[0] for damaged in ("fail", "skip")}
+    assert said["fail"].endswith("10 classes")
+    assert said["skip"] == said["fail"] + ", less training images that turn out damaged"
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no images: it should hold a folder of images for each class"):
         load_data(section(path=str(tmp_path)))
@@ -232,6 +250,25 @@ def test_limits_and_holdout_are_class_balanced_disjoint_and_fixed():
     assert not set(data.train.source_id.tolist()) & set(data.holdout.source_id.tolist())
     again = load_data(section(source="digits", limit_train=200, limit_test=50, holdout_fraction=0.2))
     assert torch.equal(again.train.source_id, data.train.source_id)
+
+
+def test_small_classes_are_in_every_part_and_a_single_image_is_told(tmp_path, capsys):
+    counts = {"many": 40, "few": 3, "two": 2, "one": 1}
+    root = image_folder(tmp_path, {".": counts})
+    data = load_data(section(path=root, test_fraction=0.2, holdout_fraction=0.2))
+    parts = {name: getattr(data, name).labels.bincount(minlength=4).tolist() for name in ("train", "holdout", "test")}
+    # The classes by name: few, many, one, two. Two images are enough for two parts of three.
+    assert parts == {"train": [1, 26, 1, 1], "holdout": [1, 6, 0, 0], "test": [1, 8, 0, 1]}
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].endswith("data.test_fraction: left alone, since they have one image each: one")
+    assert told[1].endswith("data.holdout_fraction: left alone, since they have one image each: one, two")
+    again = load_data(section(path=root, test_fraction=0.2, holdout_fraction=0.2))
+    assert torch.equal(again.test.images, data.test.images)
+    other = load_data(section(path=root, test_fraction=0.2, seed=1))
+    assert not torch.equal(other.test.images, data.test.images)
+    root = image_folder(tmp_path / "singles", {".": {"a": 1, "b": 1}})
+    with pytest.raises(InputError, match=r"data.test_fraction 0.5 has nothing to take: no class has two images"):
+        load_data(section(path=root, test_fraction=0.5))
 
 
 def test_a_class_balanced_part_takes_all_of_a_small_class():
@@ -280,6 +317,22 @@ def test_crop_flip_and_normalise_equal_torchvisions_on_each_image():
         expected = tv.crop(tv.pad(images[i], [2]), int(top[i]), int(left[i]), 10, 12)
         expected = tv.normalize((tv.hflip(expected) if mirrored[i] else expected) / 255, MEAN, STD)
         torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(12, 10), (10, 40)], ids=["nearly square", "long"])
+def test_a_resident_random_resized_crop_is_pils_of_the_box_that_streaming_draws(size):
+    width, height = size
+    images, index, key, scale = random_images(64, height, width), torch.arange(7, 71), 11, [0.3, 1.0]
+    split = Split(images, torch.zeros(64, dtype=torch.int64), torch.arange(64), scale)
+    found = next(split.stream([(index, [(torch.arange(64), key), (torch.arange(64), None)])]))[1]
+    assert torch.equal(found[1], images)
+    draws = rng.uniform(rng.fold(key, RESIZED_CROP), index[:, None] * 40 + torch.arange(40)).view(-1, 10, 4)
+    boxes = [resized_crop_box(width, height, scale, one) for one in draws.tolist()]
+    assert len(set(boxes)) > 5
+    for image, box, cropped in zip(images, boxes, found[0], strict=True):
+        whole = Pictures.fromarray(image.permute(1, 2, 0).numpy())
+        expected = np.asarray(whole.resize((width, height), Pictures.Resampling.BILINEAR, box=box))
+        assert np.abs(cropped.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("turn", range(6))
@@ -357,7 +410,7 @@ def test_a_streamed_view_depends_on_seed_epoch_and_sample_alone_not_on_workers_r
     assert len(alone) == 2 * 16
     others = [streamed_views(data, workers=2), streamed_views(data, epochs=(1,)), streamed_views(data, first_batch=2)]
     others += [streamed_views(data, rank, 2, workers=rank) for rank in (0, 1)]
-    assert [len(found) for found in others] == [32, 16, 22, 18, 12]  # two ranks leave out the last batch of one
+    assert [len(found) for found in others] == [32, 16, 22, 12, 18]  # two ranks leave out the last batch of one
     for found in others:
         assert all(torch.equal(view, alone[key]) for key, view in found.items())
     assert not torch.equal(alone[0, 3], alone[1, 3])

@@ -66,6 +66,7 @@ def losses(name: str, settings: dict, recorded: bool) -> tuple[list[float], int]
         ("pskd", {}),
         ("pskd", {"store_format": "topk", "store_topk": 2}),
         ("pskd", {"teacher": "snapshot"}),
+        ("pskd", {"teacher": "snapshot", "alpha_warmup_epochs": 2}),
     ],
 )
 def test_a_recorded_step_gives_the_losses_of_the_plain_one_through_tails_and_epochs(name, settings):

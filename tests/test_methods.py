@@ -307,6 +307,22 @@ def test_a_snapshot_teacher_that_starts_in_mid_way_takes_the_network_it_was_give
         ready(PSKD(teacher="snapshot")).begin_epoch(2, torch.arange(N))
 
 
+def test_a_snapshot_teacher_is_not_asked_in_epochs_where_alpha_is_zero(problem):
+    z, labels, _ = problem
+    pskd = PSKD(teacher="snapshot", alpha_warmup_epochs=2)
+    pskd.setup(num_samples=N, num_classes=K, num_epochs=E, device="cpu", model=Echo())
+    asked = []
+    for epoch in range(E):
+        pskd.begin_epoch(epoch, torch.arange(B))
+        if epoch == 1:
+            pskd.snapshot.frozen.register_forward_hook(lambda *_: asked.append(pskd.alpha_now))
+        loss, _ = pskd.loss(Echo(), batch_of(z, labels, np.arange(B)))
+        if epoch < 2:
+            assert loss.item() == pytest.approx(cross_entropy(one_hot(labels), z), rel=1e-12)
+        pskd.end_epoch()
+    assert asked == pytest.approx([0.4, 0.8])
+
+
 def test_pskds_schedule_reaches_the_loss(problem):
     z, labels, _ = problem
     pskd = ready(PSKD(alpha=0.8, store_dtype="float64", alpha_schedule="cosine", alpha_warmup_epochs=1))

@@ -151,6 +151,19 @@ def test_the_same_batches_are_mixed_alike_on_two_ranks_as_on_one_and_a_share_of_
     assert min(owns) < 0.2 and max(owns) > 0.8 and np.mean(owns) == pytest.approx(0.5, abs=0.15)
 
 
+@pytest.mark.parametrize("world_size, accumulate", [(3, 1), (1, 3), (2, 2)])
+def test_pairs_stay_together_on_any_number_of_ranks_and_forward_passes(world_size, accumulate):
+    settings = {"mixup": 0.4, "mix_share": 1.0}
+    alone = loader(**settings)
+    ranks = [loader(rank, world_size, **settings) for rank in range(world_size)]
+    whole = [batch for (batch,) in alone.batches(alone.rank_batches(0), 0)]
+    parts = [list(one.batches(one.rank_batches(0), 0, accumulate)) for one in ranks]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        found = [part for share in shares for part in share]
+        assert len(found) == world_size * accumulate
+        assert torch.equal(batch.images, torch.cat([part.images for part in found]))
+
+
 def test_a_run_with_mixing_tells_how_many_rows_were_renewed(tiny):
     settings = {"augment.cutmix": 1.0, "augment.mix_share": 0.7, "checkpoint.keep": 3, "epochs": 3}
     result = train(tiny(method="pskd", **settings))

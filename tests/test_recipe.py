@@ -100,6 +100,33 @@ def test_an_override_may_be_a_section_and_leaves_the_rest_of_it():
     assert nested == load_recipe("digits", {"optim.lr": 0.3, "model.kwargs": {"width": 8}})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        ({}, "{file}"),
+        ({"pskd.alpha_warmup_epochs": "4"}, "command line and {file}"),
+        ({"pskd.alpha_warmup_epochs": "4", "epochs": "3"}, "command line"),
+        ({"epochs": "3"}, "{file} and command line"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told_with_where_each_was_set(tmp_path, overrides, where):
+    path = tmp_path / "warm.yaml"
+    path.write_text(
+        "epochs: 4\nmodel: {name: resnet18}\ndata: {source: digits}\nseed: 3\npskd: {alpha_warmup_epochs: 4}\n"
+    )
+    with pytest.raises(InputError) as error:
+        load_recipe(str(path), overrides)
+    assert str(error.value).startswith(f"{where.format(file=path)}: pskd.alpha_warmup_epochs 4 must be below epochs")
+
+
+def test_settings_of_one_section_that_do_not_go_together_are_told_with_where_they_were_set():
+    for overrides in ({"pskd.store_topk": "3"}, {"data.loading": "streaming"}, {"data.path": "x"}):
+        with pytest.raises(
+            InputError, match=f"^({'.*digits.yaml and ' if 'data.path' in overrides else ''})command line: "
+        ):
+            load_recipe("digits", overrides)
+
+
 def test_yaml_merge_keys_and_overrides_of_written_mappings_work(tmp_path):
     path = tmp_path / "merged.yaml"
     path.write_text(

@@ -1,6 +1,7 @@
 """wandb offline, read back with its own reader."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from pskd_timm.data import load_data
 from pskd_timm.metrics import ECE_BINS, METRICS
 from pskd_timm.plots import COLOURS
 from pskd_timm.recipe import SHIPPED
-from pskd_timm.tracking import read_lines
+from pskd_timm.tracking import Tracker, read_lines
 from pskd_timm.train import make_network
 
 SWEEP = yaml.safe_load((SHIPPED / "sweep.yaml").read_text())
@@ -262,6 +263,26 @@ def test_the_logged_norm_is_that_of_the_gradient_before_it_is_clipped(tmp_path, 
     torch.nn.functional.cross_entropy(model((data.train.images / 255 - mean) / std), data.train.labels).backward()
     norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.5
+
+
+def test_a_number_that_is_none_is_null_in_the_files_and_a_gap_in_wandb(tiny, tmp_path):
+    class Sink:  # the two things that a tracker asks of Accelerate
+        is_main_process, logged = True, []
+
+        def log(self, values, step):
+            self.logged.append((step, values))
+
+    tracker = Tracker(Sink(), tiny(), tmp_path, steps_per_epoch=7)
+    tracker.uses_wandb = True
+    tracker.forget_after(0, 0)
+    tracker.log_step(3, {"epoch": 1, "loss": 0.5, "grad_norm": math.inf, "parts": [1.0, math.nan]})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads((tmp_path / "steps.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 3, "epoch": 1, "loss": 0.5, "grad_norm": None, "parts": [1.0, None]}
+    assert Sink.logged == [(3, {"epoch": 1, "loss": 0.5, "parts": [1.0, None]})]
 
 
 def test_online_without_an_account_is_refused_in_one_line_and_offline_needs_none(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -289,7 +290,12 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused_its_f
         InputError, match=r"holds a run with optim.lr 0.05, not 0.2: choose another --output_dir, or --resume never"
     ):
         train(tiny(epochs=1, optim__lr=0.2))
+    with pytest.raises(InputError, match=r"epochs 1, not 2, and a run keeps its length.*--init_from \S+") as longer:
+        train(tiny(epochs=2))
     monkeypatch.undo()
+    weights = re.search(r"--init_from (\S+)", str(longer.value))[1]
+    other = train(tiny(epochs=1, output_dir=str(first.run_dir / "longer"), init_from=weights))
+    assert other.history[0]["train_loss"] < first.history[0]["train_loss"]
     assert train(tiny(epochs=1, optim__lr=0.2, resume="never")).values["last"] != first.values["last"]
 
 

@@ -53,7 +53,7 @@ def decoded(
                 if not path.is_file():
                     _save(_decode(table, image_size, crop_pct, skip_damaged, progress), path)
         except OSError as error:
-            print(f"pskd-timm: decoded images cannot be kept for the next run: {error}", flush=True)
+            warn(f"decoded images cannot be kept for the next run: {error}")
             tensors = _decode(table, image_size, crop_pct, skip_damaged, progress)
     if tensors is None:
         with safe_open(path, "pt") as file:

@@ -13,11 +13,8 @@ from ..batch import Batch
 from ..recipe import Augment
 from .split import Job, Split
 
-ANCHOR, PARTNER, MIXING = (
-    2,
-    3,
-    4,
-)  # streams of augmentation draws, so that a partner's view is its own even where it is the anchor
+# Streams of augmentation draws: a partner's view is its own even where it is the anchor.
+ANCHOR, PARTNER, MIXING = 2, 3, 4
 
 
 class Loader:
@@ -43,9 +40,8 @@ class Loader:
         self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
         self.partners = order.Partners(split.labels.cpu(), num_classes) if partners else None
         self._stream, self._stream_epoch = iter(()), None
-        self.rank_batches = lru_cache(maxsize=2)(
-            self.rank_batches
-        )  # asked for by the run and, ahead of it, by the stream
+        # Asked for by the run and, ahead of it, by the stream.
+        self.rank_batches = lru_cache(maxsize=2)(self.rank_batches)
 
     @property
     def steps(self) -> int:
@@ -72,9 +68,9 @@ class Loader:
         self._stream_epoch = None
         for number in range(self.steps - len(ids), self.steps):
             index, views = next(self._stream)
-            parts = [order.share(len(index), part, accumulate) for part in range(accumulate)]
+            parts = [order.share_pairs(len(index), part, accumulate) for part in range(accumulate)]
             mix = self.mix(epoch, number)
-            start = order.share(self.global_size(number), self.rank, self.world_size).start
+            start = order.share_pairs(self.global_size(number), self.rank, self.world_size).start
             yield [
                 self._batch(index[part], [view[part] for view in views], epoch, mix, start + part.start)
                 for part in parts

@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from ..recipe import Data as DataSection
 from ..recipe import InputError, nearest
+from .parts import part_off
 
 
 class Source(NamedTuple):
@@ -53,15 +57,21 @@ class Table(NamedTuple):
         names = getattr(self.dataset.features[self.label_column], "names", None)
         return names or [str(label) for label in sorted(set(self._values()))]
 
-    def labels(self, class_names: list[str]) -> list[int]:
-        """The label numbers [N]."""
-        values = self._values()
-        if getattr(self.dataset.features[self.label_column], "names", None):
-            return values
-        number = {name: i for i, name in enumerate(class_names)}
-        if unknown := sorted({str(v) for v in values} - set(number)):
-            raise InputError(f"data: the test split has the label {unknown[0]!r}, which the training split has not")
-        return [number[str(value)] for value in values]
+    def labels(self, split: str, class_names: list[str]) -> Tensor:
+        """The label numbers int64 [N]; InputError, which calls the table the `split` split, where they are none."""
+        values, names = self._values(), getattr(self.dataset.features[self.label_column], "names", None)
+        if names != class_names:  # a test split may number its classes in its own way, or lack some
+            class_of = {value: names[value] if names and value >= 0 else str(value) for value in set(values)}
+            if unknown := sorted(set(class_of.values()) - set(class_names)):
+                raise InputError(
+                    f"data: the {split} split has the label {unknown[0]!r}, which the training split has not"
+                )
+            number = {name: i for i, name in enumerate(class_names)}
+            values = [number[class_of[value]] for value in values]
+        labels = torch.tensor(values)
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(class_names):
+            raise InputError(f"data: the {split} split must have samples, labelled 0 … {len(class_names) - 1}")
+        return labels
 
     def _values(self) -> list:
         values = list(self.dataset[self.label_column])
@@ -87,8 +97,10 @@ def open_tables(section: DataSection) -> tuple[Table, Table | None]:
     splits = _digits() if section.source == "digits" else _open(section)
     train = _take(splits, section.train_split, "data.train_split")
     if section.test_fraction:
-        both = _checked(train, section).dataset.train_test_split(section.test_fraction, seed=section.seed)
-        train, test = both["train"], both["test"]
+        table = _checked(train, section)
+        labels = table.labels("train", table.class_names)
+        parts = part_off("test_fraction", section, labels, table.class_names)
+        train, test = (train.select(rows) for rows in parts)
     elif section.test:
         test = _take(splits, section.test_split or _test_split(splits, section), "data.test_split")
     return _checked(train, section), _checked(test, section) if section.test else None
@@ -154,7 +166,7 @@ def _image_folders(folder: Path, section: DataSection) -> dict:
 
     Read literally: the HF reader takes a class or file whose name has `test` or `dev` in it for a split.
     """
-    inside = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    inside = {path.name: path for path in _folders(folder)}
     tests = [section.test_split] if section.test_split else TEST_SPLITS
     splits = [name for name in (section.train_split, *tests) if name in inside]
     if section.train_split in splits and (len(splits) > 1 or len(inside) == 1):
@@ -162,10 +174,15 @@ def _image_folders(folder: Path, section: DataSection) -> dict:
     return {section.train_split: _image_folder(folder)}
 
 
+def _folders(folder: Path) -> list[Path]:
+    """The folders in one, by name; hidden ones (.ipynb_checkpoints) are none of the user's."""
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+
+
 def _image_folder(folder: Path):
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
-    classes = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    classes = _folders(folder)
     rows = {"image": [], "label": [], "stamp": []}
     for label, path in enumerate(classes):
         for file in sorted(path.rglob("*")):

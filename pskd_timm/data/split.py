@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import rng
+from ..augment import resized_crop, resized_crop_boxes
 from ..recipe import Augment as AugmentSection
 from ..recipe import Data as DataSection
 from ..recipe import InputError
 from .decode import SKIPS, DamagedImage, cache_folder, decoded
+from .parts import class_balanced, part_off
 from .sources import Table, open_tables
 from .streaming import StreamedSplit, policy
 
-# One number for each thing that data.seed fixes.
-LIMIT, HOLDOUT, FLIPPED, NEW_LABEL, NOISE = range(5)
+FLIPPED, NEW_LABEL, NOISE = 2, 3, 4  # streams of data.seed beside those of parts.py
 MOST_WORKERS = 8  # processes that decode for one rank, where the recipe does not say
 NOISE_ROWS = 1024  # images that get their noise at once: bounds memory
 
@@ -26,11 +27,15 @@ Job = tuple[Tensor, list[tuple[Tensor, int | None]]]  # ids [B]; for each view t
 
 @dataclass
 class Split:
-    """Images uint8 [N, C, H, W], labels int64 [N] and the ids [N] that the samples had in the source's split."""
+    """Images uint8 [N, C, H, W], labels int64 [N] and the ids [N] that the samples had in the source's split.
+
+    `scale` is the range of a random resized crop's area in training, None for none.
+    """
 
     images: Tensor
     labels: Tensor
     source_id: Tensor
+    scale: tuple[float, float] | None = None
 
     def __len__(self):
         return len(self.labels)
@@ -46,15 +51,20 @@ class Split:
         return self.images.device
 
     def take(self, rows: Tensor) -> "Split":
-        return Split(self.images[rows], self.labels[rows], self.source_id[rows])
+        return replace(self, images=self.images[rows], labels=self.labels[rows], source_id=self.source_id[rows])
 
     def to(self, device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device), self.source_id)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each job its ids and each view's images, uint8 [B, C, H, W]."""
         for index, views in jobs:
-            yield index, [self.images[samples] for samples, _ in views]
+            yield index, [self._view(samples, index, key) for samples, key in views]
+
+    def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> Tensor:
+        if key is None or not self.scale:
+            return self.images[samples]
+        return resized_crop(self.images[samples], resized_crop_boxes(drawn_for, key, self.scale, *self.size))
 
 
 @dataclass
@@ -94,20 +104,13 @@ def load_data(section: DataSection, augment: AugmentSection, progress=None) -> D
         raise InputError(
             f"augment.cutout {augment.cutout} is larger than the images of {train.size[0]}×{train.size[1]}"
         )
-    train, holdout = _held_out(train, section)
+    train, holdout = _held_out(train, section, class_names)
     train = replace(train, labels=flip_labels(train.labels, len(class_names), section.label_noise, section.seed))
     return Data(train, test, holdout, class_names)
 
 
-def _labels(name: str, table: Table, class_names: list[str]) -> Tensor:
-    labels = torch.tensor(table.labels(class_names))
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(class_names):
-        raise InputError(f"data: the {name} split must have samples, labelled 0 … {len(class_names) - 1}")
-    return labels
-
-
 def _resident(name: str, table: Table, class_names, section: DataSection, augment: AugmentSection, progress) -> Split:
-    labels = _labels(name, table, class_names)
+    labels = table.labels(name, class_names)
     report = (lambda done, total: progress(f"decoding {name}", done, total)) if progress else None
     crop_pct = section.crop_pct if name == "test" else 1.0
     skip_damaged = name == "train" and section.damaged == "skip"
@@ -116,13 +119,13 @@ def _resident(name: str, table: Table, class_names, section: DataSection, augmen
         images, rows = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
     except DamagedImage as error:
         raise InputError(f"{error}; {SKIPS if name == 'train' else 'a test image is never left out'}") from None
-    return Split(images, labels[rows], rows)
+    return Split(images, labels[rows], rows, augment.random_resized_crop if name == "train" else None)
 
 
 def _streamed(
     name: str, table: Table, class_names, section: DataSection, augment: AugmentSection, progress
 ) -> StreamedSplit:
-    labels = _labels(name, table, class_names)
+    labels = table.labels(name, class_names)
     scale = augment.random_resized_crop if name == "train" else None
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if section.workers is None else section.workers
     size, ids = section.image_size, torch.arange(len(labels))
@@ -131,25 +134,6 @@ def _streamed(
         policy(auto_augment, size)  # refused here, not in a worker
     skip_damaged = name == "train" and section.damaged == "skip"
     return StreamedSplit(table, size, labels, ids, workers, scale, section.crop_pct, auto_augment, skip_damaged)
-
-
-def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
-    """`count` positions (sorted) taken from all classes as evenly as their sizes allow, as a function of `seed`."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(rng.fold(seed, LIMIT)))
-    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
-    sizes = torch.bincount(labels)
-    # The n-th sample of every class comes before the (n + 1)-th of any.
-    turn = torch.cat([torch.arange(size) for size in sizes.tolist()])
-    return by_class[torch.argsort(turn, stable=True)[:count]].sort().values
-
-
-def stratified(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Positions (sorted) of `fraction` of each class, rounded per class, as a function of `seed`."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(rng.fold(seed, HOLDOUT)))
-    chosen = [
-        rows[: round(fraction * len(rows))] for rows in (shuffled[labels[shuffled] == k] for k in labels.unique())
-    ]
-    return torch.cat(chosen).sort().values
 
 
 def flip_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
@@ -184,13 +168,8 @@ def _with_noise(split: Split, section: DataSection, part: int) -> Split:
     return replace(split, images=gaussian_noise(split.images, split.source_id, section.gaussian_noise, key))
 
 
-def _held_out(train: Split, section: DataSection) -> tuple[Split, Split | None]:
+def _held_out(train: Split, section: DataSection, class_names: list[str]) -> tuple[Split, Split | None]:
     if not section.holdout_fraction:
         return train, None
-    held = stratified(train.labels, section.holdout_fraction, section.seed)
-    if len(held) == 0 or len(held) == len(train):
-        raise InputError(
-            f"data.holdout_fraction {section.holdout_fraction} leaves {len(held)} of {len(train)} samples held out"
-        )
-    kept = torch.ones(len(train), dtype=torch.bool).index_fill(0, held, False)
-    return train.take(kept.nonzero().squeeze(1)), train.take(held)
+    kept, held = part_off("holdout_fraction", section, train.labels, class_names)
+    return train.take(kept), train.take(held)

@@ -12,13 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
-from ..augment import AUTO_AUGMENT, RESIZED_CROP
+from ..augment import AUTO_AUGMENT, RATIO, RESIZED_CROP, TRIES
 from ..files import warn
 from ..recipe import InputError
 from .decode import SKIPS, DamagedImage, fit, open_image, undecoded
 
-TRIES = 10  # boxes drawn for a random resized crop before the centre is taken, as torchvision does
-RATIO = (3 / 4, 4 / 3)  # range of a box's width over its height
 PREFETCH = 4  # batches that each worker has ready
 
 

@@ -25,6 +25,7 @@ class PSKD(Method):
 
     part_names = ("cross_entropy", "last_cross_entropy")
     snapshot: Snapshot | None = None
+    alpha_now = 0.0  # of the current epoch, on the host
 
     def __init__(
         self,
@@ -91,14 +92,14 @@ class PSKD(Method):
         return (1.0 - alpha) * cross_entropy + alpha * last_cross_entropy, logits
 
     def last_prediction(self, model, batch):
-        """What was last said, probabilities [B, K]; one-hot labels where nothing was.
+        """What was last said, probabilities [B, K]; one-hot labels where nothing was, or a snapshot would not count.
 
         The store's is of the samples, mixed as a mixed batch's images are; the snapshot looks at the mixed images themselves.
         """
         if self.store:
             return batch.mixed(self.store.read(batch.index, batch.labels))
         self.snapshot.watch(model)
-        if self.snapshot.frozen is None:
+        if not self.snapshot_teaches:
             return batch.mixed(losses.one_hot(batch.labels, self.num_classes))
         return losses.at_least_float32(self.snapshot.logits(batch.images)).softmax(dim=1)
 
@@ -109,8 +110,13 @@ class PSKD(Method):
             self.snapshot.take()
 
     @property
+    def snapshot_teaches(self) -> bool:
+        """Whether this epoch's loss has a snapshot to ask: without it, or with α = 0, its forward pass is left out."""
+        return self.snapshot is not None and self.snapshot.frozen is not None and self.alpha_now > 0
+
+    @property
     def variant(self):
-        return self.snapshot is not None and self.snapshot.frozen is None
+        return self.snapshot_teaches
 
     def values(self):
         return {"alpha": self.alpha_now}
