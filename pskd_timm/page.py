@@ -425,8 +425,8 @@ def mistakes(finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.Data
             "items": [
                 {
                     "image": images.get(row.index_in_test),
-                    "said": names[row.prediction],
-                    "is": names[row.label],
+                    "said": plots.cut(names[row.prediction], 40),
+                    "is": plots.cut(names[row.label], 40),
                     "confidence": 100 * row.confidence,
                     "index": row.index_in_test,
                 }

@@ -111,14 +111,14 @@ def _legend(axes: Axes, wanted: bool, **where):
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=3, **where)
 
 
-def _names_at_ends(axes: Axes, ends: dict[Look, float]):
-    """Each line's name to the right of the axes, at its end `y` or as near as the names' height allows."""
+def _names_at_ends(axes: Axes, x: float, ends: dict[Look, float]):
+    """Each line's name to the right of the axes, at its end (x, y) or as near as the names' height allows."""
     low, high = axes.get_ylim()
     lines = sorted((min(max((y - low) / (high - low), 0), 1), look) for look, y in ends.items())
     for at, (end, look) in zip(spread([end for end, _ in lines], NAME_HEIGHT), lines, strict=True):
         joint = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
-        place = {"xycoords": "axes fraction", "textcoords": "axes fraction", "annotation_clip": False}
-        axes.annotate(look.title, (1, end), (1.04, at), va="center", fontsize=8.5, color=INK, arrowprops=joint, **place)
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "axes fraction", "annotation_clip": False}
+        axes.annotate(look.title, (x, end), (1.03, at), va="center", fontsize=8.5, color=INK, arrowprops=joint, **place)
 
 
 def spread(places: list[float], apart: float) -> list[float]:
@@ -168,9 +168,11 @@ def curves(
         ends[look] = mean[-1]
     late = history[history.epoch > 0.4 * history.epoch.max()].groupby(["method", "epoch"])[metric].mean()
     axes.set_ylim(max(0, 0.8 * late.min()), 1.1 * late.max() or 1)  # the first epochs may leave by the top
-    axes.set_xlim(history.epoch.min(), max(history.epoch.max(), 2))
+    first, last = history.epoch.min(), history.epoch.max()
+    margin = 0.02 * (max(last, 2) - first)  # for the outermost markers
+    axes.set_xlim(first - margin, max(last, 2) + margin)
     if names and len(ends) <= MOST_NAMES and max(len(look.title) for look in ends) <= LONGEST_NAME:
-        _names_at_ends(axes, ends)
+        _names_at_ends(axes, last, ends)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(axes, legend)
     return axes.figure
@@ -214,7 +216,7 @@ def risk_coverage(tables: dict[str, list[pd.DataFrame]], axes: Axes | None = Non
 def confidence_histogram(tables: list[pd.DataFrame], look: Look, axes: Axes | None = None, bins: int = 20) -> Figure:
     """Share of the samples by confidence, right ones and wrong ones, pooled over one method's runs."""
     axes = _axes(axes, look.title, "confidence", "samples, %", (3.1, 2.5))
-    axes.set_title(look.title, loc="left", pad=19)  # room for a line below
+    axes.set_title(look.title, loc="left", pad=19, fontsize=10.5, color=INK, fontweight="bold")  # room for a line below
     pooled = pd.concat([table[["confidence", "correct"]] for table in tables])
     edges = np.linspace(0, 1, bins + 1)
     right, wrong = (

@@ -194,7 +194,8 @@ def _check(model: type[BaseModel], text: bytes, what: str):
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             raise InputError(f"{what} is {'not whole' if text.strip() else 'empty'}") from None
-        raise InputError(f"{what}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where = [".".join(map(str, first["loc"]))] if first["loc"] else []
+        raise InputError(": ".join([what, *where, first["msg"]])) from None
 
 
 def read_outcomes(folder: Path, values: dict) -> pd.DataFrame | None:
