@@ -174,7 +174,10 @@ def read_result(folder: Path) -> dict:
     """The values of result.json. Raises InputError where it is damaged."""
     text = (folder / "result.json").read_bytes()
     _check(ResultFile, text, "result.json")
-    return json.loads(text)
+    values = json.loads(text)
+    if len(values["class_names"]) != values["num_classes"]:
+        raise InputError(f"result.json names {len(values['class_names'])} of {values['num_classes']} classes")
+    return values
 
 
 def check_history(folder: Path):
@@ -214,7 +217,7 @@ def _check_predictions(path: Path, values: dict):
         file = parquet.ParquetFile(path)
         classes = file.read(columns=["label", "prediction"]).to_pandas()
     except (ArrowException, OSError) as error:
-        raise InputError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path.name} cannot be read: {str(error).partition('. ')[0]}") from None
     if missing := [name for name in [*OUTCOMES, "probabilities"] if name not in file.schema_arrow.names]:
         raise InputError(f"{path.name} has no column {missing[0]!r}")
     of_rows = getattr(file.schema_arrow.field("probabilities").type, "list_size", None)
