@@ -42,7 +42,7 @@ class StepGraph:
             return
         self.seen[key] += 1
         if batch.images.is_cuda:
-            _aside(lambda: self.step(batch, weight))
+            aside(lambda: self.step(batch, weight))
         else:
             self.step(batch, weight)
 
@@ -61,8 +61,8 @@ class Recorder:
         return graph.replay
 
 
-def _aside(work: Callable[[], None]):
-    # Steps before a recording run on another stream than the default one, as torch's notes on CUDA graphs ask.
+def aside(work: Callable[[], None]):
+    """Run `work` on another stream than the default one, as torch's notes on CUDA graphs ask of steps before a recording."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -41,6 +41,7 @@ from .metrics import METRICS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
 from .order import num_batches
+from .profile import profiled
 from .progress import Display
 from .recipe import Diverged, InputError, Recipe
 from .released import start_from
@@ -205,7 +206,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         if about := method.about():
             display.say(about)
 
-        with StopSignals() as stop:
+        profile_steps = recipe.tracking.profile_steps if is_main else 0
+        with StopSignals() as stop, profiled(run_dir, profile_steps, display.say) as profile:
             for epoch in range(progress.epoch, recipe.epochs):
                 batches = loader.rank_batches(epoch)[progress.step :]
                 # After a change of the number of processes an epoch may have nothing left for them but to be evaluated.
@@ -233,6 +235,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     if ema:
                         ema.update(network)
                     progress.step += 1
+                    if profile:
+                        profile.step()
                     if to_log:
                         means = running.read(progress, f"epoch {epoch + 1}, step {progress.step}")
                         line = {"epoch": epoch + 1, **means, "lr": lr, "grad_norm": grad_norm.item(), **method.values()}
@@ -355,10 +359,7 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError("model.compile graphs is for one process: use default or max-autotune with several")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    # torch rounds the factors of convolutions on GPUs to TF32 unless it is told not to.
-    torch.set_float32_matmul_precision("highest" if recipe.mixed_precision == "no" else "high")
-    torch.backends.cudnn.allow_tf32 = recipe.mixed_precision != "no"
-    torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
+    set_backends(recipe.mixed_precision)
     # A second run in one process may ask for another precision, which Accelerate's shared state refuses.
     AcceleratorState._reset_state()
     try:
@@ -376,6 +377,14 @@ def connect(recipe: Recipe) -> Accelerator:
             f"this launch starts {os.environ['WORLD_SIZE']} copies that know nothing of each other: {right}"
         )
     return accelerator
+
+
+def set_backends(mixed_precision: str):
+    """Have GPUs round the factors of float32 products to TF32 or not, and look for the fastest convolutions."""
+    # torch rounds those of convolutions unless it is told not to.
+    torch.set_float32_matmul_precision("highest" if mixed_precision == "no" else "high")
+    torch.backends.cudnn.allow_tf32 = mixed_precision != "no"
+    torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
 
 
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):

@@ -162,7 +162,7 @@ LAYERS = [
         "progress",
         "files",
     },
-    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher", "graph"},
+    {"methods", "data", "optim", "tracking", "checkpoint", "released", "evaluate", "teacher", "graph", "profile"},
     {"train", "runs", "pictures", "paper", "tables"},
     {"page"},
     {"report"},

@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from ..batch import Batch
+from ..graph import WARMUP, Recorder, aside
 from ..methods import METHODS
 from ..models.build import create_model
 from ..optim import make_optimizer
 from ..progress import Display, readable
 from ..recipe import Model, Optim, load_recipe
 from ..tracking import read_lines
+from ..train import set_backends, train
 from .rounds import peak, ratio, rounds, timed
 
-TITLE = "each method's step over a bare one (cross-entropy; 128 images of 32×32, K = 100, one thread on the CPU)"
+TITLE = (
+    "each method's step over a bare one (cross-entropy; 128 images of 32×32, K = 100; one CPU thread, or a GPU in bf16)"
+)
 OPTIONS = ()
 BATCH, CLASSES, SAMPLES, SIZE = 128, 100, 50_000, (32, 32)
 NETWORKS = {  # name: width, seconds of measuring, steps in a measured turn
@@ -38,6 +42,7 @@ TAUGHT = {
 
 def measure(say) -> list[dict]:
     """A row for each network and method: seconds of a step, its ratio to the bare one, and the memory it needs."""
+    set_backends("bf16" if torch.cuda.is_available() else "no")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = []
@@ -57,10 +62,12 @@ def measure(say) -> list[dict]:
                 f"{row['ratio']:.3f} × bare ({row['low']:.3f} … {row['high']:.3f}, {row['rounds']} rounds)   "
                 f"peak {readable(row['peak_bytes'])}"
             )
-    rows += _whole_run(say)
-    torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        rows += [_whole_run(say, width=64, samples=25_600, compile=compile) for compile in ("off", "graphs")]
+    else:
+        rows.append(_whole_run(say, width=2, samples=6_400, compile="off"))
         say("  not measured here: anything on a GPU (bf16, CUDA graphs, the share of the bare step's rate)")
+    torch.set_num_threads(threads)
     return rows
 
 
@@ -72,25 +79,51 @@ def _repeat(step, times: int):
     return turn
 
 
+def _network(width: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = create_model(Model(name="cifar_preact_resnet18", kwargs={"width": width}), CLASSES, SIZE).train()
+    if torch.cuda.is_available():
+        model = model.to("cuda", memory_format=torch.channels_last)
+    return model, make_optimizer(model, Optim(lr=1e-4))
+
+
+def _autocast():
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+
+
+def _bare(model, optimizer, images, labels, recorded: bool = False):
+    """What takes a bare step; with `recorded` its forward and backward are one CUDA graph, as with compile graphs."""
+
+    def forward_backward():
+        with _autocast():
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+
+    def step():
+        work()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not recorded)
+
+    work = forward_backward
+    if recorded:
+        for _ in range(WARMUP):
+            aside(step)
+        work = Recorder()(forward_backward)
+    return step
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random images, partners' images and labels on the device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, partners = torch.randn(2, BATCH, 3, *SIZE, device=device)
+    return images, partners, torch.randint(CLASSES, (BATCH,), device=device)
+
+
 def _steps(width: int) -> tuple[torch.nn.Module, dict]:
     """A network and, by name, what takes a step of it: the same weights, optimizer and batch for all."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = create_model(Model(name="cifar_preact_resnet18", kwargs={"width": width}), CLASSES, SIZE).to(device).train()
-    if device == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, Optim(lr=1e-4))
-    images, partners = torch.randn(2, BATCH, 3, *SIZE, device=device)
-    labels = torch.randint(CLASSES, (BATCH,), device=device)
-    ids = torch.randperm(SAMPLES, device=device).split(BATCH)[:-1]
-
-    def finish(loss):
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def bare():
-        finish(F.cross_entropy(model(images), labels))
+    model, optimizer = _network(width)
+    images, partners, labels = _batch()
+    ids = torch.randperm(SAMPLES, device=images.device).split(BATCH)[:-1]
 
     def taught(method):
         turn = iter(range(10**9))
@@ -98,16 +131,20 @@ def _steps(width: int) -> tuple[torch.nn.Module, dict]:
         def step():
             index = ids[next(turn) % len(ids)]
             batch = Batch(images, labels, index, partners if method.needs_partners else None)
-            finish(method.loss(model, batch)[0])
+            with _autocast():
+                loss, _ = method.loss(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         return step
 
-    steps = {"bare": bare}
+    steps = {"bare": _bare(model, optimizer, images, labels)}
     for key, (name, settings) in TAUGHT.items():
         if key == "tfkd trained":
             settings = {**settings, "teacher": copy.deepcopy(model)}
         method = METHODS[name](**settings)
-        method.setup(num_samples=SAMPLES, num_classes=CLASSES, num_epochs=2, device=device, model=model)
+        method.setup(num_samples=SAMPLES, num_classes=CLASSES, num_epochs=2, device=images.device, model=model)
         method.begin_epoch(0, torch.arange(SAMPLES))
         if getattr(method, "snapshot", None):
             method.snapshot.take()
@@ -115,13 +152,17 @@ def _steps(width: int) -> tuple[torch.nn.Module, dict]:
     return model, steps
 
 
-def _whole_run(say) -> list[dict]:
+def _whole_run(say, width: int, samples: int, compile: str) -> dict:
     """Images/s of PS-KD's `train`, loader, augmentation and sums included, over the bare step's with the same network."""
-    from ..train import train
-
     on_gpu = torch.cuda.is_available()
+    model, optimizer = _network(width)
+    images, _, labels = _batch()
+    bare = _bare(model, optimizer, images, labels, recorded=compile == "graphs")
+
+    def bare_seconds():
+        return median(timed(_repeat(bare, 50)) / 50 for _ in range(5))
+
     with tempfile.TemporaryDirectory() as folder:
-        name, width, samples = ("cifar_preact_resnet18", 64, 25_600) if on_gpu else ("small", 2, 6_400)
         overrides = {
             "data.path": _images(Path(folder) / "data", samples),
             "data.source": None,
@@ -129,6 +170,8 @@ def _whole_run(say) -> list[dict]:
             "data.limit_test": BATCH,
             "model.kwargs": {"width": width},
             "model.channels_last": on_gpu,
+            "model.compile": compile,
+            "mixed_precision": "bf16" if on_gpu else "no",
             "epochs": 4,
             "threads": 1,
             "batch_size": BATCH,
@@ -136,26 +179,25 @@ def _whole_run(say) -> list[dict]:
             "tracking.wandb": "disabled",
             "tracking.log_every": 1000,
         }
-        model, steps = _steps(width)
-        before = median(timed(_repeat(steps["bare"], 50)) / 50 for _ in range(5))
+        before = bare_seconds()
         result = train(load_recipe("cifar100/preact_resnet18", overrides), Display(quiet=True))
-        after = median(timed(_repeat(steps["bare"], 50)) / 50 for _ in range(5))
+        after = bare_seconds()
         rates = [line["images_per_second"] for line in read_lines(result.run_dir / "metrics.jsonl")][1:]
-    bare = BATCH / median([before, after])
-    row = {"network": name, "step": "whole run", "images_per_second": median(rates), "bare_images_per_second": bare}
+    found = {"images_per_second": median(rates), "bare_images_per_second": BATCH / median([before, after])}
     say(
-        f"  {name}: train with PS-KD {row['images_per_second']:,.0f} images/s, bare step {bare:,.0f}: "
-        f"{row['images_per_second'] / bare:.1%} of it"
+        f"  width {width}, compile {compile}: train with PS-KD {found['images_per_second']:,.0f} images/s, bare step "
+        f"{found['bare_images_per_second']:,.0f}: {found['images_per_second'] / found['bare_images_per_second']:.1%} of it"
     )
-    return [row]
+    return {"network": f"width {width}", "step": "whole run", "compile": compile, **found}
 
 
 def _images(folder: Path, count: int) -> str:
     """A saved data set of random images, as CIFAR-100 is shaped."""
-    from datasets import ClassLabel, Dataset, DatasetDict, Features
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, disable_progress_bars
     from datasets import Image as ImageFeature
     from PIL import Image
 
+    disable_progress_bars()
     pixels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8).numpy()
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=[f"c{k}" for k in range(CLASSES)])})
     columns = {"image": [Image.fromarray(one) for one in pixels], "label": [i % CLASSES for i in range(count)]}
