@@ -19,7 +19,7 @@ from .recipe import METHOD_SECTIONS, InputError, Recipe, load_recipe
 from .tracking import read_lines
 
 COLUMNS = ["method", "seed", "status", *METRICS, "seconds", "best_epoch", *(f"best_{name}" for name in METRICS)]
-COLUMNS += ["num_classes"]
+COLUMNS.append("num_classes")
 OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 # Of the data section, what does not touch the test part.
