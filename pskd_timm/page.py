@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,16 +12,16 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from pyarrow import ArrowException
 
 from . import __version__, paper, plots, significance
-from .calibration import fit_temperature, with_temperature
+from .calibration import fit_to_parts, scaled_figures
 from .effective import effective_lines
-from .metrics import METRICS, score
 from .pictures import image_size, most_confident_mistakes, pictures
 from .plots import title
 from .recipe import METHOD_SECTIONS, InputError, flatten
-from .runs import HOLDOUT, PREDICTIONS, Run, by_method, class_names, history, probabilities
-from .tables import HEADERS, best_epoch, summary
+from .runs import HOLDOUT, PREDICTIONS, Run, by_method, history, probability_parts
+from .tables import HEADERS, best_epoch, over_seeds, shown_metrics, summary
 
 CURVES = {"top1_error": "top-1 error, %", "nll": "NLL, nats", "ece": "ECE, %", "aurc": "AURC × 10³"}
 CSS_COLOURS = {
@@ -36,6 +37,9 @@ def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.
     finished = by_method(found)
     each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
     tests = compared_with_baseline(finished, tables)
+    scaled_lines, unscaled = temperatures(finished)
+    metrics = shown_metrics(rows)
+    counts = [len(runs) for runs in finished.values()]
     context = {
         "heading": ", ".join(dict.fromkeys(run.recipe.name for run in found if run.recipe)) or "No run has begun",
         "version": __version__,
@@ -45,20 +49,26 @@ def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.
             (title(row.method), row.seed, row.status) for row in rows.itertuples() if row.status != "finished"
         ],
         "num_rows": len(rows),
-        "headers": list(HEADERS.values()),
+        "metrics": metrics,
+        "headers": [HEADERS[metric] for metric in metrics],
+        "one_run": set(counts) == {1},
         "verdicts": verdicts(tests),
         "notes": notes,
         "tables": figure_tables(found, rows),
+        "of_curves": over_seeds(counts) if counts else "",
         "paper": paper_notes(finished),
         "paper_source": paper.SOURCE,
         "tests": test_lines(tests),
+        "single_seed": any(len(seeds) == 1 for _, seeds, _ in tests),
         "untested": untested(finished, tests),
-        "unkept": sum(not (run.folder / PREDICTIONS).is_file() for runs in finished.values() for run in runs),
+        "unkept": sum(run.outcomes is None for runs in finished.values() for run in runs),
         "plots": drawings(finished, each) if each else {},
         "evaluated_on": evaluated_on(finished),
-        "temperatures": temperatures(finished),
+        "temperatures": scaled_lines,
+        "temperature_of": over_seeds(line["n"] for line in scaled_lines) if scaled_lines else "",
+        "unscaled": unscaled,
         "mistakes": mistakes(finished, tables) if each else {},
-        "runs": run_lines(found),
+        "runs": run_lines(found, metrics),
         "losses": losses(finished),
         "settings": settings_lines(found),
         "surroundings": surroundings(found),
@@ -79,20 +89,21 @@ def environment() -> Environment:
 
 def table_html(heading: str, rows: pd.DataFrame) -> str:
     """The table of the last epoch alone, for a notebook."""
+    metrics = shown_metrics(rows)
     lines = "".join(
         f"<tr><th style='text-align:left'>{Markup.escape(title(method))}</th><td>{cells['nll'].n}</td>"
         + "".join(
-            f"<td>{'<b>' if cells[m].best else ''}{cells[m]}{'</b>' if cells[m].best else ''}</td>" for m in METRICS
+            f"<td>{'<b>' if cells[m].best else ''}{cells[m]}{'</b>' if cells[m].best else ''}</td>" for m in metrics
         )
         + "</tr>"
         for method, cells in summary(rows).items()
     )
     failed = "".join(
         f"<tr><th style='text-align:left'>{Markup.escape(title(run.method))}</th><td>seed {run.seed}</td>"
-        f"<td colspan='{len(METRICS)}' style='text-align:left'>{Markup.escape(run.status)}</td></tr>"
+        f"<td colspan='{len(metrics)}' style='text-align:left'>{Markup.escape(run.status)}</td></tr>"
         for run in rows[rows.status != "finished"].itertuples()
     )
-    header = "".join(f"<th>{name}</th>" for name in ("method", "runs", *HEADERS.values()))
+    header = "".join(f"<th>{name}</th>" for name in ("method", "runs", *(HEADERS[m] for m in metrics)))
     return f"<table><caption>{Markup.escape(heading)}</caption><tr>{header}</tr>{lines}{failed}</table>"
 
 
@@ -160,7 +171,7 @@ def losses(finished: dict[str, list[Run]]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def run_lines(found: list[Run]) -> list[dict]:
+def run_lines(found: list[Run], metrics: list[str]) -> list[dict]:
     """A line a run: how it ended and its figures."""
     return [
         {
@@ -168,7 +179,7 @@ def run_lines(found: list[Run]) -> list[dict]:
             "seed": run.seed,
             "status": run.status,
             "folder": str(run.folder),
-            "last": [run.values["last"][name] for name in METRICS] if run.values else [],
+            "last": [run.values["last"][name] for name in metrics] if run.values else [],
             "seconds": run.values["seconds"] if run.values else math.nan,
             "best": run.values["best"]["epoch"] if run.values else "",
         }
@@ -188,9 +199,11 @@ def figure_tables(found: list[Run], rows: pd.DataFrame) -> list[dict]:
     )
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
     looks = plots.looks(figures)
+    what = over_seeds(len(runs) for runs in by_method(found).values())
     captions = {
-        "last": "Last epoch: mean ± standard deviation over the seeds, on the test part.",
-        "best": f"Best epoch: of each run the epoch with the lowest error on the {chosen} part, its figures on the test part.",
+        "last": f"Last epoch, on the test part: {what}.",
+        "best": f"Best epoch: of each run the epoch with the lowest error on the {chosen} part, its figures on the test part; "
+        f"{what}.",
     }
     if chosen == "test":
         captions["best"] += (
@@ -208,7 +221,7 @@ def figure_tables(found: list[Run], rows: pd.DataFrame) -> list[dict]:
                     "seconds": cells["seconds"].mean,
                     "cells": [
                         (cells[m], beside(cells[m].mean, figures[method].get(method.split()[0], {}).get(m)))
-                        for m in METRICS
+                        for m in shown_metrics(rows)
                     ],
                 }
                 for method, cells in summary(of_epoch).items()
@@ -262,10 +275,14 @@ def compared_with_baseline(finished: dict[str, list[Run]], tables: dict[str, dic
 
 
 def verdicts(tests: list[tuple]) -> list[str]:
-    """A sentence a method."""
+    """A sentence a method; of one seed each it speaks of the runs, not of the methods."""
+    names = {True: ("{}'s one run", "{}'s"), False: ("{}", "{}")}
     return [
-        significance.in_words(title(method), title(baseline), found[found.method == method])
-        for baseline, _, found in tests
+        significance.in_words(
+            *(name.format(title(m)) for name, m in zip(names[len(seeds) == 1], (method, baseline), strict=True)),
+            found[found.method == method],
+        )
+        for baseline, seeds, found in tests
         for method in found.method.unique()
     ]
 
@@ -278,8 +295,9 @@ def test_lines(tests: list[tuple]) -> list[dict]:
             cells = []
             for test in found[found.method == method].itertuples():
                 interval = "" if math.isnan(test.low) else f"{signed(test.low)} … {signed(test.high)}"
-                words = significance.p_in_words(test.p)
-                cells.append((test.difference, signed(test.difference), interval, words, test.p < significance.LEVEL))
+                words = significance.p_in_words(test.p, test.metric)
+                bold = test.p < significance.LEVEL and len(seeds) > 1
+                cells.append((test.difference, signed(test.difference), interval, words, bold))
             lines.append({"title": title(method), "baseline": title(baseline), "seeds": len(seeds), "cells": cells})
     return lines
 
@@ -297,10 +315,11 @@ def drawings(finished: dict[str, list[Run]], each: dict[str, list[pd.DataFrame]]
     """The page's plots as inline SVG."""
     logged = history({method: [run.folder for run in runs] for method, runs in finished.items()})
     looks = plots.looks(finished)
-    names = class_names(next(iter(finished.values()))[0].folder)
+    names = next(iter(finished.values()))[0].values["class_names"]
     return {
         "curves": [
-            svg(plots.curves(logged, m, label, legend=False), f"{label} over the epochs") for m, label in CURVES.items()
+            svg(plots.curves(logged, m, label, legend=False, names=True), f"{label} over the epochs")
+            for m, label in CURVES.items()
         ],
         "confidence": [
             svg(plots.reliability(each, legend=False), "reliability diagram"),
@@ -317,8 +336,9 @@ def drawings(finished: dict[str, list[Run]], each: dict[str, list[pd.DataFrame]]
 def svg(figure: Figure, label: str) -> Markup:
     """A figure as inline SVG that takes the page's font and colours; `label` is what a screen reader says."""
     file = io.StringIO()
-    # The salt keeps the ids of one drawing apart from another's.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    # The salt keeps the ids of one drawing apart from another's. The page's font has letters that matplotlib's lacks.
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     text = re.sub(
@@ -355,29 +375,33 @@ def evaluated_on(finished: dict[str, list[Run]]) -> str:
     return " and ".join({"holdout": "held-out part", "test": "test part"}[part] for part in sorted(parts))
 
 
-def temperatures(finished: dict[str, list[Run]]) -> list[dict]:
-    """A line a method with held-out predictions: T fitted on them, NLL and ECE of the test part before and after; over seeds."""
-    lines = []
+def temperatures(finished: dict[str, list[Run]]) -> tuple[list[dict], list[str]]:
+    """T fitted on the held-out predictions, NLL and ECE of the test part before and after: a line a method, over its seeds.
+
+    Second, a line for each run whose predictions cannot be read.
+    """
+    lines, unreadable = [], []
     for method, runs in finished.items():
-        each = [
-            scaled(run.folder)
-            for run in runs
-            if (run.folder / HOLDOUT).is_file() and (run.folder / PREDICTIONS).is_file()
-        ]
+        each = []
+        for run in runs:
+            if run.outcomes is not None and (run.folder / HOLDOUT).is_file():
+                try:
+                    each.append(scaled(run))
+                except (ArrowException, OSError) as error:
+                    unreadable.append(f"{title(method)}, seed {run.seed}: {str(error).splitlines()[0]}")
         if each:
             table = pd.DataFrame(each)
             lines.append({"title": title(method), "n": len(each), "mean": dict(table.mean()), "std": dict(table.std())})
-    return lines
+    return lines, unreadable
 
 
-def scaled(folder: Path) -> dict[str, float]:
+def scaled(run: Run) -> dict[str, float]:
     """A run's temperature, and NLL and ECE of its test part without and with it."""
-    temperature = fit_temperature(*probabilities(folder / HOLDOUT))
-    test, labels = probabilities(folder / PREDICTIONS)
-    before, after = score(test, labels), score(with_temperature(test, temperature), labels)
+    temperature = fit_to_parts(part[:2] for part in probability_parts(run.folder / HOLDOUT))
+    after = scaled_figures(probability_parts(run.folder / PREDICTIONS), temperature)
     return {"temperature": temperature} | {
         f"{name}_{when}": values[name]
-        for when, values in (("before", before), ("after", after))
+        for when, values in (("before", run.values["last"]), ("after", after))
         for name in ("nll", "ece")
     }
 
@@ -387,10 +411,11 @@ def mistakes(finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.Data
     first = {method: next(iter(by_seed.items())) for method, by_seed in tables.items()}
     chosen = {method: most_confident_mistakes(table) for method, (_, table) in first.items()}
     run = next(iter(finished.values()))[0]
-    names, images, missing = class_names(run.folder), {}, ""
+    names, images, missing, size = run.values["class_names"], {}, "", (0, 0)
     try:
+        size = image_size(run.folder)
         shown = pd.concat(chosen.values()).drop_duplicates("index")
-        images = pictures(run.recipe, shown, image_size(run.folder)) if len(shown) else {}
+        images = pictures(run.recipe, shown, size) if len(shown) else {}
     except (InputError, OSError) as error:
         missing = f"Their pictures cannot be shown: {error}."
     groups = [
@@ -400,8 +425,8 @@ def mistakes(finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.Data
             "items": [
                 {
                     "image": images.get(row.index_in_test),
-                    "said": names[row.prediction],
-                    "is": names[row.label],
+                    "said": plots.cut(names[row.prediction], 40),
+                    "is": plots.cut(names[row.label], 40),
                     "confidence": 100 * row.confidence,
                     "index": row.index_in_test,
                 }
@@ -410,5 +435,4 @@ def mistakes(finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.Data
         }
         for method, table in chosen.items()
     ]
-    side = max(image_size(run.folder))
-    return {"groups": groups, "missing": missing, "pixelated": side <= 64}
+    return {"groups": groups, "missing": missing, "pixelated": max(size) <= 64}

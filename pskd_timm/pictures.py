@@ -63,5 +63,8 @@ def _offline():
 
 
 def image_size(folder: Path) -> tuple[int, int]:
-    """Height and width that a finished run's network was made for."""
-    return tuple(json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][1:])
+    """Height and width that a finished run's network was made for. Raises InputError where config.json does not say."""
+    try:
+        return tuple(json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][1:])
+    except (ValueError, TypeError, LookupError):
+        raise InputError(f"{folder / 'config.json'} is damaged") from None

@@ -42,6 +42,8 @@ MARKERS = ["o", "s", "^", "D", "P", "X", "v", "*", "<", ">"]
 INK, MUTED, GRID = "#1a1a1b", "#6b6b6c", "#e4e4e5"  # a page with a dark side puts its own in their place
 MOST_POINTS = 300  # of a curve
 SMALL_BIN = 0.01  # part of the samples below which a bin's accuracy is mostly chance
+MOST_NAMES, LONGEST_NAME = 8, 20  # lines and letters that find room beside a plot
+NAME_HEIGHT = 0.075  # of the plot's height
 SIZE = (4.6, 3.3)  # inches of one picture
 
 
@@ -109,19 +111,52 @@ def _legend(axes: Axes, wanted: bool, **where):
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=3, **where)
 
 
+def _names_at_ends(axes: Axes, x: float, ends: dict[Look, float]):
+    """Each line's name to the right of the axes, at its end (x, y) or as near as the names' height allows."""
+    low, high = axes.get_ylim()
+    lines = sorted((min(max((y - low) / (high - low), 0), 1), look) for look, y in ends.items())
+    for at, (end, look) in zip(spread([end for end, _ in lines], NAME_HEIGHT), lines, strict=True):
+        joint = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "axes fraction", "annotation_clip": False}
+        axes.annotate(look.title, (x, end), (1.03, at), va="center", fontsize=8.5, color=INK, arrowprops=joint, **place)
+
+
+def spread(places: list[float], apart: float) -> list[float]:
+    """Rising `places` in [0, 1], moved as little as this takes to be `apart` from each other."""
+    blocks: list[list[float]] = []
+    for place in places:
+        blocks.append([place])
+        # Blocks that meet become one around the mean of what they hold.
+        while len(blocks) > 1 and _lowest(blocks[-1], apart) < _lowest(blocks[-2], apart) + apart * len(blocks[-2]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return [_lowest(block, apart) + apart * i for block in blocks for i in range(len(block))]
+
+
+def _lowest(block: list[float], apart: float) -> float:
+    """Where the first of a block's places lies: around their mean, inside [0, 1] where there is room."""
+    length = apart * (len(block) - 1)
+    return max(0.0, min(sum(block) / len(block) - length / 2, 1 - length))
+
+
 def _thinned(length: int) -> np.ndarray:
     """At most MOST_POINTS of 0 … length − 1, first and last among them."""
     return np.unique(np.linspace(0, length - 1, min(length, MOST_POINTS)).round().astype(int))
 
 
 def curves(
-    history: pd.DataFrame, metric: str, heading: str = "", axes: Axes | None = None, legend: bool = True
+    history: pd.DataFrame,
+    metric: str,
+    heading: str = "",
+    axes: Axes | None = None,
+    legend: bool = True,
+    names: bool = False,
 ) -> Figure:
     """`metric` over the epochs: mean ± standard deviation over seeds; `history` has method, seed, epoch and `metric`.
 
-    The frame is that of the last 60 % of the epochs, where the methods part.
+    The frame is that of the last 60 % of the epochs, where the methods part. `names` puts the methods' names, where they
+    are few and short, at the ends of their lines.
     """
-    axes = _axes(axes, heading or metric, "epoch", "")
+    axes, ends = _axes(axes, heading or metric, "epoch", ""), {}
     for i, (method, look) in enumerate(looks(history.method.unique()).items()):
         by_epoch = history[history.method == method].groupby("epoch")[metric]
         mean, std = by_epoch.mean(), by_epoch.std().fillna(0.0)
@@ -130,9 +165,14 @@ def curves(
         axes.fill_between(epochs, mean - std, mean + std, color=look.colour, alpha=0.1, linewidth=0)
         apart = max(1, len(kept) // 6)
         _line(axes, epochs, mean, look, (i * apart // 5 % len(kept), apart))
+        ends[look] = mean[-1]
     late = history[history.epoch > 0.4 * history.epoch.max()].groupby(["method", "epoch"])[metric].mean()
     axes.set_ylim(max(0, 0.8 * late.min()), 1.1 * late.max() or 1)  # the first epochs may leave by the top
-    axes.set_xlim(history.epoch.min(), max(history.epoch.max(), 2))
+    first, last = history.epoch.min(), history.epoch.max()
+    margin = 0.02 * (max(last, 2) - first)  # for the outermost markers
+    axes.set_xlim(first - margin, max(last, 2) + margin)
+    if names and len(ends) <= MOST_NAMES and max(len(look.title) for look in ends) <= LONGEST_NAME:
+        _names_at_ends(axes, last, ends)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(axes, legend)
     return axes.figure
@@ -175,7 +215,8 @@ def risk_coverage(tables: dict[str, list[pd.DataFrame]], axes: Axes | None = Non
 
 def confidence_histogram(tables: list[pd.DataFrame], look: Look, axes: Axes | None = None, bins: int = 20) -> Figure:
     """Share of the samples by confidence, right ones and wrong ones, pooled over one method's runs."""
-    axes = _axes(axes, look.title, "confidence", "samples, %", (3.1, 2.3))
+    axes = _axes(axes, look.title, "confidence", "samples, %", (3.1, 2.5))
+    axes.set_title(look.title, loc="left", pad=19, fontsize=10.5, color=INK, fontweight="bold")  # room for a line below
     pooled = pd.concat([table[["confidence", "correct"]] for table in tables])
     edges = np.linspace(0, 1, bins + 1)
     right, wrong = (
@@ -197,15 +238,8 @@ def confidence_histogram(tables: list[pd.DataFrame], look: Look, axes: Axes | No
     axes.axvline(confidence, color=INK, linewidth=1.2, linestyle=(0, (2, 1.5)))
     axes.axvline(accuracy, color=INK, linewidth=1.2)
     axes.set_xlim(0, 1)
-    axes.text(
-        0.02,
-        0.97,
-        f"confidence {confidence:.3f} (dashes)\naccuracy {accuracy:.3f} (line)",
-        transform=axes.transAxes,
-        va="top",
-        fontsize=8,
-        color=INK,
-    )
+    told = f"confidence {confidence:.3f} (dashed), accuracy {accuracy:.3f} (line)"
+    axes.text(0, 1.04, told, transform=axes.transAxes, fontsize=7.5, color=INK)
     return axes.figure
 
 
@@ -224,7 +258,7 @@ def per_class_error(
         shift = 0.5 * ((i + 0.5) / len(tables) - 0.5)
         style = {"color": look.colour, "marker": look.marker, "markersize": 5, "linestyle": "none", "label": look.title}
         axes.plot(shown[method], place - shift, **style)
-    axes.set_yticks(place, [class_names[k][:24].replace("$", r"\$") for k in shown.index])
+    axes.set_yticks(place, [cut(class_names[k]).replace("$", r"\$") for k in shown.index])
     axes.grid(axis="y", visible=False)
     for at in place[:-1]:
         axes.axhline(at + 0.5, color=GRID, linewidth=0.8)
@@ -232,6 +266,11 @@ def per_class_error(
     axes.set_ylim(-0.5, len(shown) - 0.5)
     _legend(axes, legend, loc="lower right")
     return axes.figure
+
+
+def cut(name: str, most: int = 24) -> str:
+    """A name of at most so many letters; a longer one ends in `…`."""
+    return name if len(name) <= most else f"{name[: most - 1].rstrip()}…"
 
 
 def class_errors(tables: list[pd.DataFrame]) -> pd.Series:

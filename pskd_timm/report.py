@@ -13,14 +13,14 @@ from .files import write_whole
 from .metrics import METRICS
 from .recipe import InputError
 from .runs import Run, by_method, find_runs, history, predictions, rows
-from .tables import FOOTNOTE, best_epoch, latex_table, markdown_table, short, summary
+from .tables import best_epoch, footnote, latex_table, markdown_table, short, summary
 
 
 @dataclass
 class Comparison:
     """Runs side by side: `rows` (a row a run, columns as runs.COLUMNS), each method's finished runs, the files written.
 
-    `notes` has a line for each run that a trained network taught.
+    `notes` says what always guessing the most frequent class would give, and what each trained teacher reached.
     """
 
     rows: pd.DataFrame
@@ -82,13 +82,14 @@ def write(found: list[Run], folder: Path) -> Comparison:
     """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`."""
     table, finished, name = rows(found), by_method(found), heading(found)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
-    notes = [note for runs in finished.values() for run in runs if (note := teacher_note(run))]
+    tables = predictions(finished)
+    notes = majority_notes(tables)
+    notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run))]
     comparison = Comparison(table, folders, [], name, notes)
     table.to_csv(folder / "comparison.csv", index=False)
     write_whole(folder / "comparison.md", markdown(table, name, notes))
     write_whole(folder / "comparison.tex", latex_table(table, name))
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
-    tables = predictions(finished)
     if finished:
         each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
         plots.comparison(comparison.history_frame, each, name).savefig(folder / "comparison.png", dpi=150)
@@ -102,7 +103,16 @@ def markdown(table: pd.DataFrame, name: str, notes: list[str]) -> str:
     """The tables of the last and of the best epoch, and the lines of `notes`."""
     told = "\n" * bool(notes) + "".join(f"- {note}\n" for note in notes)
     best = f"\n## Best epoch\n\n{markdown_table(best_epoch(table))}" if (table.status == "finished").any() else ""
-    return f"## {name}\n\n{markdown_table(table)}\n{FOOTNOTE}\n{told}{best}"
+    return f"## {name}\n\n{markdown_table(table)}\n{footnote(table)}\n{told}{best}"
+
+
+def majority_notes(tables: dict[str, dict[int, pd.DataFrame]]) -> list[str]:
+    """What guessing would give: the error of always saying the test part's most frequent class (a line a test part)."""
+    shares = [table.label.value_counts(normalize=True).max() for of in tables.values() for table in of.values()]
+    return [
+        f"For scale: always saying the most frequent class of the test part gives a top-1 error of {100 - 100 * share:.2f} %."
+        for share in dict.fromkeys(shares)
+    ]
 
 
 def teacher_note(run: Run) -> str | None:

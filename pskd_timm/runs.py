@@ -3,27 +3,65 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
+from pyarrow import ArrowException, parquet
+from pydantic import BaseModel, FiniteFloat, ValidationError, create_model
+from torch import Tensor
 
+from .files import warn
 from .metrics import METRICS
 from .recipe import METHOD_SECTIONS, InputError, Recipe, load_recipe
 from .tracking import read_lines
 
 COLUMNS = ["method", "seed", "status", *METRICS, "seconds", "best_epoch", *(f"best_{name}" for name in METRICS)]
+COLUMNS.append("num_classes")
 OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 # Of the data section, what does not touch the test part.
 _TRAINING_ONLY = {"limit_train", "holdout_fraction", "label_noise", "loading"}
+PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
+
+# What a report needs of a finished run's files.
+Figures = create_model("Figures", epoch=(int, ...), **{name: (FiniteFloat, ...) for name in METRICS})
+
+
+class BestFigures(Figures):
+    chosen_on: str
+
+
+class Hardware(BaseModel):
+    device: str
+    name: str
+    cpu_count: int | None
+    threads: int
+
+
+class ResultFile(BaseModel):
+    method: str
+    seed: int
+    last: Figures
+    best: BestFigures
+    seconds: FiniteFloat
+    num_train: int
+    num_test: int
+    num_classes: int
+    class_names: list[str]
+    num_parameters: int
+    num_processes: int
+    versions: dict[str, str]
+    hardware: Hardware
 
 
 @dataclass
 class Run:
-    """A run's folder, how it ended (`finished`, or why not), its recipe where it can be read and result.json's values.
+    """A run's folder and how it ended (`finished`, or why not), its recipe where it can be read.
 
+    A finished run has result.json's values and, where they were kept, the test samples' `outcomes` (columns OUTCOMES).
     `shared` and `own` name the settings that set it apart from other runs: those of any method, and of its method.
     """
 
@@ -33,6 +71,7 @@ class Run:
     status: str
     recipe: Recipe | None = None
     values: dict | None = None
+    outcomes: pd.DataFrame | None = None
     shared: str = ""
     own: str = ""
 
@@ -48,7 +87,10 @@ class Run:
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs in and below `paths`, by method and seed. Raises InputError where there are none, or unlike ones."""
+    """The runs in and below `paths`, by method and seed. Raises InputError where there are none, or unlike ones.
+
+    A folder of which nothing tells the method and the seed any more is left out, with a warning.
+    """
     folders = {}
     for path in map(Path, paths):
         if not path.is_dir():
@@ -58,7 +100,16 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         if not found:
             raise InputError(f"{path}: no run here (a run folder has a recipe.yaml; a search's folder is named itself)")
         folders |= {folder.resolve(): folder for folder in found}
-    runs = [read_run(folder) for folder in folders.values()]
+    runs, unknown = [], []
+    for folder in folders.values():
+        try:
+            runs.append(read_run(folder))
+        except InputError as error:
+            unknown.append(str(error))
+    if not runs:
+        raise InputError(unknown[0])
+    for line in unknown:
+        warn(f"left out: {line}")
     _check_same_test(runs)
     _tell_apart(runs)
     runs.sort(key=lambda run: (METHOD_SECTIONS.index(run.name), run.method, run.seed))
@@ -70,39 +121,111 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 def _run_folders(path: Path):
     for folder, inside, files in os.walk(path):
-        if "recipe.yaml" in files or "run.log" in files:
+        # A run that failed early has no more than the run.log that compare wrote.
+        early = "run.log" in files and _seed_in_name(Path(folder)) is not None
+        if early or "recipe.yaml" in files or "result.json" in files:
             inside.clear()
             yield Path(folder)
         # A search's trials are no part of the comparison beside it: its own folder has to be named.
         inside[:] = sorted(name for name in inside if not (Path(folder) / name / "search.json").is_file())
 
 
+def _seed_in_name(folder: Path) -> int | None:
+    number = re.fullmatch(r"seed(\d+)", folder.resolve().name)
+    return int(number[1]) if number else None
+
+
 def read_run(folder: Path) -> Run:
-    """The run in a folder. One that failed early has no more than the run.log that compare wrote."""
-    name, number = folder.resolve().parent.name, re.fullmatch(r"seed(\d+)", folder.resolve().name)
+    """The run in a folder, finished, not finished or damaged. Raises InputError where nothing tells its method and seed."""
+    recipe, values, damage = None, None, ""
     try:
-        recipe = load_recipe(str(folder / "recipe.yaml")) if (folder / "recipe.yaml").is_file() else None
-    except InputError as error:
-        recipe, unreadable = None, f"unreadable: {error}"
-    else:
-        unreadable = ""
-    if recipe is None and (name not in METHOD_SECTIONS or number is None):
-        raise InputError(f"{folder}: {unreadable or 'no run here (a run folder has a recipe.yaml)'}")
-    run = Run(folder, recipe.method if recipe else name, recipe.seed if recipe else int(number[1]), unreadable, recipe)
-    if recipe and (folder / "result.json").is_file():
-        run.status, run.values = "finished", json.loads((folder / "result.json").read_text())
-    elif not unreadable:
+        if (folder / "recipe.yaml").is_file():
+            recipe = load_recipe(str(folder / "recipe.yaml"))
+        if (folder / "result.json").is_file():
+            values = read_result(folder)
+            if recipe is None:
+                raise InputError("recipe.yaml is missing")
+            check_history(folder)
+        outcomes = read_outcomes(folder, values) if values else None
+    except (InputError, OSError, ArrowException) as error:
+        damage = f"damaged: {error}"
+    seed, method = _seed_in_name(folder), folder.resolve().parent.name
+    if recipe or values:
+        method, seed = (recipe.method, recipe.seed) if recipe else (values["method"], values["seed"])
+    if method not in METHOD_SECTIONS or seed is None:
+        raise InputError(f"{folder}: {damage or 'no run here (a run folder has a recipe.yaml)'}")
+    run = Run(folder, method, seed, damage, recipe)
+    if not damage and values:
+        run.status, run.values, run.outcomes = "finished", values, outcomes
+    elif not damage:
         run.status = _why_not_finished(folder, recipe)
     return run
 
 
 def _why_not_finished(folder: Path, recipe: Recipe | None) -> str:
-    log = folder / "run.log"
+    log, metrics = folder / "run.log", folder / "metrics.jsonl"
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     if lines and lines[-1].startswith("failed: "):
         return lines[-1]
-    done = len(read_lines(folder / "metrics.jsonl"))
+    done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
     return f"unfinished: {done} of {recipe.epochs} epochs" if recipe else "unfinished: not begun"
+
+
+def read_result(folder: Path) -> dict:
+    """The values of result.json. Raises InputError where it is damaged."""
+    text = (folder / "result.json").read_bytes()
+    _check(ResultFile, text, "result.json")
+    values = json.loads(text)
+    if len(values["class_names"]) != values["num_classes"]:
+        raise InputError(f"result.json names {len(values['class_names'])} of {values['num_classes']} classes")
+    return values
+
+
+def check_history(folder: Path):
+    """Raise InputError where a finished run's metrics.jsonl is damaged."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    if not lines:
+        raise InputError("metrics.jsonl is empty or missing")
+    for number, line in enumerate(lines, start=1):
+        _check(Figures, line, f"metrics.jsonl, line {number}")
+
+
+def _check(model: type[BaseModel], text: bytes, what: str):
+    try:
+        model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise InputError(f"{what} is {'not whole' if text.strip() else 'empty'}") from None
+        where = [".".join(map(str, first["loc"]))] if first["loc"] else []
+        raise InputError(": ".join([what, *where, first["msg"]])) from None
+
+
+def read_outcomes(folder: Path, values: dict) -> pd.DataFrame | None:
+    """What predictions.parquet has of each test sample (columns OUTCOMES), None where it was not kept.
+
+    Raises InputError where it, or holdout.parquet, is damaged or of other data than result.json's `values` say.
+    """
+    for name in (PREDICTIONS, HOLDOUT):
+        if (folder / name).is_file():
+            _check_predictions(folder / name, values)
+    return pd.read_parquet(folder / PREDICTIONS, columns=OUTCOMES) if (folder / PREDICTIONS).is_file() else None
+
+
+def _check_predictions(path: Path, values: dict):
+    try:
+        file = parquet.ParquetFile(path)
+        classes = file.read(columns=["label", "prediction"]).to_pandas()
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path.name} cannot be read: {str(error).partition('. ')[0]}") from None
+    if missing := [name for name in [*OUTCOMES, "probabilities"] if name not in file.schema_arrow.names]:
+        raise InputError(f"{path.name} has no column {missing[0]!r}")
+    of_rows = getattr(file.schema_arrow.field("probabilities").type, "list_size", None)
+    if of_rows != values["num_classes"] or not classes.isin(range(of_rows)).all(axis=None):
+        raise InputError(f"{path.name} has other classes than result.json's {values['num_classes']}")
+    if path.name == PREDICTIONS and len(classes) != values["num_test"]:
+        raise InputError(f"{path.name} has {len(classes)} samples, result.json {values['num_test']}")
 
 
 def _identity(run: Run) -> dict:
@@ -123,6 +246,14 @@ def _check_same_test(runs: list[Run]):
                 raise InputError(
                     f"{readable[0].folder} and {run.folder} were tested on different data "
                     f"({key} {first.get(key)!r}, {this.get(key)!r}): give each data set a report of its own"
+                )
+    finished = [run for run in runs if run.values]
+    for run in finished[1:]:
+        for key in ("num_classes", "num_test"):
+            if run.values[key] != finished[0].values[key]:
+                raise InputError(
+                    f"{finished[0].folder} and {run.folder} were tested on different data "
+                    f"({key} {finished[0].values[key]}, {run.values[key]}): give each data set a report of its own"
                 )
 
 
@@ -159,6 +290,7 @@ def rows(runs: list[Run]) -> pd.DataFrame:
                 last, best = run.values["last"], run.values["best"]
                 line |= {name: last[name] for name in METRICS} | {"seconds": run.values["seconds"]}
                 line |= {"best_epoch": best["epoch"]} | {f"best_{name}": best[name] for name in METRICS}
+                line["num_classes"] = run.values["num_classes"]
             lines.append(line)
     return pd.DataFrame(lines, columns=COLUMNS)
 
@@ -181,25 +313,13 @@ def history(folders: dict[str, list[Path]]) -> pd.DataFrame:
 
 def predictions(finished: dict[str, list[Run]]) -> dict[str, dict[int, pd.DataFrame]]:
     """Method → seed → the outcome of each test sample (columns OUTCOMES) of the last epoch's weights, where it was kept."""
-    found = {}
-    for method, runs in finished.items():
-        for run in runs:
-            if (run.folder / PREDICTIONS).is_file():
-                table = pd.read_parquet(run.folder / PREDICTIONS, columns=OUTCOMES)
-                found.setdefault(method, {})[run.seed] = table
-    return found
+    kept = {m: {run.seed: run.outcomes for run in runs if run.outcomes is not None} for m, runs in finished.items()}
+    return {method: tables for method, tables in kept.items() if tables}
 
 
-def probabilities(path: Path):
-    """Probabilities [N, K] and labels [N], as tensors, in a file of predictions."""
-    import torch
-    from pyarrow import parquet
-
-    table = parquet.read_table(path, columns=["label", "probabilities"])
-    flat = table["probabilities"].combine_chunks().flatten().to_numpy()
-    return torch.tensor(flat).view(len(table), -1), torch.tensor(table["label"].to_numpy())
-
-
-def class_names(folder: Path) -> list[str]:
-    """What a finished run's classes are called."""
-    return json.loads((folder / "config.json").read_text())["label_names"]
+def probability_parts(path: Path) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Probabilities [n, K], labels [n] and hits [n] of a file of predictions, part by part, each read once."""
+    for part in parquet.ParquetFile(path).iter_batches(PART, columns=["label", "correct", "probabilities"]):
+        columns = (part["probabilities"].flatten(), part["label"], part["correct"])
+        flat, labels, correct = (torch.tensor(column.to_numpy(zero_copy_only=False)) for column in columns)
+        yield flat.view(len(part), -1), labels, correct

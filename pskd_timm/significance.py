@@ -127,15 +127,17 @@ QUALITY = {
 NAMES = {"top1_error": "error", "nll": "NLL", "ece": "ECE", "aurc": "AURC"}
 
 
-def p_in_words(p: float) -> str:
-    """`p = 0.003`; small ones as a bound."""
+def p_in_words(p: float, metric: str = "top1_error") -> str:
+    """`p = 0.003`; small ones as a bound, which a resampled metric reaches with its number of draws."""
+    if metric in BOOTSTRAPPED and p <= 2 / RESAMPLES:
+        return f"p ≤ {2 / RESAMPLES:g}"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def in_words(method: str, baseline: str, tests: pd.DataFrame) -> str:
     """What one method's rows of `against` say, in a sentence; `method` and `baseline` as they are to be called."""
     told = [
-        f"{QUALITY[test.metric][int(test.difference > 0)]} ({QUALITY[test.metric][2]}{p_in_words(test.p)})"
+        f"{QUALITY[test.metric][int(test.difference > 0)]} ({QUALITY[test.metric][2]}{p_in_words(test.p, test.metric)})"
         for test in tests.itertuples()
         if test.p < LEVEL
     ]

@@ -1,6 +1,7 @@
 """The table of a comparison, as text for the terminal, Markdown and LaTeX. `rows` have the columns of runs.COLUMNS."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import pandas as pd
@@ -16,8 +17,7 @@ HEADERS = {
     "aurc": "AURC ×10³",
     "eaurc": "E-AURC ×10³",
 }
-TABLE_HEADERS = ["method", "runs", *HEADERS.values(), "seconds"]
-FOOTNOTE = "Lower is better everywhere; ± is the standard deviation over seeds."
+MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
 
 
 class Cell(NamedTuple):
@@ -59,6 +59,31 @@ def short(figures: dict) -> str:
     return f"error {error:.2f} %  nll {nll:.3f}  ece {ece:.2f} %  aurc {aurc:.1f}"
 
 
+def shown_metrics(rows: pd.DataFrame) -> list[str]:
+    """METRICS, without the top-5 error where there are so few classes that it is always 0."""
+    few = rows.num_classes.max() <= MOST_FOR_TOP5
+    return [metric for metric in METRICS if not (few and metric == "top5_error")]
+
+
+def over_seeds(counts: Iterable[int]) -> str:
+    """What the figures of a table are whose lines have so many runs."""
+    counts = set(counts)
+    if counts == {1}:
+        return "one run a method (n = 1), so nothing is known of the spread over seeds"
+    return "mean ± standard deviation over the seeds" + (" (no ± where there is one run)" if 1 in counts else "")
+
+
+def footnote(rows: pd.DataFrame) -> str:
+    """The line below the table."""
+    counts = rows[rows.status == "finished"].groupby("method").size()
+    return "Lower is better everywhere" + (f"; {over_seeds(counts)}." if len(counts) else ".")
+
+
+def headers(metrics: list[str]) -> list[str]:
+    """The heads of the table's columns."""
+    return ["method", "runs", *(HEADERS[metric] for metric in metrics), "seconds"]
+
+
 def best_epoch(rows: pd.DataFrame) -> pd.DataFrame:
     """The same rows with the best epoch's figures in the place of the last one's."""
     return rows.assign(**{name: rows[f"best_{name}"] for name in METRICS})
@@ -66,12 +91,12 @@ def best_epoch(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _body(rows: pd.DataFrame, bold: str) -> list[list[str]]:
     """The table's text: a row a method, then a row for each run that did not finish."""
-    lines = []
+    lines, metrics = [], shown_metrics(rows)
     for method, cells in summary(rows).items():
-        figures = [f"{bold}{cells[m]}{bold}" if cells[m].best else str(cells[m]) for m in METRICS]
+        figures = [f"{bold}{cells[m]}{bold}" if cells[m].best else str(cells[m]) for m in metrics]
         lines.append([title(method), str(cells["nll"].n), *figures, f"{cells['seconds'].mean:.1f}"])
     for run in rows[rows.status != "finished"].itertuples():
-        lines.append([title(run.method), f"seed {run.seed}", run.status] + [""] * (len(METRICS)))
+        lines.append([title(run.method), f"seed {run.seed}", run.status] + [""] * len(metrics))
     return lines
 
 
@@ -83,19 +108,27 @@ def terminal_table(rows: pd.DataFrame, heading: str):
     table = Table(
         title=escape(heading),
         title_justify="left",
-        caption="lower is better everywhere; ± is the standard deviation over seeds",
+        caption=footnote(rows),
         caption_justify="left",
     )
-    for i, header in enumerate(TABLE_HEADERS):
+    for i, header in enumerate(headers(shown_metrics(rows))):
         table.add_column(header, justify="left" if i == 0 else "right")
     for line in _body(rows, "**"):
         table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in line))
     return table
 
 
+# Marks that would make something else of a cell's text.
+MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\|<*`"} | {"\n": " "})
+
+
 def markdown_table(rows: pd.DataFrame) -> str:
     """The same table in Markdown."""
-    lines = [TABLE_HEADERS, ["---"] + ["---:"] * (len(TABLE_HEADERS) - 1), *_body(rows, "**")]
+    heads = headers(shown_metrics(rows))
+    body = [
+        [text if text.startswith("**") else text.translate(MARKDOWN) for text in line] for line in _body(rows, "**")
+    ]
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -110,6 +143,7 @@ LATEX = str.maketrans(
         "³": "$^3$",
         "α": r"$\alpha$",
         "–": "--",
+        **{character: f"${character}$" for character in "<>|"},
         "\n": " ",
     }
 )
@@ -117,11 +151,12 @@ LATEX = str.maketrans(
 
 def latex_table(rows: pd.DataFrame, heading: str) -> str:
     """The same table as a LaTeX tabular that needs the package booktabs; runs that did not finish as comments above it."""
-    lines = [f"% {heading}. {FOOTNOTE}", "% Needs \\usepackage{booktabs}."]
+    heads = headers(shown_metrics(rows))
+    lines = [f"% {heading}. {footnote(rows)}", "% Needs \\usepackage{booktabs}."]
     for run in rows[rows.status != "finished"].itertuples():
         lines.append(f"% {title(run.method)} seed {run.seed}: {' '.join(run.status.split())}")
-    lines += [r"\begin{tabular}{l" + "r" * (len(TABLE_HEADERS) - 1) + "}", r"\toprule"]
-    lines += [" & ".join(header.translate(LATEX) for header in TABLE_HEADERS) + r" \\", r"\midrule"]
+    lines += [r"\begin{tabular}{l" + "r" * (len(heads) - 1) + "}", r"\toprule"]
+    lines += [" & ".join(header.translate(LATEX) for header in heads) + r" \\", r"\midrule"]
     for line in _body(rows[rows.status == "finished"], "**"):
         cells = [text.strip("*").translate(LATEX) for text in line]
         bold = [

@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pskd_timm.calibration import fit_temperature, with_temperature
+from pskd_timm.calibration import fit_temperature, fit_to_parts, scaled_figures, with_temperature
+from pskd_timm.metrics import score
 
 
 def drawn(num_samples, num_classes, temperature, seed=0, dtype=torch.float64):
@@ -49,3 +50,21 @@ def test_probabilities_of_zero_stay_finite_and_all_right_or_all_wrong_samples_ge
     assert fit_temperature(certain, torch.tensor([0, 0])) == 0.01
     assert fit_temperature(certain, torch.tensor([1, 1])) == 100.0
     assert with_temperature(certain, 3.0).isfinite().all()
+
+
+@pytest.mark.parametrize(("size", "scale"), [(50, 0.1), (3000, 1.0), (12_000, 6.0)])
+def test_the_temperature_and_the_figures_of_parts_are_those_of_the_whole(size, scale):
+    logits, labels = drawn(size, 9, scale, seed=size, dtype=torch.float32)
+    probabilities = logits.softmax(1)
+    parts = list(zip(probabilities.split(700), labels.split(700), strict=True))
+    temperature = fit_to_parts(iter(parts))
+
+    def nll(t):
+        return F.cross_entropy(probabilities.double().clamp_min(1e-37).log() / t, labels).item()
+
+    # A minimum: the NLL on both sides of it is no lower.
+    assert nll(temperature) <= min(nll(temperature * 1.001), nll(temperature / 1.001))
+    hits = [(p, y, p.argmax(1) == y) for p, y in parts]
+    found, whole = scaled_figures(hits, temperature), score(with_temperature(probabilities, temperature), labels)
+    assert found["nll"] == pytest.approx(whole["nll"], abs=1e-5)
+    assert found["ece"] == pytest.approx(whole["ece"], abs=1e-4)

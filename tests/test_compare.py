@@ -39,7 +39,7 @@ def test_compare_trains_every_method_and_seed_and_writes_table_and_picture(compa
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(folder / "comparison.csv")
     best = ["best_epoch", *(f"best_{name}" for name in METRICS)]
-    assert list(table.columns) == COLUMNS == ["method", "seed", "status", *METRICS, "seconds", *best]
+    assert list(table.columns) == COLUMNS == ["method", "seed", "status", *METRICS, "seconds", *best, "num_classes"]
     assert list(zip(table.method, table.seed, strict=True)) == [(method, seed) for method in METHODS for seed in (0, 1)]
     assert set(table.status) == {"finished"} and table[list(METRICS)].notna().all(axis=None)
     assert all((folder / method / f"seed{seed}" / "result.json").is_file() for method in METHODS for seed in (0, 1))
@@ -162,7 +162,14 @@ def test_the_table_gives_mean_and_sample_deviation_and_marks_the_lowest():
     rows = [("baseline", 0, 4.0), ("baseline", 1, 6.0), ("pskd", 0, 3.0), ("pskd", 1, 3.5)]
     table = pd.DataFrame(
         [
-            {"method": m, "seed": s, "status": "finished", "seconds": 1.0, **dict.fromkeys(METRICS, v)}
+            {
+                "method": m,
+                "seed": s,
+                "status": "finished",
+                "seconds": 1.0,
+                "num_classes": 10,
+                **dict.fromkeys(METRICS, v),
+            }
             for m, s, v in rows
         ]
     )

@@ -1,3 +1,4 @@
+import html
 import json
 import re
 import shutil
@@ -17,13 +18,23 @@ from pskd_timm import InputError, Result, report, train
 from pskd_timm.calibration import with_temperature
 from pskd_timm.cli import main
 from pskd_timm.metrics import METRICS, score
-from pskd_timm.page import compared_with_baseline, figure_tables, paper_notes, untested
+from pskd_timm.page import compared_with_baseline, figure_tables, paper_notes, table_html, untested
 from pskd_timm.paper import departures, paper_figures
-from pskd_timm.plots import COLOURS, TITLES, class_errors, curves, looks, reliability, risk_coverage
+from pskd_timm.plots import (
+    COLOURS,
+    TITLES,
+    class_errors,
+    confidence_histogram,
+    curves,
+    looks,
+    reliability,
+    risk_coverage,
+    spread,
+)
 from pskd_timm.progress import Display
 from pskd_timm.recipe import METHOD_SECTIONS, load_recipe
 from pskd_timm.runs import by_method, find_runs, predictions, rows
-from pskd_timm.tables import latex_table
+from pskd_timm.tables import latex_table, markdown_table
 
 SETTINGS = {
     "epochs": 2,
@@ -225,6 +236,104 @@ def test_a_report_of_runs_none_of_which_finished_says_so(copied):
     assert not (copied / "pskd" / "comparison.png").exists()
 
 
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+DAMAGES = {
+    "empty result": ("result.json", lambda path: path.write_text(""), "result.json is empty"),
+    "cut result": ("result.json", cut_short, "result.json is not whole"),
+    "other result": ("result.json", lambda path: path.write_text('{"seed": 1}'), "result.json: method: Field required"),
+    "NaN": (
+        "result.json",
+        lambda path: path.write_text(re.sub(r'"nll": [\d.]+', '"nll": NaN', path.read_text())),
+        "result.json: last.nll: Input should be a finite number",
+    ),
+    "no metrics": ("metrics.jsonl", Path.unlink, "metrics.jsonl is empty or missing"),
+    "cut metrics": ("metrics.jsonl", cut_short, "metrics.jsonl, line 2 is not whole"),
+    "binary metrics": ("metrics.jsonl", lambda path: path.write_bytes(b"\xff\0\n"), "metrics.jsonl, line 1 is not"),
+    "empty predictions": ("predictions.parquet", lambda path: path.write_bytes(b""), "predictions.parquet cannot be"),
+    "cut predictions": ("predictions.parquet", cut_short, "predictions.parquet cannot be read"),
+    "cut holdout": ("holdout.parquet", cut_short, "holdout.parquet cannot be read"),
+    "fewer predictions": (
+        "predictions.parquet",
+        lambda path: shutil.copy(path.with_name("holdout.parquet"), path),
+        "predictions.parquet has 60 samples, result.json 120",
+    ),
+    "no recipe": ("recipe.yaml", Path.unlink, "recipe.yaml is missing"),
+    "cut recipe": ("recipe.yaml", lambda path: path.write_text("epochs: [2"), "recipe.yaml line 1: not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_told_with_its_file_and_the_others_stay(copied, damage):
+    name, harm, says = DAMAGES[damage]
+    harm(copied / "pskd" / "seed1" / name)
+    status = rows(find_runs([copied])).set_index(["method", "seed"]).status
+    told = [text for text in status if text != "finished"]
+    assert len(told) == 1 and told[0].startswith("damaged: ") and says in told[0] and "\n" not in told[0]
+
+
+def test_the_report_shows_damaged_runs_and_leaves_out_what_nothing_tells_the_method_of(copied, capsys):
+    (copied / "pskd" / "seed1" / "result.json").write_text("")
+    (copied / "strange").mkdir()
+    (copied / "strange" / "recipe.yaml").write_text("epochs: [2")
+    parquet = (copied / "pskd" / "seed0" / "predictions.parquet").read_bytes()
+    # Inside the column of probabilities, which only the temperature needs.
+    middle = len(parquet) // 2
+    (copied / "pskd" / "seed0" / "predictions.parquet").write_bytes(
+        parquet[: middle - 40] + b"\xff" * 80 + parquet[middle + 40 :]
+    )
+    (copied / "baseline" / "seed0" / "config.json").write_text("garbage")
+    text = page(report(copied))
+    assert "1 of 4 runs is not in the figures" in text and "damaged: result.json is empty" in text
+    assert "config.json is damaged" in text and "PS-KD" in text
+    assert re.search(r"left out: .*strange.*not valid YAML", capsys.readouterr().err)
+
+
+def test_other_numbers_of_classes_under_one_recipe_are_refused(copied):
+    path = copied / "pskd" / "seed1" / "result.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"num_classes": 7, "class_names": values["class_names"][:7]}))
+    for name in ("predictions.parquet", "holdout.parquet"):
+        path.with_name(name).unlink()
+    with pytest.raises(InputError, match="different data .num_classes 10, 7"):
+        find_runs([copied])
+
+
+def test_one_seed_has_no_spread_and_its_p_values_are_not_stated_of_the_methods(runs, tmp_path):
+    found = report([runs / method / "seed0" for method in ("baseline", "pskd")], tmp_path)
+    text = html.unescape(page(found))
+    figures = text.split('id="figures"')[1].split('id="curves"')[0]
+    assert "±" not in figures and "<b>" not in figures and "one run a method (n = 1)" in figures
+    assert "PS-KD's one run" in figures
+    assert "One seed each (n = 1)" in text and "±" not in text.split('id="temperature"')[1].split('id="classes"')[0]
+    for name in ("comparison.md", "comparison.tex"):
+        assert "±" not in (tmp_path / name).read_text() and "n = 1" in (tmp_path / name).read_text()
+
+
+def test_the_error_of_the_most_frequent_class_stands_under_the_tables(runs, compared):
+    labels = pd.read_parquet(runs / "pskd" / "seed0" / "predictions.parquet").label
+    error = 100 * (1 - np.bincount(labels).max() / len(labels))
+    line = f"always saying the most frequent class of the test part gives a top-1 error of {error:.2f} %"
+    assert line in page(compared) and line in (runs / "comparison.md").read_text() and line in compared.notes[0]
+
+
+def test_five_classes_or_fewer_have_no_top5_error_in_any_table(runs, compared):
+    found = find_runs([runs])
+    for num_classes, shown in ((5, False), (6, True)):
+        few = compared.rows.assign(num_classes=num_classes)
+        for text in (markdown_table(few), latex_table(few, "x"), table_html("x", few)):
+            assert ("top-5" in text) == shown and "top-1" in text
+        assert {len(line["cells"]) for line in figure_tables(found, few)[0]["lines"]} == {5 + shown}
+
+
+def test_markdown_cells_keep_their_bars_and_brackets(compared):
+    table_rows = compared.rows.copy()
+    table_rows.loc[3, "status"] = "failed: a | b <c>\nd"
+    assert r"failed: a \| b \<c> d |" in markdown_table(table_rows)
+
+
 def test_runs_of_one_method_with_several_settings_are_told_apart(copied):
     recipe = copied / "pskd" / "seed1" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("alpha: 0.8", "alpha: 0.5"))
@@ -347,6 +456,30 @@ def test_long_curves_are_thinned_to_300_points():
     np.testing.assert_allclose(points, expected, rtol=1e-9)
 
 
+def test_names_beside_lines_stay_apart_in_order_and_as_near_as_they_can():
+    assert spread([0.1, 0.5, 0.9], 0.1) == [0.1, 0.5, 0.9]
+    np.testing.assert_allclose(spread([0.5, 0.5, 0.5], 0.1), [0.4, 0.5, 0.6])
+    np.testing.assert_allclose(spread([0.0, 0.01, 0.99, 1.0], 0.1), [0.0, 0.1, 0.9, 1.0])
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        placed = np.array(spread(sorted(rng.uniform(size=6)), 0.08))
+        assert (np.diff(placed) > 0.08 - 1e-9).all() and placed[0] >= 0 and placed[-1] <= 1 + 1e-9
+
+
+def test_curves_are_named_at_their_ends_and_histograms_have_no_text_over_bars():
+    lines = [
+        {"method": method, "seed": 0, "epoch": epoch, "nll": 2 / epoch + 0.01 * i}
+        for i, method in enumerate(METHOD_SECTIONS)
+        for epoch in range(1, 6)
+    ]
+    axes = curves(pd.DataFrame(lines), "nll", legend=False, names=True).axes[0]
+    named = {text.get_text(): text.xyann[1] for text in axes.texts}
+    assert sorted(named, key=named.get) == [TITLES[method] for method in METHOD_SECTIONS]
+    table = pd.DataFrame({"confidence": [0.05, 0.5, 0.9], "correct": [True, False, True]})
+    axes = confidence_histogram([table], looks(["pskd"])["pskd"]).axes[0]
+    assert [text.get_position()[1] > 1 for text in axes.texts] == [True]
+
+
 NO_BROWSER = (
     "no Chromium here, so the page is not looked at: install it with `apt-get update && apt-get install -y chromium`"
 )
@@ -418,3 +551,13 @@ def test_in_a_browser_nothing_sticks_out_on_a_phone(compared, window):
     assert window.run(smallest) > 8
     window.run("document.querySelector('details').open = true")
     assert window.run("document.documentElement.scrollWidth") == 390
+
+
+def test_in_a_browser_a_printed_page_cuts_no_table_and_is_light(compared, window):
+    window.open(compared.paths[-1], width=718, height=1000)  # A4 less its margins
+    window.click(".theme")
+    window.call("Emulation.setEmulatedMedia", media="print")
+    wide = "Math.max(...[...document.querySelectorAll('.scroll > table')].map(t => t.getBoundingClientRect().right))"
+    assert window.run(wide) <= 718
+    assert window.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    window.call("Emulation.setEmulatedMedia", media="")

@@ -101,7 +101,7 @@ def test_plain_words_say_who_is_better_or_that_nobody_can_tell():
 
     both = tests(("top1_error", -2.0, 0.003), ("nll", 0.1, 0.0001), ("ece", -1, 0.4))
     assert in_words("PS-KD", "Baseline", both) == (
-        "PS-KD makes fewer errors (p = 0.003) and has a higher NLL (p < 0.001) than Baseline; "
+        "PS-KD makes fewer errors (p = 0.003) and has a higher NLL (p ≤ 0.002) than Baseline; "
         "no difference in ECE can be told from this many samples."
     )
     neither = in_words("A", "B", tests(("top1_error", -2.0, 0.3), ("nll", 0.1, 0.05), ("ece", -1, 0.4)))
