@@ -154,9 +154,9 @@ def model_card(result: Result, classifier: Classifier, best: bool, timm_name: st
 
 def scored_images(result: Result) -> str:
     """Which images the figures are from, and how many."""
-    if result.values.get("evaluated_on", "test") == "test":
+    if result.values["evaluated_on"] == "test":
         return f"{result.values['num_test']:,} test"
-    return "held-out training"
+    return f"{result.values['num_holdout']:,} held-out training"
 
 
 def card_head(result: Result, recipe: Recipe, best: bool) -> str:

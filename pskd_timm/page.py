@@ -22,6 +22,7 @@ from .plots import title
 from .recipe import METHOD_SECTIONS, InputError, flatten
 from .runs import HOLDOUT, PREDICTIONS, Run, by_method, history, probability_parts
 from .tables import HEADERS, best_epoch, over_seeds, shown_metrics, summary
+from .trials import Search, searched
 
 CURVES = {"top1_error": "top-1 error, %", "nll": "NLL, nats", "ece": "ECE, %", "aurc": "AURC × 10³"}
 CSS_COLOURS = {
@@ -32,8 +33,14 @@ CSS_COLOURS = {
 }
 
 
-def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.DataFrame]], notes: list[str]) -> str:
-    """The page of all runs `found`, their `rows`, their predictions (method → seed → table) and the lines of `notes`."""
+def render(
+    found: list[Run],
+    rows: pd.DataFrame,
+    tables: dict[str, dict[int, pd.DataFrame]],
+    notes: list[str],
+    searches: list[Search],
+) -> str:
+    """The page of all runs `found`, their `rows`, predictions (method → seed → table) and `notes`, and of `searches`."""
     finished = by_method(found)
     each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
     tests = compared_with_baseline(finished, tables)
@@ -69,6 +76,7 @@ def render(found: list[Run], rows: pd.DataFrame, tables: dict[str, dict[int, pd.
         "unscaled": unscaled,
         "mistakes": mistakes(finished, tables) if each else {},
         "runs": run_lines(found, metrics),
+        "searches": [search_section(search) for search in searches],
         "losses": losses(finished),
         "settings": settings_lines(found),
         "surroundings": surroundings(found),
@@ -124,13 +132,22 @@ def facts(found: list[Run]) -> list[tuple[str, str]]:
         ("network", _distinct(r.model.name for r in recipes)),
         ("parameters", _distinct(f"{v['num_parameters']:,}" for v in values)),
         ("trained on", _distinct(f"{v['num_train']:,} images" for v in values)),
-        ("tested on", _distinct(f"{v['num_test']:,} images, {v['num_classes']} classes" for v in values)),
+        ("tested on", _distinct(tested_on(v) for v in values)),
         ("epochs", _distinct(str(r.epochs) for r in recipes)),
         ("seeds", _distinct(str(seed) for seed in sorted({run.seed for run in found}))),
         ("runs", f"{len(values)} of {len(found)} finished"),
         ("training time", str(timedelta(seconds=round(sum(v["seconds"] for v in values)))) + " in all"),
     ]
     return [(name, value) for name, value in lines if value]
+
+
+def tested_on(values: dict) -> str:
+    """What the figures of a run's result.json are of."""
+    images = {
+        "test": f"{values['num_test']:,} images",
+        "holdout": f"{values['num_holdout']:,} held-out training images",
+    }
+    return f"{images[values['evaluated_on']]}, {values['num_classes']} classes"
 
 
 def _distinct(words) -> str:
@@ -367,6 +384,37 @@ def swatch(look: plots.Look) -> Markup:
     axes.set_xlim(0.05, 1.95)
     figure.patch.set_alpha(0)
     return svg(figure, f"{look.title}: line and marker")
+
+
+def search_section(search: Search) -> dict:
+    """What a search tried and found: its curves, and a line a trial."""
+    keys, best = searched(search.trials), search.best
+    metrics = list(plots.TRIAL_LABELS)
+    return {
+        "title": title(search.method),
+        "search": search,
+        "best": None if best is None else ", ".join(f"{key} {value_and_text(best[key])[1]}" for key in keys),
+        "plots": [
+            svg(
+                plots.trials(search.trials, key, metric, search.metric, search.method),
+                f"{plots.TRIAL_LABELS[metric]} against {key}",
+            )
+            for key in keys
+            for metric in metrics
+        ],
+        "headers": ["trial", *keys, *plots.TRIAL_LABELS.values(), "ended"],
+        "lines": [
+            [value_and_text(trial[name]) for name in ("trial", *keys, *metrics, "state")]
+            for _, trial in search.trials.iterrows()
+        ],
+    }
+
+
+def value_and_text(value) -> tuple:
+    """A setting, a figure or a word: what a table sorts by and what it shows."""
+    if isinstance(value, float) and math.isnan(value):
+        return "", "–"
+    return value, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def evaluated_on(finished: dict[str, list[Run]]) -> str:

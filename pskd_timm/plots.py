@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .metrics import ECE_BINS, bin_of, risk_curve
+from .trials import DONE, STOPPED, searched
 
 # Okabe and Ito's colours, told apart with any colour vision; one a method everywhere.
 COLOURS = {
@@ -45,6 +46,7 @@ SMALL_BIN = 0.01  # part of the samples below which a bin's accuracy is mostly c
 MOST_NAMES, LONGEST_NAME = 8, 20  # lines and letters that find room beside a plot
 NAME_HEIGHT = 0.075  # of the plot's height
 SIZE = (4.6, 3.3)  # inches of one picture
+TRIAL_LABELS = {"nll": "NLL", "ece": "ECE %", "top1_error": "top-1 error %"}
 
 
 class Look(NamedTuple):
@@ -277,6 +279,51 @@ def class_errors(tables: list[pd.DataFrame]) -> pd.Series:
     """Error in % of each class in the labels, mean over the runs."""
     each = [100 * (1 - table.correct.astype(float)).groupby(table.label.to_numpy()).mean() for table in tables]
     return pd.concat(each, axis=1).mean(axis=1)
+
+
+def trials(
+    table: pd.DataFrame,
+    key: str,
+    metric: str,
+    chosen_by: str,
+    method: str,
+    axes: Axes | None = None,
+    legend: bool = True,
+) -> Figure:
+    """A figure on the held-out part against the searched setting `key`, a point a trial of a search of `method`.
+
+    `table` is trials.csv; the trial with the lowest `chosen_by` is circled, and bars are standard deviations over seeds.
+    """
+    axes = _axes(axes, "", key, f"{TRIAL_LABELS[metric]} (held out)", (3.6, 2.7))
+    done, stopped = table[table.state == DONE].sort_values(key), table[table.state == STOPPED]
+    is_number = pd.api.types.is_numeric_dtype(table[key])
+    look = looks([method])[method]
+    # With a second setting that changes too, a line from trial to trial would show nothing.
+    line = "-" if is_number and searched(table) == [key] else "none"
+    style = {"color": look.colour, "marker": look.marker, "markersize": 4, "linestyle": line, "capsize": 3}
+    axes.errorbar(done[key], done[metric], yerr=done.get(f"{metric}_std"), label="finished", **style)
+    if len(stopped):
+        axes.plot(stopped[key], stopped[metric], "x", color=MUTED, label="stopped early")
+    if len(done):
+        best = done.loc[[done[chosen_by].idxmin()]]
+        axes.plot(best[key], best[metric], "o", markersize=11, fillstyle="none", color=INK, label="chosen")
+    if is_number and table[key].min() > 0 and table[key].max() / table[key].min() >= 10:
+        axes.set_xscale("log")
+    _legend(axes, legend)
+    return axes.figure
+
+
+def search(table: pd.DataFrame, chosen_by: str, method: str) -> Figure:
+    """One picture of a search: a row a searched setting, with NLL, ECE and top-1 error against it."""
+    keys = searched(table)
+    figure = Figure(figsize=(11, 3.2 * len(keys)), layout="constrained")
+    for row, key in zip(figure.subplots(len(keys), len(TRIAL_LABELS), squeeze=False), keys, strict=True):
+        for axes, metric in zip(row, TRIAL_LABELS, strict=True):
+            trials(table, key, metric, chosen_by, method, axes, legend=False)
+    figure.patch.set_alpha(1)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
+    return figure
 
 
 def reliability_and_risk(tables: dict[str, list[pd.DataFrame]]) -> Figure:

@@ -14,6 +14,7 @@ from .metrics import METRICS
 from .recipe import InputError
 from .runs import Run, by_method, find_runs, history, predictions, rows
 from .tables import best_epoch, footnote, latex_table, markdown_table, short, summary
+from .trials import Search, find_searches
 
 
 @dataclass
@@ -56,8 +57,8 @@ class Comparison:
 def report(runs: Iterable[str | Path], output: str | Path | None = None) -> Comparison:
     """Compare the runs in and below the folders `runs`, and write the comparison into `output` (default: their common folder).
 
-    Reads run folders only, and the data set for the pictures of mistakes. Raises InputError where there are no runs, or
-    runs that were tested on different data.
+    Reads run folders and the searches beside them only, and the data set for the pictures of mistakes. Raises InputError
+    where there are no runs, or runs that were tested on different data.
     """
     runs = [runs] if isinstance(runs, str | Path) else list(runs)
     if not runs:
@@ -66,7 +67,7 @@ def report(runs: Iterable[str | Path], output: str | Path | None = None) -> Comp
     folder = Path(output or os.path.commonpath([run.folder.absolute() for run in found]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return write(found, folder)
+        return write(found, find_searches([*map(Path, runs), folder]), folder)
     except OSError as error:
         raise InputError(f"{folder}: the report cannot be written: {error}") from None
 
@@ -78,7 +79,7 @@ def heading(runs: list[Run]) -> str:
     return ": ".join(", ".join(each) for each in names if each) + ", last epoch"
 
 
-def write(found: list[Run], folder: Path) -> Comparison:
+def write(found: list[Run], searches: list[Search], folder: Path) -> Comparison:
     """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`."""
     table, finished, name = rows(found), by_method(found), heading(found)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
@@ -94,7 +95,7 @@ def write(found: list[Run], folder: Path) -> Comparison:
         each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
         plots.comparison(comparison.history_frame, each, name).savefig(folder / "comparison.png", dpi=150)
         comparison.paths.append(folder / "comparison.png")
-    write_whole(folder / "report.html", page.render(found, table, tables, notes))
+    write_whole(folder / "report.html", page.render(found, table, tables, notes, searches))
     comparison.paths.append(folder / "report.html")
     return comparison
 

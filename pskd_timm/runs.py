@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -48,7 +49,9 @@ class ResultFile(BaseModel):
     best: BestFigures
     seconds: FiniteFloat
     num_train: int
+    evaluated_on: Literal["test", "holdout"]
     num_test: int
+    num_holdout: int
     num_classes: int
     class_names: list[str]
     num_parameters: int
@@ -224,8 +227,9 @@ def _check_predictions(path: Path, values: dict):
     of_rows = getattr(file.schema_arrow.field("probabilities").type, "list_size", None)
     if of_rows != values["num_classes"] or not classes.isin(range(of_rows)).all(axis=None):
         raise InputError(f"{path.name} has other classes than result.json's {values['num_classes']}")
-    if path.name == PREDICTIONS and len(classes) != values["num_test"]:
-        raise InputError(f"{path.name} has {len(classes)} samples, result.json {values['num_test']}")
+    expected = values[f"num_{values['evaluated_on'] if path.name == PREDICTIONS else 'holdout'}"]
+    if len(classes) != expected:
+        raise InputError(f"{path.name} has {len(classes)} samples, result.json {expected}")
 
 
 def _identity(run: Run) -> dict:

@@ -5,8 +5,8 @@ import math
 import os
 import shlex
 import shutil
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import UnionType
@@ -17,12 +17,13 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from . import rng
+from . import plots, rng
 from .files import write_whole
 from .metrics import METRICS
 from .progress import Display
 from .recipe import Diverged, InputError, Recipe, check_call, differing, lay_over, nearest, settings
 from .train import Result, check_recipe, train
+from .trials import DIVERGED, DONE, REFUSED, STOPPED, TOO_LARGE, Trial, ranged, read_trials, trials_table
 
 HOLDOUT_FRACTION = 0.1  # of a recipe that holds nothing out itself
 DIGITS = 4  # of a drawn number: what a recipe shows of it is all there is to it
@@ -30,9 +31,7 @@ RANDOM_TRIALS = 5  # before Optuna's TPE looks at what they gave
 SAMPLER = 12  # stream of random numbers
 # Of the data's settings only these leave every trial the same held-out images.
 SEARCHED_DATA = ("data.image_size", "data.label_noise")
-DONE, STOPPED, DIVERGED, REFUSED, TOO_LARGE = "finished", "stopped early", "diverged", "refused", "out of memory"
 ANEW = "choose another --output_dir, or --resume never to delete it"
-LABELS = {"nll": "NLL", "ece": "ECE %", "top1_error": "top-1 error %"}
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,6 @@ class Range:
         suggest = trial.suggest_int if self.whole else trial.suggest_float
         drawn = suggest(key, self.low, self.high, log=self.log)
         return min(max(float(f"{drawn:.{DIGITS}g}"), self.low), self.high) if not self.whole else drawn
-
-
-@dataclass
-class Trial:
-    """One choice of settings: how it ended, its figures on the held-out part (mean over seeds), its metric by epoch."""
-
-    number: int
-    state: str
-    settings: dict
-    figures: dict[str, float] = field(default_factory=dict)
-    spread: dict[str, float] = field(default_factory=dict)  # sample standard deviation over seeds
-    by_epoch: dict[int, float] = field(default_factory=dict)  # of the first seed
-    seconds: float = 0.0
 
 
 @dataclass
@@ -358,8 +344,7 @@ def _trials_of_before(folder: Path, base: Recipe, ranges, seeds, metric, search_
         _start_anew(folder, json.dumps(this, indent=1, ensure_ascii=False))
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-        lines = folder / "trials.jsonl"
-        trials = [_read_trial(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
+        trials = read_trials(folder)
         different = [key for key in this if key != "recipe" and there[key] != this[key]]
         different += [key for key in this["recipe"] if there["recipe"].get(key) != this["recipe"][key]]
     except (ValueError, KeyError, TypeError) as error:
@@ -367,7 +352,7 @@ def _trials_of_before(folder: Path, base: Recipe, ranges, seeds, metric, search_
     if different:
         key = different[0]
         value = there[key] if key in there else there["recipe"].get(key)
-        what = " ".join(_over(*each) for each in value.items()) if key == "over" else value
+        what = " ".join(ranged(*each) for each in value.items()) if key == "over" else value
         raise InputError(f"{folder} holds another search, with {key.replace('_', ' ')} {what}: {ANEW}")
     return trials
 
@@ -378,18 +363,6 @@ def _start_anew(folder: Path, identity: str):
     for trial in folder.glob("trial[0-9]*"):
         shutil.rmtree(trial)
     write_whole(folder / "search.json", identity)
-
-
-def _over(key: str, drawn_from: dict) -> str:
-    """A range of search.json as `--over` takes it."""
-    low_high = f"{drawn_from['low']:g}:{drawn_from['high']:g}{':log' * drawn_from['log']}"
-    return f"{key}={','.join(drawn_from['choices']) or low_high}"
-
-
-def _read_trial(line: str) -> Trial:
-    trial = Trial(**json.loads(line))
-    trial.by_epoch = {int(epoch): value for epoch, value in trial.by_epoch.items()}
-    return trial
 
 
 def _line(trial: Trial, metric: str) -> str:
@@ -405,68 +378,12 @@ def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def trials_table(trials: list[Trial]) -> pd.DataFrame:
-    """A row a trial: trial, state, each setting by its dotted name, the six figures, their `_std` over seeds, seconds."""
-    rows = []
-    for trial in trials:
-        spread = {f"{name}_std": value for name, value in trial.spread.items()}
-        rows.append(
-            {
-                "trial": trial.number,
-                "state": trial.state,
-                **trial.settings,
-                **{name: trial.figures.get(name) for name in METRICS},
-                **spread,
-                "seconds": trial.seconds,
-            }
-        )
-    table = pd.DataFrame(rows)
-    for key in trials[0].settings:
-        with suppress(ValueError):  # words stay words, chosen numbers are numbers
-            table[key] = pd.to_numeric(table[key])
-    return table
-
-
-def search_figure(frame: pd.DataFrame, metric: str = "nll"):
-    """Each searched setting (the columns between `state` and the figures) against NLL, ECE and top-1 error.
-
-    `frame` is what `trials_table` gives or trials.csv holds; the trial with the lowest `metric` is marked. A matplotlib
-    Figure with a row a setting.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    keys = list(frame.columns[2 : list(frame.columns).index(METRICS[0])])
-    done, stopped = frame[frame.state == DONE], frame[frame.state == STOPPED]
-    chosen = done.loc[[done[metric].idxmin()]]
-    figure = Figure(figsize=(11, 3.2 * len(keys)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for row, key in zip(figure.subplots(len(keys), 3, squeeze=False), keys, strict=True):
-        is_number = pd.api.types.is_numeric_dtype(frame[key])
-        # With a second setting that changes too, a line from trial to trial would show nothing.
-        line = "-" if is_number and len(keys) == 1 else "none"
-        ordered = done.sort_values(key)
-        for axes, (name, label) in zip(row, LABELS.items(), strict=True):
-            style = {"color": "#D55E00", "marker": "o", "markersize": 4, "linestyle": line, "capsize": 3}
-            axes.errorbar(ordered[key], ordered[name], yerr=ordered.get(f"{name}_std"), label="finished", **style)
-            axes.plot(chosen[key], chosen[name], "o", markersize=11, fillstyle="none", color="black", label="chosen")
-            if len(stopped):
-                axes.plot(stopped[key], stopped[name], "x", color="0.6", label="stopped early")
-            if is_number and frame[key].min() > 0 and frame[key].max() / frame[key].min() >= 10:
-                axes.set_xscale("log")
-            axes.set(xlabel=key, ylabel=f"{label} (held out)")
-            axes.grid(color="0.92")
-            axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
-    return figure
-
-
 def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> list[Path]:
     """trials.csv, best.yaml and search.png."""
     paths = [folder / "best.yaml", folder / "trials.csv", folder / "search.png"]
     table = trials_table(trials)
     write_whole(paths[1], table.to_csv(index=False))
-    search_figure(table, metric).savefig(paths[2], dpi=150)
+    plots.search(table, metric, base.method).savefig(paths[2], dpi=150)
     spread = f" ± {best.spread[metric]:.4f}" if best.spread else ""
     held_out = f"{100 * base.data.holdout_fraction:g} % of the training part (data.seed {base.data.seed})"
     header = [

@@ -333,6 +333,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 "seconds": progress.seconds,
                 "num_train": len(data.train),
                 "num_test": len(data.test) if data.test else 0,
+                "num_holdout": len(data.holdout) if data.holdout else 0,
                 "num_classes": data.num_classes,
                 "class_names": data.class_names,
                 "num_parameters": sum(p.numel() for p in network.parameters()),

@@ -188,6 +188,7 @@ LAYERS = [
         "calibration",
         "plots",
         "significance",
+        "trials",
         "augment",
         "ranks",
         "store",

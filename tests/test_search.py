@@ -8,12 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pskd_timm import InputError, load_recipe, report, train
+from pskd_timm import InputError, load_recipe, plots, report, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.progress import Display
 from pskd_timm.recipe import differing, lay_over
-from pskd_timm.search import search, search_figure
+from pskd_timm.search import search
+from pskd_timm.trials import find_searches
 
 OVER = ["pskd.alpha=0.3:0.9"]
 
@@ -154,7 +155,7 @@ def test_a_poor_trial_stops_early_and_one_that_diverges_does_not_end_the_search(
     assert 1e-5 < float(found.best.settings["optim.lr"]) < 1
     stopped = next(trial for trial in found.trials if trial.state == "stopped early")
     assert len(stopped.by_epoch) < 4
-    figure = search_figure(pd.read_csv(tmp_path / "runs" / "search-baseline" / "trials.csv"))
+    figure = plots.search(pd.read_csv(tmp_path / "runs" / "search-baseline" / "trials.csv"), "nll", "baseline")
     assert [axes.get_ylabel().split(" (")[0] for axes in figure.axes] == ["NLL", "ECE %", "top-1 error %"]
 
 
@@ -241,7 +242,7 @@ def test_settings_that_do_not_go_together_fail_their_trial_alone_and_the_table_k
     assert {trial.state for trial in found.trials} == {"finished", "refused"} and found.trials[0].state == "refused"
     table = pd.read_csv(tmp_path / "runs" / "search-pskd" / "trials.csv")
     assert table.columns[2:5].tolist() == ["batch_size", "accumulate", "top1_error"]
-    assert len(search_figure(table).axes) == 6
+    assert len(plots.search(table, "nll", "pskd").axes) == 6
 
 
 def test_another_search_at_work_a_damaged_one_and_one_that_is_to_be_replaced(tiny, tmp_path):
@@ -275,7 +276,12 @@ def test_whole_numbers_that_are_few_are_all_tried_and_a_report_has_the_trials_wh
     assert sorted(trial.settings["pskd.alpha_warmup_epochs"] for trial in found.trials) == [0, 1, 2]
     of_trials = report(tmp_path / "runs" / "search-pskd")
     assert sorted(of_trials.frame.nll) == sorted(trial.figures["nll"] for trial in found.trials)
-    assert "The images cannot be shown" not in (tmp_path / "runs" / "search-pskd" / "report.html").read_text()
+    page = (tmp_path / "runs" / "search-pskd" / "report.html").read_text()
+    assert "The images cannot be shown" not in page
+    for label in ("NLL", "ECE %", "top-1 error %"):
+        assert f'aria-label="{label} against pskd.alpha_warmup_epochs"' in page
+    (beside,) = find_searches([tmp_path / "runs"])  # a report of runs/ shows its curves too
+    assert beside.over == ["pskd.alpha_warmup_epochs=0:2"] and beside.best["nll"] == found.best.figures["nll"]
     # Beside a comparison they were tested on other images, and would be refused.
     with pytest.raises(InputError, match="a search's folder is named itself"):
         report(tmp_path / "runs")
