@@ -393,10 +393,11 @@ def search_section(search: Search) -> dict:
     return {
         "title": title(search.method),
         "search": search,
+        "metric": HEADERS[search.metric],
         "best": None if best is None else ", ".join(f"{key} {value_and_text(best[key])[1]}" for key in keys),
         "plots": [
             svg(
-                plots.trials(search.trials, key, metric, search.metric, search.method),
+                plots.trials(search.trials, key, metric, search.metric, search.method, legend=False),
                 f"{plots.TRIAL_LABELS[metric]} against {key}",
             )
             for key in keys
