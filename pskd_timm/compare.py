@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .progress import Display, Row, duration
 from .recipe import METHOD_SECTIONS, InputError, Recipe, check_call
@@ -20,7 +20,7 @@ from .report import Comparison, report
 from .tables import short
 from .teacher import teacher_folder
 from .tracking import last_line
-from .train import Result, at_work, check_recipe, finished, train
+from .train import Result, at_work, check_recipe, finished, run_lock, train
 
 NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
 BUSY = 75  # exit code of a run that another process is at work on (sysexits.h: try again later)
@@ -117,8 +117,11 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
         while left or running:
             _show(waiting, running, left, total, display)
             busy = {job.recipe.run_dir for job in [*left, *running]}
-            free = [job for job in left if job.teacher not in busy and not _held_elsewhere(job, display)]
-            for job in free[: jobs - len(running)]:
+            for job in [job for job in left if job.teacher not in busy]:
+                if len(running) == jobs:
+                    break
+                if _held_elsewhere(job, display):
+                    continue
                 left.remove(job)
                 if job.teacher in failed:
                     failed.add(job.recipe.run_dir)
@@ -246,11 +249,13 @@ def _run(recipe: Recipe, seat: int, seats: int, log: str):
     if (count := torch.cuda.device_count()) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(seat, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
     threads = recipe.threads or max(1, (os.cpu_count() or 1) // seats)
-    if at_work(recipe.run_dir):
+    recipe.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        held = run_lock(recipe.run_dir).acquire(timeout=1)  # from now on: train takes it only when all is built
+    except Timeout:
         sys.exit(BUSY)  # the log is that process's
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
     # The log of a run that another comparison has finished meanwhile is kept.
-    with open(log, "a" if (recipe.run_dir / "result.json").is_file() else "w", buffering=1) as file:
+    with held, open(log, "a" if (recipe.run_dir / "result.json").is_file() else "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(threads)

@@ -200,7 +200,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         checkpoint.save(run_dir, progress, parts, recipe.checkpoint.keep, before_publishing=tracker.sync)
         wishes.saved_at = time.monotonic()
 
-    lock = FileLock(run_dir / LOCK)
+    lock = run_lock(run_dir)
     ranks.on_main(lambda: prepare_folder(recipe, lock))
     try:
         tracker = Tracker(accelerator, recipe, run_dir, loader.steps, display.quiet)
@@ -505,6 +505,11 @@ def prepare_folder(recipe: Recipe, lock: FileLock):
         raise InputError(f"output_dir: {run_dir} cannot be written: {error}") from None
 
 
+def run_lock(run_dir: Path) -> FileLock:
+    """The lock of the process that is at work on a run, which may take it more than once."""
+    return FileLock(run_dir / LOCK, is_singleton=True)
+
+
 def at_work(run_dir: Path) -> bool:
     """Whether a process holds the run in a folder, which may not be there yet."""
     if not (run_dir / LOCK).is_file():
@@ -514,6 +519,8 @@ def at_work(run_dir: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:
+        return False  # a folder that cannot be written: the run says so itself
 
 
 def delete_run(run_dir: Path):
