@@ -9,6 +9,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -117,8 +118,9 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
         while left or running:
             _show(waiting, running, left, total, display)
             busy = {job.recipe.run_dir for job in [*left, *running]}
-            free = [job for job in left if job.teacher not in busy and not _held_elsewhere(job, display)]
-            for job in free[: jobs - len(running)]:
+            ready = [job for job in left if job.teacher not in busy] if len(running) < jobs else []
+            free = (job for job in ready if not _held_elsewhere(job, display))
+            for job in list(islice(free, jobs - len(running))):
                 left.remove(job)
                 if job.teacher in failed:
                     failed.add(job.recipe.run_dir)
