@@ -23,8 +23,8 @@ COLUMNS = ["method", "seed", "status", *METRICS, "seconds", "best_epoch", *(f"be
 COLUMNS.append("num_classes")
 OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
-# Of the data section, what does not touch the test part.
-_TRAINING_ONLY = {"limit_train", "holdout_fraction", "label_noise", "loading"}
+# Of the data section, what leaves the tested samples the same; a search may also choose the size they are shown in.
+_SAME_TEST = {"limit_train", "holdout_fraction", "label_noise", "loading", "image_size"}
 PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
 
 # What a report needs of a finished run's files.
@@ -246,7 +246,7 @@ def _check_same_test(runs: list[Run]):
     for run in readable[1:]:
         first, this = _identity(readable[0]), _identity(run)
         for key in sorted(first.keys() | this.keys()):
-            if key.startswith("data.") and key.split(".")[1] not in _TRAINING_ONLY and first.get(key) != this.get(key):
+            if key.startswith("data.") and key.split(".")[1] not in _SAME_TEST and first.get(key) != this.get(key):
                 raise InputError(
                     f"{readable[0].folder} and {run.folder} were tested on different data "
                     f"({key} {first.get(key)!r}, {this.get(key)!r}): give each data set a report of its own"
