@@ -20,7 +20,7 @@ from .effective import effective_lines
 from .pictures import image_size, most_confident_mistakes, pictures
 from .plots import title
 from .recipe import METHOD_SECTIONS, InputError, flatten
-from .runs import HOLDOUT, PREDICTIONS, Run, by_method, history, probability_parts
+from .runs import HOLDOUT, PART_NAMES, PREDICTIONS, Run, by_method, history, probability_parts, scored_part
 from .tables import HEADERS, best_epoch, over_seeds, shown_metrics, summary
 from .trials import Search, searched
 
@@ -70,6 +70,7 @@ def render(
         "untested": untested(finished, tests),
         "unkept": sum(run.outcomes is None for runs in finished.values() for run in runs),
         "plots": drawings(finished, each) if each else {},
+        "scored": scored_part(finished),
         "evaluated_on": evaluated_on(finished),
         "temperatures": scaled_lines,
         "temperature_of": over_seeds(line["n"] for line in scaled_lines) if scaled_lines else "",
@@ -211,18 +212,17 @@ def figure_tables(found: list[Run], rows: pd.DataFrame) -> list[dict]:
     """The tables of the last and of the best epoch; each figure with the paper's beside it where it has one."""
     if not (rows.status == "finished").any():
         return []
-    chosen = _distinct(
-        {"holdout": "held-out", "test": "test"}[run.values["best"]["chosen_on"]] for run in found if run.values
-    )
+    chosen = _distinct(PART_NAMES[run.values["best"]["chosen_on"]] for run in found if run.values)
+    scored = scored_part(by_method(found))
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
     looks = plots.looks(figures)
     what = over_seeds(len(runs) for runs in by_method(found).values())
     captions = {
-        "last": f"Last epoch, on the test part: {what}.",
-        "best": f"Best epoch: of each run the epoch with the lowest error on the {chosen} part, its figures on the test part; "
+        "last": f"Last epoch, on the {scored}: {what}.",
+        "best": f"Best epoch: of each run the epoch with the lowest error on the {chosen}, its figures on the {scored}; "
         f"{what}.",
     }
-    if chosen == "test":
+    if chosen == "test part":
         captions["best"] += (
             " Chosen on what it is tested on, these figures are too good; data.holdout_fraction 0.1 avoids it."
         )
@@ -421,19 +421,20 @@ def value_and_text(value) -> tuple:
 def evaluated_on(finished: dict[str, list[Run]]) -> str:
     """The part that the curves' figures are from."""
     parts = {run.values["best"]["chosen_on"] for runs in finished.values() for run in runs}
-    return " and ".join({"holdout": "held-out part", "test": "test part"}[part] for part in sorted(parts))
+    return " and ".join(PART_NAMES[part] for part in sorted(parts))
 
 
 def temperatures(finished: dict[str, list[Run]]) -> tuple[list[dict], list[str]]:
     """T fitted on the held-out predictions, NLL and ECE of the test part before and after: a line a method, over its seeds.
 
-    Second, a line for each run whose predictions cannot be read.
+    Left out are runs that were scored on the held-out part itself. Second, a line for each run whose predictions cannot be read.
     """
     lines, unreadable = [], []
     for method, runs in finished.items():
         each = []
         for run in runs:
-            if run.outcomes is not None and (run.folder / HOLDOUT).is_file():
+            fitted_on_others = run.values["evaluated_on"] == "test" and (run.folder / HOLDOUT).is_file()
+            if run.outcomes is not None and fitted_on_others:
                 try:
                     each.append(scaled(run))
                 except (ArrowException, OSError) as error:

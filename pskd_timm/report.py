@@ -12,7 +12,7 @@ from . import page, plots
 from .files import write_whole
 from .metrics import METRICS
 from .recipe import InputError
-from .runs import Run, by_method, find_runs, history, predictions, rows
+from .runs import Run, by_method, find_runs, history, predictions, rows, scored_part
 from .tables import best_epoch, footnote, latex_table, markdown_table, short, summary
 from .trials import Search, find_searches
 
@@ -84,7 +84,7 @@ def write(found: list[Run], searches: list[Search], folder: Path) -> Comparison:
     table, finished, name = rows(found), by_method(found), heading(found)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
     tables = predictions(finished)
-    notes = majority_notes(tables)
+    notes = majority_notes(tables, scored_part(finished))
     notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run))]
     comparison = Comparison(table, folders, [], name, notes)
     table.to_csv(folder / "comparison.csv", index=False)
@@ -107,11 +107,11 @@ def markdown(table: pd.DataFrame, name: str, notes: list[str]) -> str:
     return f"## {name}\n\n{markdown_table(table)}\n{footnote(table)}\n{told}{best}"
 
 
-def majority_notes(tables: dict[str, dict[int, pd.DataFrame]]) -> list[str]:
-    """What guessing would give: the error of always saying the test part's most frequent class (a line a test part)."""
+def majority_notes(tables: dict[str, dict[int, pd.DataFrame]], part: str) -> list[str]:
+    """What guessing would give: the error of always saying the most frequent class of the scored part (a line a part)."""
     shares = [table.label.value_counts(normalize=True).max() for of in tables.values() for table in of.values()]
     return [
-        f"For scale: always saying the most frequent class of the test part gives a top-1 error of {100 - 100 * share:.2f} %."
+        f"For scale: always saying the most frequent class of the {part} gives a top-1 error of {100 - 100 * share:.2f} %."
         for share in dict.fromkeys(shares)
     ]
 

@@ -25,6 +25,7 @@ OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 # Of the data section, what leaves the tested samples the same; a search may also choose the size they are shown in.
 _SAME_TEST = {"limit_train", "holdout_fraction", "label_noise", "loading", "image_size"}
+PART_NAMES = {"test": "test part", "holdout": "held-out part"}
 PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
 
 # What a report needs of a finished run's files.
@@ -303,6 +304,11 @@ def by_method(runs: list[Run]) -> dict[str, list[Run]]:
     """The finished runs of each method."""
     finished = [run for run in runs if run.status == "finished"]
     return {m: [r for r in finished if r.method == m] for m in dict.fromkeys(run.method for run in finished)}
+
+
+def scored_part(finished: dict[str, list[Run]]) -> str:
+    """What the figures are of: the test part, or, where that stayed unread as in a search, the held-out part."""
+    return next((PART_NAMES[run.values["evaluated_on"]] for runs in finished.values() for run in runs), "test part")
 
 
 def history(folders: dict[str, list[Path]]) -> pd.DataFrame:

@@ -277,7 +277,8 @@ def test_whole_numbers_that_are_few_are_all_tried_and_a_report_has_the_trials_wh
     of_trials = report(tmp_path / "runs" / "search-pskd")
     assert sorted(of_trials.frame.nll) == sorted(trial.figures["nll"] for trial in found.trials)
     page = (tmp_path / "runs" / "search-pskd" / "report.html").read_text()
-    assert "The images cannot be shown" not in page
+    assert "pictures cannot be shown" not in page and "on the test part" not in page
+    assert "Last epoch, on the held-out part" in page and "NLL after" not in page  # fitted on what is scored
     for label in ("NLL", "ECE %", "top-1 error %"):
         assert f'aria-label="{label} against pskd.alpha_warmup_epochs"' in page
     (beside,) = find_searches([tmp_path / "runs"])  # a report of runs/ shows its curves too
