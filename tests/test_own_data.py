@@ -256,7 +256,7 @@ def test_a_card_claims_no_calibration_for_the_images_that_the_temperature_was_fi
     result = Result.read(run)
     result.values |= {"evaluated_on": "holdout", "best": result.best | {"chosen_on": "test"}}
     body = model_card(result, Classifier.of_run(run), True, "local-dir:x")
-    assert "with temperature" not in body and "On the held-out training images." in body
+    assert "with temperature" not in body and f"On the {result.values['num_holdout']} held-out training images." in body
     assert "(chosen on the test images themselves: the figures are a little too good)" in body
 
 
