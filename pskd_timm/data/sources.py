@@ -61,7 +61,9 @@ class Table(NamedTuple):
         """The label numbers int64 [N]; InputError, which calls the table the `split` split, where they are none."""
         values, names = self._values(), getattr(self.dataset.features[self.label_column], "names", None)
         if names != class_names:  # a test split may number its classes in its own way, or lack some
-            class_of = {value: names[value] if names and value >= 0 else str(value) for value in set(values)}
+            class_of = {
+                value: names[value] if value in range(len(names or ())) else str(value) for value in set(values)
+            }
             if unknown := sorted(set(class_of.values()) - set(class_names)):
                 raise InputError(
                     f"data: the {split} split has the label {unknown[0]!r}, which the training split has not"
