@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from . import __version__
 from .augment import normalize
 from .evaluate import normalisation
-from .metrics import METRICS, score
+from .metrics import score
 from .plots import reliability_and_risk, title
 from .predict import Classifier
 from .recipe import InputError, Recipe, differing
-from .tables import HEADERS
+from .tables import HEADERS, telling_metrics
 from .train import Result
 
 
@@ -173,9 +173,7 @@ def card_head(result: Result, recipe: Recipe, best: bool) -> str:
         metrics=["accuracy"],
         model_name=f"{recipe.name} {recipe.model.name} {recipe.method}",
         eval_results=[
-            EvalResult(
-                **about, dataset_split=result.values.get("evaluated_on", "test"), metric_type=name, metric_value=value
-            )
+            EvalResult(**about, dataset_split=result.values["evaluated_on"], metric_type=name, metric_value=value)
             for name, value in measured.items()
         ],
     )
@@ -183,16 +181,13 @@ def card_head(result: Result, recipe: Recipe, best: bool) -> str:
 
 
 def card_table(result: Result, classifier: Classifier, best: bool) -> str:
-    """The figures as the network gives them, and with the temperature where other images than the scored ones gave it.
-
-    Without the top-5 error where there are no more than five classes.
-    """
+    """The figures as the network gives them, and with the temperature where other images than the scored ones gave it."""
     rows = {"as trained": result.best if best else result.last}
-    if classifier.temperature and result.values.get("evaluated_on", "test") == "test":
+    if classifier.temperature and result.values["evaluated_on"] == "test":
         labels, probabilities = calibrated_predictions(result.run_dir / "best" if best else result.run_dir, classifier)
         label = f"with temperature {classifier.temperature:.4f}, fitted on held-out training images"
         rows[label] = score(probabilities, labels)
-    names = [name for name in METRICS if name != "top5_error" or len(classifier.class_names) > 5]
+    names = telling_metrics(len(classifier.class_names))
     lines = [["confidences", *(HEADERS[name] for name in names)], ["---", *("---:" for _ in names)]]
     lines += [[label, *(f"{row[name]:.2f}" for name in names)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -60,9 +60,13 @@ def short(figures: dict) -> str:
 
 
 def shown_metrics(rows: pd.DataFrame) -> list[str]:
+    """What the tables show of runs, whose number of classes is NaN where none has finished."""
+    return telling_metrics(rows.num_classes.max())
+
+
+def telling_metrics(num_classes: float) -> list[str]:
     """METRICS, without the top-5 error where there are so few classes that it is always 0."""
-    few = rows.num_classes.max() <= MOST_FOR_TOP5
-    return [metric for metric in METRICS if not (few and metric == "top5_error")]
+    return [metric for metric in METRICS if metric != "top5_error" or not num_classes <= MOST_FOR_TOP5]
 
 
 def over_seeds(counts: Iterable[int]) -> str:
