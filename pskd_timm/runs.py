@@ -14,13 +14,22 @@ from pyarrow import ArrowException, parquet
 from pydantic import BaseModel, FiniteFloat, ValidationError, create_model
 from torch import Tensor
 
+from .evaluate import run_result
 from .files import warn
 from .metrics import METRICS
 from .recipe import METHOD_SECTIONS, InputError, Recipe, load_recipe
 from .tracking import read_lines
 
-COLUMNS = ["method", "seed", "status", *METRICS, "seconds", "best_epoch", *(f"best_{name}" for name in METRICS)]
-COLUMNS.append("num_classes")
+COLUMNS = [
+    "method",
+    "seed",
+    "status",
+    *METRICS,
+    "seconds",
+    "best_epoch",
+    *(f"best_{name}" for name in METRICS),
+    "num_classes",
+]
 OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 # Of the data section, what leaves the tested samples the same; a search may also choose the size they are shown in.
@@ -316,7 +325,7 @@ def history(folders: dict[str, list[Path]]) -> pd.DataFrame:
     parts = []
     for method, each in folders.items():
         for folder in each:
-            seed = json.loads((folder / "result.json").read_text())["seed"]
+            seed = run_result(folder)["seed"]
             parts.append(pd.DataFrame(read_lines(folder / "metrics.jsonl")).assign(method=method, seed=seed))
     return pd.concat(parts, ignore_index=True)
 

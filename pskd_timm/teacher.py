@@ -1,9 +1,8 @@
 """TF-KD's trained teacher: which run it is, whether it fits the recipe, and its own figures."""
 
-import json
 from pathlib import Path
 
-from .evaluate import run_recipe
+from .evaluate import run_recipe, run_result
 from .metrics import METRICS
 from .recipe import InputError, Recipe
 
@@ -70,7 +69,7 @@ def teacher_figures(recipe: Recipe) -> dict | None:
     run = _run_of(folder)
     if run is None or not (run / "result.json").is_file():
         return {"run": str(folder)}
-    result = json.loads((run / "result.json").read_text())
+    result = run_result(run)
     figures = result["last" if folder == run else "best"]
     own = {"run": str(folder), "method": result["method"], "seed": result["seed"]}
     return own | {name: figures[name] for name in ("epoch", *METRICS)}
