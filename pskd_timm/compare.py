@@ -69,10 +69,10 @@ def compare(
     check_call(recipe, methods=methods, seeds=seeds)
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {jobs}")
-    if not methods or not seeds or min(seeds) < 0:
-        raise InputError(f"--methods and --seeds must name some, no seed below 0: got {list(methods)}, {list(seeds)}")
     # A seed or method given twice is one run.
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
+    if not methods or not seeds or min(seeds) < 0:
+        raise InputError(f"--methods and --seeds must name some, no seed below 0: got {methods}, {seeds}")
     if unknown := [method for method in methods if method not in METHOD_SECTIONS]:
         raise InputError(f"--methods: unknown method {unknown[0]!r}: choose from {', '.join(METHOD_SECTIONS)}")
     if "WORLD_SIZE" in os.environ:

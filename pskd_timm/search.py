@@ -96,9 +96,9 @@ def search(
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
     if metric not in METRICS:
         raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, METRICS)} (of {', '.join(METRICS)})")
+    seeds = list(dict.fromkeys(seeds))
     if trials < 1 or not seeds or min(seeds) < 0:
         raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
-    seeds = list(dict.fromkeys(seeds))
     display = display or Display()
     ranges = parse_over(over, recipe)
     folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
@@ -333,7 +333,7 @@ def _trials_of_before(folder: Path, base: Recipe, ranges, seeds, metric, search_
     identity = {key: value for key, value in base.identity().items() if key not in ("seed", "output_dir")}
     this = {
         "over": {key: asdict(drawn_from) for key, drawn_from in ranges.items()},
-        "seeds": list(seeds),
+        "seeds": seeds,
         "metric": metric,
         "search_seed": search_seed,
         "recipe": {key: value for key, value in identity.items() if key not in ranges},
