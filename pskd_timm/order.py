@@ -1,8 +1,8 @@
 """Which samples, when, on which rank: pure functions of (seed, epoch).
 
 A global batch is a slice of the epoch's order, a rank's share a slice of that: the same batches on any number of ranks,
-no sample repeated, none dropped, no pair parted that may be mixed. The one exception: a last batch with fewer samples than
-ranks is left out.
+no sample repeated, none dropped, no pair parted that may be mixed (but in a batch of fewer than two samples a rank). Left
+out is only a last batch with fewer samples than ranks.
 """
 
 import torch
