@@ -413,7 +413,7 @@ def search_section(search: Search) -> dict:
 
 def value_and_text(value) -> tuple:
     """A setting, a figure or a word: what a table sorts by and what it shows."""
-    if isinstance(value, float) and math.isnan(value):
+    if pd.isna(value):
         return "", "–"
     return value, f"{value:.4g}" if isinstance(value, float) else str(value)
 
