@@ -292,25 +292,29 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
 
 
 def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for_them(tmp_path):
-    options = ["--epochs", "300", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
+    options = ["--epochs", "100", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
     command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
     # A shell's background job ignores SIGINT, and so would all that it starts: the tests may be run in one.
     listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **listening)
     lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
     wait_for_lines(lines, process)
+    run = child_of(tmp_path)
+    os.kill(run, signal.SIGSTOP)  # or it might be done before the other one has started
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert "1 runs, 0 finished before" in other.stdout.readline()
     assert "another process is at work on this run; waiting for it" in other.stdout.readline()
     first = lines.parent.joinpath("run.log").read_text().splitlines()[0]
-    assert "epoch 1/300" in first  # the other one has left the log alone
+    assert "epoch 1/100" in first  # the other one has left the log alone
     os.kill(process.pid, signal.SIGINT)
+    told = next(line for line in process.stdout if "the same command goes on from there" in line)
+    os.kill(run, signal.SIGCONT)
     output, _ = process.communicate(timeout=90)
-    assert process.returncode == 130 and "the same command goes on from there" in output and "Traceback" not in output
+    assert process.returncode == 130 and "Traceback" not in told + output
     other.communicate(timeout=200)
     assert other.returncode == 0
     assert "going on after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
-    assert lines.read_text().count("\n") == 300
+    assert lines.read_text().count("\n") == 100
 
 
 def test_runs_take_turns_on_the_gpus_that_are_given_to_them():
