@@ -1,7 +1,20 @@
 """`accelerate launch -m pskd_timm train RECIPE`: the same as the console script `pskd-timm`."""
 
+import signal
 import sys
 
-from pskd_timm.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line; until it stands, Ctrl-C ends the program without the traceback of an import."""
+    wanted = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a parent may have it ignored
+    if wanted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from pskd_timm.cli import main
+
+    if wanted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

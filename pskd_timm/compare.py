@@ -248,7 +248,7 @@ def _run(recipe: Recipe, seat: int, seats: int, log: str):
 
     if (count := torch.cuda.device_count()) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(seat, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    threads = recipe.threads or max(1, (os.cpu_count() or 1) // seats)
+    threads = recipe.threads or max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // seats))
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         held = run_lock(recipe.run_dir).acquire(timeout=1)  # from now on: train takes it only when all is built

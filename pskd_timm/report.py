@@ -64,7 +64,7 @@ def report(runs: Iterable[str | Path], output: str | Path | None = None) -> Comp
     if not runs:
         raise InputError("report: name run folders, or a folder that holds some (runs/digits)")
     found = find_runs(runs)
-    folder = Path(output or os.path.commonpath([run.folder.absolute() for run in found]))
+    folder = Path(output or os.path.commonpath([Path(path).absolute() for path in runs]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return write(found, find_searches([*map(Path, runs), folder]), folder)

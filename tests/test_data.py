@@ -139,7 +139,7 @@ def test_unlabelled_test_images_and_a_single_class_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"path": "nowhere"}, "data.path: no folder nowhere"),
+        ({"path": "nowhere"}, "data.path: nowhere is not there"),
         (
             {"source": "digits", "train_split": "trian"},
             "data.train_split: no split 'trian' in the data, it has train, test",
@@ -226,7 +226,7 @@ def test_show_does_not_count_damaged_images_as_usable_ones():
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="has no images: it should hold a folder of images for each class"):
+    with pytest.raises(InputError, match="has no folders of images: it should hold one for each class"):
         load_data(section(path=str(tmp_path)))
 
 

@@ -76,6 +76,8 @@ def test_a_folder_of_mixed_pictures_trains_and_its_class_names_are_in_the_result
     result = json.loads((run / "result.json").read_text())
     assert result["class_names"] == sorted(CLASSES) and result["num_test"] == 12
     assert json.loads((run / "config.json").read_text())["label_names"] == sorted(CLASSES)
+    # Whoever may read the one may read the other: networks are handed on through shared disks.
+    assert (run / "model.safetensors").stat().st_mode == (run / "config.json").stat().st_mode
     # A quarter of each class is held out, the small ones too.
     held_out = pd.read_parquet(run / "holdout.parquet").label.value_counts()
     assert [held_out[k] for k in range(3)] == [round(CLASSES[name] / 4) for name in sorted(CLASSES)]

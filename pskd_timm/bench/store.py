@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from .. import order
+from ..progress import readable
 from ..recipe import InputError
 from ..store import PredictionStore, store_bytes
 from . import rounds
@@ -62,15 +63,15 @@ def measure(say, sizes=((50_000, 100), (300_000, 1_000)), processes=(1, 2, 4), b
 
 
 def _line(row: dict) -> str:
-    gb = {key: value / 1e9 for key, value in row.items() if key.endswith("_bytes")}
+    size = {key: readable(value) for key, value in row.items() if key.endswith("_bytes")}
     return (
-        f"  {row['num_samples']:>9,} × {row['num_classes']:<5,} {row['processes']} processes | "
-        f"resident {gb['resident_bytes']:.3f} GB, peak {gb['peak_bytes']:.3f}, formula {gb['formula_bytes']:.3f} | "
+        f"  {row['num_samples']:>9,} × {row['num_classes']:<5,} W {row['processes']} | "
+        f"resident {size['resident_bytes']}, peak {size['peak_bytes']}, formula {size['formula_bytes']} | "
         f"checkout {row['checkout_seconds']:.2f} s, checkin {row['checkin_seconds']:.2f} s, "
         f"step {1e3 * row['step_seconds']:.2f} ms, epoch {row['epoch_seconds']:.2f} s | released way: "
-        f"{gb['released_resident_bytes']:.3f} GB{'' if row['released_measured'] else ' (computed)'}, "
+        f"{size['released_resident_bytes']}{'' if row['released_measured'] else ' (computed)'}, "
         f"step {1e3 * row['released_step_seconds']:.2f} ms, epoch {row['released_epoch_seconds']:.1f} s (extrapolated) | "
-        f"ratio {row['ratio']:.3f}"
+        f"ours / theirs {row['ratio']:.3f}"
     )
 
 

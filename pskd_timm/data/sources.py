@@ -137,7 +137,7 @@ def _open(section: DataSection) -> dict:
         return _from_hub(source.hub_id if source else section.source, section)
     folder = Path(section.path).expanduser()
     if not folder.is_dir():
-        raise InputError(f"data.path: no folder {folder}")
+        raise InputError(f"data.path: {folder} is {'a file, not a folder' if folder.exists() else 'not there'}")
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             if not section.test and (folder / section.train_split).is_dir():
@@ -193,7 +193,7 @@ def _image_folder(folder: Path):
                 rows["label"].append(label)
                 rows["stamp"].append(file.stat().st_mtime_ns)  # part of the fingerprint: a changed file is decoded anew
     if not rows["image"]:
-        raise InputError(f"data.path: {folder} has no images: it should hold a folder of images for each class")
+        raise InputError(f"data.path: {folder} has no folders of images: it should hold one for each class")
     names = ClassLabel(names=[path.name for path in classes])
     return Dataset.from_dict(rows, features=Features({"image": Image(), "label": names, "stamp": Value("int64")}))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -78,8 +78,8 @@ def save_model(model: nn.Module, folder: Path, mean, std, image_size: tuple[int,
     model.pretrained_cfg = {**model.pretrained_cfg, **seen}
     config = {"num_classes": len(class_names), "label_names": class_names, "small_input": model.has_small_input}
     folder.mkdir(parents=True, exist_ok=True)
-    # timm's save_for_hf would write both, but refuses weights in channels_last.
-    save_file(contiguous_state(model), folder / "model.safetensors")
+    # timm's save_for_hf would write both, but refuses weights in channels_last; safetensors' save_file lets the owner alone read.
+    (folder / "model.safetensors").write_bytes(save(contiguous_state(model)))
     save_config_for_hf(model, folder / "config.json", model_config=config, model_args=model.creation_arguments)
 
 
