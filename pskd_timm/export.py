@@ -173,9 +173,7 @@ def card_head(result: Result, recipe: Recipe, best: bool) -> str:
         metrics=["accuracy"],
         model_name=f"{recipe.name} {recipe.model.name} {recipe.method}",
         eval_results=[
-            EvalResult(
-                **about, dataset_split=result.values["evaluated_on"], metric_type=name, metric_value=round(value, 6)
-            )
+            EvalResult(**about, dataset_split=result.values["evaluated_on"], metric_type=name, metric_value=value)
             for name, value in measured.items()
         ],
     )
