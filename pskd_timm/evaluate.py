@@ -17,6 +17,8 @@ from .models.build import check_name, create_model, load_model
 from .recipe import Diverged, InputError, Recipe, load_recipe
 from .released import load_weights
 
+BEFORE = {"evaluated_on": "test", "num_holdout": 0}  # in place of what result.json did not say in earlier versions
+
 
 @dataclass
 class Predictions:
@@ -113,8 +115,8 @@ def run_result(run_dir: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{run_dir}: the run is not finished (no result.json); the same train command goes on with it")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return BEFORE | json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged: {error}; --resume never trains the run anew") from None
 
 

@@ -561,3 +561,10 @@ def test_in_a_browser_a_printed_page_cuts_no_table_and_is_light(compared, window
     assert window.run(wide) <= 718
     assert window.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     window.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_runs_of_before_result_json_named_what_was_scored_are_read(copied):
+    for path in copied.rglob("result.json"):
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in values.items() if k not in ("evaluated_on", "num_holdout")}))
+    assert {run.status for run in find_runs([copied])} == {"finished"}
