@@ -7,17 +7,9 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .recipe import (
-    METHOD_SECTIONS,
-    Diverged,
-    InputError,
-    Recipe,
-    lay_over,
-    load_recipe,
-    nearest,
-    settings,
-    shipped_recipes,
-)
+from .errors import Diverged, InputError, nearest
+from .recipe import METHOD_SECTIONS, Recipe, settings
+from .recipe_files import lay_over, load_recipe, shipped_recipes
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
 
@@ -193,7 +185,7 @@ def run_train(arguments, rest):
 
     from .progress import Display
     from .ranks import tells_of_a_lost_rank
-    from .train import train
+    from .training import train
 
     try:
         with Display(arguments.quiet) as display:
@@ -228,7 +220,7 @@ def run_train(arguments, rest):
 
 def run_compare(arguments, rest):
     recipe = load(arguments, rest)
-    from .compare import compare
+    from .comparison import compare
     from .progress import Display
 
     for method in arguments.methods:
@@ -242,7 +234,7 @@ def run_compare(arguments, rest):
 def run_report(arguments, rest):
     if rest:
         raise InputError(f"unknown option {rest[0]}: report takes run folders and --output DIR")
-    from .report import report
+    from .reports.build import report
 
     tell(report(arguments.runs, arguments.output))
     return DONE
@@ -252,7 +244,7 @@ def tell(comparison):
     """Print a comparison's table and where it was written."""
     from rich.console import Console
 
-    from .tables import terminal_table
+    from .reports.tables import terminal_table
 
     Console(width=None if sys.stdout.isatty() else 140).print(terminal_table(comparison.rows, comparison.heading))
     print("\n".join([*comparison.notes, "wrote " + ", ".join(map(str, comparison.paths))]))
@@ -261,7 +253,7 @@ def tell(comparison):
 def run_search(arguments, rest):
     recipe = load(arguments, rest)
     from .progress import Display
-    from .search import search
+    from .study import search
 
     options = (arguments.trials, arguments.seeds, arguments.metric, arguments.prune, arguments.search_seed)
     with Display(arguments.quiet) as display:
@@ -292,7 +284,7 @@ def run_evaluate(arguments, rest):
     if arguments.checkpoint:
         name = arguments.run_or_recipe
         recipe = load_recipe(name, given) if name else lay_over({"epochs": 1}, given, "command line", "evaluate")
-        from .evaluate import evaluate_checkpoint
+        from .evaluation import evaluate_checkpoint
 
         with Display() as display:
             found = evaluate_checkpoint(arguments.checkpoint, recipe, display.advance)
@@ -300,7 +292,7 @@ def run_evaluate(arguments, rest):
         return DONE
     if not arguments.run_or_recipe:
         raise InputError("evaluate needs a finished run's folder, or --checkpoint FILE")
-    from .evaluate import evaluate
+    from .evaluation import evaluate
 
     with Display() as display:
         scores = evaluate(arguments.run_or_recipe, given, display.advance)
@@ -312,7 +304,7 @@ def run_evaluate(arguments, rest):
 
 
 def run_dashboard(arguments, rest):
-    from .dashboard import dashboard
+    from .reports.dashboard import dashboard
 
     path, url = dashboard(arguments.runs, arguments.entity, arguments.project, arguments.publish)
     print(f"wrote {path}")
@@ -341,7 +333,7 @@ def run_predict(arguments, rest):
     from rich.console import Console
 
     from .files import write_whole
-    from .predict import predict, predictions_table
+    from .prediction import predict, predictions_table
     from .progress import Display
 
     with Display(not sys.stdout.isatty()) as display:

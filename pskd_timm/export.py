@@ -14,14 +14,16 @@ import yaml
 from torch import Tensor, nn
 
 from . import __version__
-from .augment import normalize
-from .evaluate import normalisation
+from .data.augmentation import normalize
+from .errors import InputError
+from .evaluation import normalisation
 from .metrics import score
-from .plots import reliability_and_risk, title
-from .predict import Classifier
-from .recipe import InputError, Recipe, differing
-from .tables import HEADERS, telling_metrics
-from .train import Result
+from .prediction import Classifier
+from .recipe import Recipe
+from .recipe_files import differing
+from .reports.plots import reliability_and_risk, title
+from .reports.tables import HEADERS, telling_metrics
+from .training import Result
 
 
 def push(run: str | Path, to: str, hub: bool = False, private: bool = False, best: bool = False) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .recipe import InputError
+from .errors import InputError
 
 METRICS = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc")
 ECE_BINS = 10

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .recipe import InputError, nearest
+from .errors import InputError, nearest
 from .recipe import Optim as OptimSection
 
 

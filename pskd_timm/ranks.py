@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .recipe import InputError
+from .errors import InputError
 
 # How torch and gloo word the loss of a peer; NCCL's errors have a class of their own.
 LOSS_WORDS = ("gloo", "closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "nccl")

@@ -3,8 +3,10 @@
 from . import presets
 from .data.sources import Sizes, known_sizes, open_tables
 from .effective import effective_lines
+from .errors import InputError
 from .progress import readable
-from .recipe import METHOD_SECTIONS, InputError, Recipe, find_recipe, flatten, read_yaml, shipped_recipes
+from .recipe import METHOD_SECTIONS, Recipe, flatten
+from .recipe_files import find_recipe, read_yaml, shipped_recipes
 
 
 def sources_table(recipe: Recipe):

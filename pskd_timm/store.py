@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import order, ranks
-from .recipe import InputError
+from .errors import InputError
 
 DTYPES = ("float16", "float32", "float64")
 NO_SAMPLE = torch.iinfo(torch.int64).min

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from .evaluate import run_recipe, run_result
+from .errors import InputError
+from .evaluation import run_recipe, run_result
 from .metrics import METRICS
-from .recipe import InputError, Recipe
+from .recipe import Recipe
 
 # What teacher and student must share beside the architecture, which the method checks: the training samples and their look.
 SHARED = ("data.", "augment.mean", "augment.std")

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from pskd_timm.checkpoint import damage, newest
-from pskd_timm.tracking import read_lines
+from pskd_timm.run.checkpoint import damage, newest
+from pskd_timm.run.tracking import read_lines
 
 # ShakeDrop, a moving average, accumulation, crops, and so many saves that many kills fall into one.
 SETTINGS = {
@@ -44,7 +44,7 @@ TIMES = ("seconds", "epoch_seconds", "images_per_second")
 def start(settings: dict, world_size: int, target=None) -> list:
     """A run's processes, forked from one that has the slow imports done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pskd_timm.train", "datasets", "sklearn.datasets", "sklearn.model_selection"])
+    context.set_forkserver_preload(["pskd_timm.training", "datasets", "sklearn.datasets", "sklearn.model_selection"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -80,7 +80,7 @@ def _join(rank: int, world_size: int, port: int):
 def score(settings: dict, rank: int, world_size: int, port: int):
     """The per-sample outcomes of a finished run's weights into OUTPUT_DIR/on<world_size>.safetensors."""
     from pskd_timm.data import load_data
-    from pskd_timm.evaluate import normalisation, predict, run_recipe
+    from pskd_timm.evaluation import normalisation, predict, run_recipe
     from pskd_timm.models.build import load_model
 
     torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def one_rank_without_disk(settings: dict, rank: int, world_size: int, port: int)
 
 def limit_files_once(num_bytes: int, at: int = 1):
     """Have the operating system refuse longer files while this process writes its `at`-th checkpoint."""
-    from pskd_timm import checkpoint
+    from pskd_timm.run import checkpoint
 
     write, calls = checkpoint._write, []
 

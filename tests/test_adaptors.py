@@ -15,10 +15,10 @@ from timm.utils import CheckpointSaver
 from pskd_timm import METHODS, PSKD, InputError, load_recipe, train
 from pskd_timm.adaptors import Indexed
 from pskd_timm.data import load_data
-from pskd_timm.evaluate import normalisation
+from pskd_timm.evaluation import normalisation
 from pskd_timm.order import epoch_order
-from pskd_timm.tracking import read_lines
-from pskd_timm.train import make_network
+from pskd_timm.run.tracking import read_lines
+from pskd_timm.training import make_network
 
 EPOCHS = 3
 

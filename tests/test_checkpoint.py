@@ -12,10 +12,11 @@ import torch
 from filelock import FileLock
 from kills import differences, limit_files_once
 
-from pskd_timm import InputError, checkpoint, train
+from pskd_timm import InputError, train
 from pskd_timm.cli import main
 from pskd_timm.files import Lines, checksum
-from pskd_timm.tracking import read_lines
+from pskd_timm.run import checkpoint
+from pskd_timm.run.tracking import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_a_run_deleted_by_half_never_looks_like_a_run_that_can_go_on(finished, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["pskd_timm.train"].shutil, "rmtree", stop_after_one)
+        patch.setattr(sys.modules["pskd_timm.training"].shutil, "rmtree", stop_after_one)
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
     assert deleted and (recipe.run_dir / "recipe.yaml").is_file()

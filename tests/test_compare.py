@@ -15,11 +15,11 @@ from PIL import Image
 
 from pskd_timm import METHODS, InputError, compare, report, train
 from pskd_timm.cli import main
-from pskd_timm.compare import BUSY, _run, _start, gpu_of
+from pskd_timm.comparison import BUSY, _run, _start, gpu_of
 from pskd_timm.metrics import METRICS
-from pskd_timm.runs import COLUMNS
-from pskd_timm.tables import markdown_table, summary
-from pskd_timm.train import at_work
+from pskd_timm.reports.runs import COLUMNS
+from pskd_timm.reports.tables import markdown_table, summary
+from pskd_timm.training import at_work
 
 QUICK = ["--epochs", "1", "--data.limit_train", "100", "--data.limit_test", "60", "--model.kwargs.width", "4"]
 
@@ -334,6 +334,8 @@ def test_a_run_that_another_process_holds_keeps_its_log(tiny):
 def test_a_run_is_held_from_its_first_moment_so_that_two_comparisons_may_begin_together(tiny, monkeypatch):
     recipe, held = tiny(), []
     monkeypatch.setattr("os.dup2", lambda *_: None)  # the log is not to take this process's words
-    monkeypatch.setattr(sys.modules["pskd_timm.compare"], "train", lambda recipe: held.append(at_work(recipe.run_dir)))
+    monkeypatch.setattr(
+        sys.modules["pskd_timm.comparison"], "train", lambda recipe: held.append(at_work(recipe.run_dir))
+    )
     _run(recipe, 0, 1, str(recipe.run_dir / "run.log"))
     assert held == [True] and not at_work(recipe.run_dir)

@@ -9,7 +9,9 @@ from PIL import Image as Pictures
 from scipy import stats
 
 from pskd_timm import InputError, load_recipe, rng
-from pskd_timm.augment import (
+from pskd_timm.data import Loader, eval_batches
+from pskd_timm.data import load_data as load
+from pskd_timm.data.augmentation import (
     AUTO_AUGMENT,
     CUT_ACROSS,
     CUT_DOWN,
@@ -27,8 +29,6 @@ from pskd_timm.augment import (
     lighting,
     random_erasing,
 )
-from pskd_timm.data import Loader, eval_batches
-from pskd_timm.data import load_data as load
 from pskd_timm.data.decode import open_image
 from pskd_timm.data.loader import ANCHOR
 from pskd_timm.data.split import Split, class_balanced, flip_labels

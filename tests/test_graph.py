@@ -6,8 +6,8 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pskd_timm import METHODS, PSKD, Batch, InputError
-from pskd_timm.graph import WARMUP, StepGraph
-from pskd_timm.train import check_recording
+from pskd_timm.run.graph import WARMUP, StepGraph
+from pskd_timm.training import check_recording
 
 N, K, EPOCHS = 23, 4, 3
 

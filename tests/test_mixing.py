@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pskd_timm import METHODS, Batch, InputError, train
-from pskd_timm.augment import cutmix, mixup
 from pskd_timm.data import Loader
+from pskd_timm.data.augmentation import cutmix, mixup
 from pskd_timm.data.split import Split
 from pskd_timm.recipe import Augment
 

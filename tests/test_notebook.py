@@ -10,8 +10,8 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from pskd_timm import Result
-from pskd_timm.plots import COLOURS
-from pskd_timm.recipe import SHIPPED
+from pskd_timm.recipe_files import SHIPPED
+from pskd_timm.reports.plots import COLOURS
 
 NOTEBOOK = SHIPPED / "compare_methods.ipynb"
 

@@ -20,9 +20,9 @@ from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.export import model_card
 from pskd_timm.metrics import METRICS
-from pskd_timm.predict import Classifier, predict
+from pskd_timm.prediction import Classifier, predict
 from pskd_timm.recipe import METHOD_SECTIONS
-from pskd_timm.train import make_network
+from pskd_timm.training import make_network
 
 CLASSES = {"Kreis ○": 22, "deux carrés": 12, "三角": 7}  # how many training pictures each has
 MODES = ["RGB", "L", "RGBA", "P", "1", "LA"]

@@ -15,8 +15,8 @@ from kills import one_rank_without_disk, score, start
 from safetensors.torch import load_file
 
 from pskd_timm import METHODS
-from pskd_timm.checkpoint import damage, newest
-from pskd_timm.tracking import read_lines
+from pskd_timm.run.checkpoint import damage, newest
+from pskd_timm.run.tracking import read_lines
 
 WORKERS = Path(__file__).parent / "workers.py"
 
@@ -249,7 +249,7 @@ def test_a_launch_that_would_run_one_process_instead_of_two_is_refused(tmp_path,
 
 def test_a_run_stopped_before_a_batch_that_two_processes_leave_out_goes_on_with_them(tmp_path, tiny, monkeypatch):
     from pskd_timm import train
-    from pskd_timm.tracking import Tracker
+    from pskd_timm.run.tracking import Tracker
 
     original = Tracker.log_step
 

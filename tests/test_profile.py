@@ -3,8 +3,8 @@ import json
 
 import torch
 
-from pskd_timm.profile import profiled
-from pskd_timm.train import train
+from pskd_timm.run.profile import profiled
+from pskd_timm.training import train
 
 
 def steps_of_two_products(folder, count, steps):

@@ -100,7 +100,7 @@ def test_without_a_terminal_slow_work_is_a_line_every_ten_seconds(monkeypatch, c
 
 
 def test_compare_shows_every_run_and_what_is_left(tiny, tmp_path):
-    from pskd_timm.compare import Job, _show
+    from pskd_timm.comparison import Job, _show
 
     jobs = [Job(tiny(method=method, seed=seed, epochs=4)) for method in ("baseline", "cskd", "pskd") for seed in (0, 1)]
     for job in jobs[1:3]:

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from pskd_timm.cli import main, make_parser
-from pskd_timm.recipe import load_recipe, shipped_recipes
+from pskd_timm.recipe_files import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -130,7 +130,7 @@ def test_a_wheel_holds_the_recipes_and_shows_them_from_any_folder(tmp_path):
     assert all((tmp_path / "site/pskd_timm" / name).is_file() for name in ("report.html", "paper_results.csv"))
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pskd_timm").rglob("*.py")}
     assert all((tmp_path / "site" / module).is_file() for module in modules)
-    code = "import pskd_timm.recipe as r; print(r.__file__, r.load_recipe('digits').data.source)"
+    code = "import pskd_timm.recipe_files as r; print(r.__file__, r.load_recipe('digits').data.source)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "site")
     assert done.stdout.split() == [str(tmp_path / "site/pskd_timm/recipe.py"), "digits"], done.stderr
 
@@ -141,7 +141,7 @@ def test_the_code_is_ruffs():
 
 
 def test_the_digits_recipe_chooses_on_held_out_training_data_and_says_so():
-    from pskd_timm.recipe import find_recipe
+    from pskd_timm.recipe_files import find_recipe
 
     assert "held-out part of the training data" in find_recipe("digits").read_text().replace("\n# ", " ")
     assert load_recipe("digits").data.gaussian_noise > 0

@@ -6,7 +6,7 @@ import torch
 from pskd_timm import METHODS, Batch, load_recipe
 from pskd_timm.models.build import create_model
 from pskd_timm.optim import make_optimizer
-from pskd_timm.recipe import shipped_recipes
+from pskd_timm.recipe_files import shipped_recipes
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

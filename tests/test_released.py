@@ -8,10 +8,10 @@ from test_convert import OldPreActBlock, OldResNet
 from torch import nn
 
 from pskd_timm import InputError, convert_checkpoint, load_recipe, train
-from pskd_timm.checkpoint import newest
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
-from pskd_timm.released import read_file
+from pskd_timm.run.checkpoint import newest
+from pskd_timm.run.released import read_file
 
 N = 60
 
@@ -72,7 +72,7 @@ def test_a_released_file_is_continued_with_weights_momentum_predictions_and_epoc
     import sys
 
     seen = {}
-    original = sys.modules["pskd_timm.train"].start_from
+    original = sys.modules["pskd_timm.training"].start_from
 
     def look(path, model, optimizer, store, epochs):
         progress = original(path, model, optimizer, store, epochs)
@@ -80,7 +80,7 @@ def test_a_released_file_is_continued_with_weights_momentum_predictions_and_epoc
         seen.update(momentum={n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()})
         return progress
 
-    monkeypatch.setattr(sys.modules["pskd_timm.train"], "start_from", look)
+    monkeypatch.setattr(sys.modules["pskd_timm.training"], "start_from", look)
     result = train(recipe(init_from=str(file)))
     assert [line["epoch"] for line in result.history] == [3, 4]
     assert [line["alpha"] for line in result.history] == pytest.approx([0.8 * 3 / 4, 0.8])

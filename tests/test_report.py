@@ -18,9 +18,12 @@ from pskd_timm import InputError, Result, report, train
 from pskd_timm.calibration import with_temperature
 from pskd_timm.cli import main
 from pskd_timm.metrics import METRICS, score
-from pskd_timm.page import compared_with_baseline, figure_tables, paper_notes, table_html, untested
-from pskd_timm.paper import departures, paper_figures
-from pskd_timm.plots import (
+from pskd_timm.progress import Display
+from pskd_timm.recipe import METHOD_SECTIONS
+from pskd_timm.recipe_files import load_recipe
+from pskd_timm.reports.page import compared_with_baseline, figure_tables, paper_notes, table_html, untested
+from pskd_timm.reports.paper import departures, paper_figures
+from pskd_timm.reports.plots import (
     COLOURS,
     TITLES,
     class_errors,
@@ -31,10 +34,8 @@ from pskd_timm.plots import (
     risk_coverage,
     spread,
 )
-from pskd_timm.progress import Display
-from pskd_timm.recipe import METHOD_SECTIONS, load_recipe
-from pskd_timm.runs import by_method, find_runs, predictions, rows
-from pskd_timm.tables import latex_table, markdown_table
+from pskd_timm.reports.runs import by_method, find_runs, predictions, rows
+from pskd_timm.reports.tables import latex_table, markdown_table
 
 SETTINGS = {
     "epochs": 2,

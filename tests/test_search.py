@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pskd_timm import InputError, load_recipe, plots, report, train
+from pskd_timm import InputError, load_recipe, report, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.progress import Display
-from pskd_timm.recipe import differing, lay_over
-from pskd_timm.search import search
-from pskd_timm.trials import find_searches
+from pskd_timm.recipe_files import differing, lay_over
+from pskd_timm.reports import plots
+from pskd_timm.reports.trials import find_searches
+from pskd_timm.study import search
 
 OVER = ["pskd.alpha=0.3:0.9"]
 
@@ -162,7 +163,7 @@ def test_a_poor_trial_stops_early_and_one_that_diverges_does_not_end_the_search(
 def test_whole_numbers_are_drawn_for_whole_settings_and_logarithmic_ranges_evenly_in_the_logarithm(tiny):
     import optuna
 
-    from pskd_timm.search import parse_over
+    from pskd_timm.study import parse_over
 
     ranges = parse_over(["batch_size=8:64", "optim.lr=0.001:0.1:log", "model.kwargs.width=4:8"], tiny())
     assert ranges["batch_size"].whole and ranges["model.kwargs.width"].whole and not ranges["optim.lr"].whole

@@ -5,7 +5,7 @@ import torch
 from scipy.stats import binomtest, norm
 
 from pskd_timm.metrics import Outcomes, summarize
-from pskd_timm.significance import BOOTSTRAPPED, Sorted, against, in_words, interval_and_p, mcnemar, resampled
+from pskd_timm.reports.significance import BOOTSTRAPPED, Sorted, against, in_words, interval_and_p, mcnemar, resampled
 
 
 def predictions(num_samples, seed, accuracy=0.7, decimals=8):

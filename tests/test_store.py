@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from workers import nearest_row
 
 from pskd_timm import PSKD, Batch, InputError, PredictionStore
-from pskd_timm.recipe import load_recipe
+from pskd_timm.recipe_files import load_recipe
 from pskd_timm.store import choose_device, store_bytes
 
 

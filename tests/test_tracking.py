@@ -19,10 +19,10 @@ from pskd_timm import METHODS, load_recipe, train
 from pskd_timm.cli import main, make_parser
 from pskd_timm.data import load_data
 from pskd_timm.metrics import ECE_BINS, METRICS
-from pskd_timm.plots import COLOURS
-from pskd_timm.recipe import SHIPPED
-from pskd_timm.tracking import Tracker, read_lines
-from pskd_timm.train import make_network
+from pskd_timm.recipe_files import SHIPPED
+from pskd_timm.reports.plots import COLOURS
+from pskd_timm.run.tracking import Tracker, read_lines
+from pskd_timm.training import make_network
 
 SWEEP = yaml.safe_load((SHIPPED / "sweep.yaml").read_text())
 TRAIN = [sys.executable, "-m", "pskd_timm", "train", "digits", "--model.kwargs.width", "4", "--tracking.log_every", "5"]

@@ -21,14 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from pskd_timm import METHODS, InputError, evaluate, load_recipe, score, train
-from pskd_timm.checkpoint import newest
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.metrics import METRICS
 from pskd_timm.optim import lr_at, make_optimizer
 from pskd_timm.recipe import Optim
-from pskd_timm.tracking import read_lines
-from pskd_timm.train import Diverged
+from pskd_timm.run.checkpoint import newest
+from pskd_timm.run.tracking import read_lines
+from pskd_timm.training import Diverged
 
 GOLDEN = Path(__file__).parent / "golden.json"
 
@@ -100,7 +100,7 @@ def test_a_run_interrupted_in_mid_epoch_and_continued_equals_the_uninterrupted_o
 
 def interrupt_at_step(monkeypatch, at):
     """Ctrl-C while step `at` of the run (from 1) is logged: the run must stop after exactly that step."""
-    from pskd_timm.tracking import Tracker
+    from pskd_timm.run.tracking import Tracker
 
     original = Tracker.log_step
 
@@ -284,7 +284,7 @@ def test_pskds_alpha_and_the_learning_rate_are_in_the_epochs_lines(finished):
 
 def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused_its_folder(tiny, monkeypatch):
     first = train(tiny(epochs=1))
-    monkeypatch.setattr(sys.modules["pskd_timm.train"], "load_data", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sys.modules["pskd_timm.training"], "load_data", lambda *_: pytest.fail("trained again"))
     assert train(tiny(epochs=1)).values == first.values
     with pytest.raises(
         InputError, match=r"holds a run with optim.lr 0.05, not 0.2: choose another --output_dir, or --resume never"
@@ -347,7 +347,7 @@ def test_a_run_that_is_refused_or_finished_before_leaves_neither_a_lock_nor_acce
 
     recipe = tiny(epochs=1, method="baseline", tracking__wandb="offline")
     with monkeypatch.context() as patched:
-        patched.setattr("pskd_timm.tracking.Tracker._start_wandb", refused)
+        patched.setattr("pskd_timm.run.tracking.Tracker._start_wandb", refused)
         for _ in range(2):
             with pytest.raises(InputError, match="no account") as error:
                 train(recipe)
@@ -407,7 +407,7 @@ def test_a_gpu_without_memory_left_is_a_line_that_says_what_helps(monkeypatch, t
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
-    monkeypatch.setattr(sys.modules["pskd_timm.train"], "train", full)
+    monkeypatch.setattr(sys.modules["pskd_timm.training"], "train", full)
     assert main(["train", "digits", "--accumulate", "2", "--output_dir", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith(
         "seed0: CUDA out of memory: --accumulate 4 splits each step's samples into smaller parts\n"

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..batch import Batch
+from ..errors import InputError
 from ..losses import at_least_float32
 from ..methods import Method
-from ..recipe import InputError
 
 try:
     from transformers import TrainerCallback

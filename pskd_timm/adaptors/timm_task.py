@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..batch import Batch
+from ..errors import InputError
 from ..methods import Method
-from ..recipe import InputError
 
 try:
     from timm.task import ClassificationTask

@@ -15,7 +15,8 @@ from torchvision.datasets import ImageFolder
 
 from ..data import Loader, load_data
 from ..data.split import Split
-from ..recipe import Augment, InputError
+from ..errors import InputError
+from ..recipe import Augment
 from ..recipe import Data as DataSection
 from .rounds import ratio, rounds
 

@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from ..batch import Batch
-from ..graph import WARMUP, Recorder, aside
 from ..methods import METHODS
 from ..models.build import create_model
 from ..optim import make_optimizer
 from ..progress import Display, readable
-from ..recipe import Model, Optim, load_recipe
-from ..tracking import read_lines
-from ..train import set_backends, train
+from ..recipe import Model, Optim
+from ..recipe_files import load_recipe
+from ..run.graph import WARMUP, Recorder, aside
+from ..run.tracking import read_lines
+from ..training import set_backends, train
 from .rounds import peak, ratio, rounds, timed
 
 TITLE = (

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from .. import order
+from ..errors import InputError
 from ..progress import readable
-from ..recipe import InputError
 from ..store import PredictionStore, store_bytes
 from . import rounds
 

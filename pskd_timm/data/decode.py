@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import InputError
 from ..files import warn
-from ..recipe import InputError
 from .sources import Table
 
 VERSION = 3  # of what a cached file holds; a change makes old files be decoded anew

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import order, rng
-from ..augment import Mix, augment, cutmix, drawn_mix, mixup, normalize
 from ..batch import Batch
 from ..recipe import Augment
+from .augmentation import Mix, augment, cutmix, drawn_mix, mixup, normalize
 from .split import Job, Split
 
 # Streams of augmentation draws: a partner's view is its own even where it is the anchor.

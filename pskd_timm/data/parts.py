@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import rng
+from ..errors import InputError
 from ..files import warn
 from ..recipe import Data as DataSection
-from ..recipe import InputError
 
 LIMIT, HOLDOUT, TEST = 0, 1, 5  # streams of data.seed; split.py has the others
 STREAMS = {"holdout_fraction": HOLDOUT, "test_fraction": TEST}

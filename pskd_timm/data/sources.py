@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InputError, nearest
 from ..recipe import Data as DataSection
-from ..recipe import InputError, nearest
 from .parts import part_off
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import rng
-from ..augment import resized_crop, resized_crop_boxes
+from ..errors import InputError
 from ..recipe import Augment as AugmentSection
 from ..recipe import Data as DataSection
-from ..recipe import InputError
+from .augmentation import resized_crop, resized_crop_boxes
 from .decode import SKIPS, DamagedImage, cache_folder, decoded
 from .parts import class_balanced, part_off
 from .sources import Table, open_tables

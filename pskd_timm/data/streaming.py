@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
-from ..augment import AUTO_AUGMENT, RATIO, RESIZED_CROP, TRIES
+from ..errors import InputError
 from ..files import warn
-from ..recipe import InputError
+from .augmentation import AUTO_AUGMENT, RATIO, RESIZED_CROP, TRIES
 from .decode import SKIPS, DamagedImage, fit, open_image, undecoded
 
 PREFETCH = 4  # batches that each worker has ready

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import ranks
+from ..errors import InputError
 from ..models.build import contiguous_state
-from ..recipe import InputError
 from .base import frozen
 
 

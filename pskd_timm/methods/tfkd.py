@@ -8,8 +8,8 @@ from torch import nn
 
 from .. import losses
 from ..effective import tfkd_weight
+from ..errors import InputError
 from ..models.build import load_model
-from ..recipe import InputError
 from .base import Method, frozen
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..recipe import InputError, nearest
+from ..errors import InputError, nearest
 from ..recipe import Model as ModelSection
 from .small_input import small_input
 

@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import ranks
-from .files import checksum, flush_to_disk, publish, warn
-from .methods.base import Method
-from .models.build import contiguous_state
-from .recipe import Checkpoint as CheckpointSection
-from .recipe import InputError
-from .store import PredictionStore, home_rows
+from .. import ranks
+from ..errors import InputError
+from ..files import checksum, flush_to_disk, publish, warn
+from ..methods.base import Method
+from ..models.build import contiguous_state
+from ..recipe import Checkpoint as CheckpointSection
+from ..store import PredictionStore, home_rows
 
 FORMAT, VERSION = "pskd_timm checkpoint", 3
 

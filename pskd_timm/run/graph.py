@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from ..batch import Batch
 
 WARMUP = 3  # steps of one kind taken as they are before one is recorded: they allocate and choose algorithms
 

@@ -14,13 +14,15 @@ from types import ModuleType
 
 from filelock import FileLock, Timeout
 
+from .errors import InputError
 from .progress import Display, Row, duration
-from .recipe import METHOD_SECTIONS, InputError, Recipe, check_call
-from .report import Comparison, report
-from .tables import short
+from .recipe import METHOD_SECTIONS, Recipe
+from .recipe_files import check_call
+from .reports.build import Comparison, report
+from .reports.tables import short
+from .run.tracking import last_line
 from .teacher import teacher_folder
-from .tracking import last_line
-from .train import Result, at_work, check_recipe, finished, run_lock, train
+from .training import Result, at_work, check_recipe, finished, run_lock, train
 
 NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
 BUSY = 75  # exit code of a run that another process is at work on (sysexits.h: try again later)
@@ -107,7 +109,7 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
     """Run all jobs, `jobs` at a time; one that fails says why in the last line of its log."""
     # Each run is a process of its own, forked from one that has the slow imports done but has trained nothing.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pskd_timm.train", "datasets", "sklearn.datasets", "sklearn.model_selection"])
+    context.set_forkserver_preload(["pskd_timm.training", "datasets", "sklearn.datasets", "sklearn.model_selection"])
     running: list[Job] = []
     failed: set[Path] = set()
     left = list(waiting)

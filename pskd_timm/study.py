@@ -17,13 +17,16 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from . import plots, rng
+from . import rng
+from .errors import Diverged, InputError, nearest
 from .files import write_whole
 from .metrics import METRICS
 from .progress import Display
-from .recipe import Diverged, InputError, Recipe, check_call, differing, lay_over, nearest, settings
-from .train import Result, check_recipe, train
-from .trials import DIVERGED, DONE, REFUSED, STOPPED, TOO_LARGE, Trial, ranged, read_trials, trials_table
+from .recipe import Recipe, settings
+from .recipe_files import check_call, differing, lay_over
+from .reports import plots
+from .reports.trials import DIVERGED, DONE, REFUSED, STOPPED, TOO_LARGE, Trial, ranged, read_trials, trials_table
+from .training import Result, check_recipe, train
 
 HOLDOUT_FRACTION = 0.1  # of a recipe that holds nothing out itself
 DIGITS = 4  # of a drawn number: what a recipe shows of it is all there is to it

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .files import Lines, without_nan, write_whole
-from .metrics import ECE_BINS, METRICS, Outcomes, bin_of, risk_curve
-from .recipe import InputError, Recipe
+from ..errors import InputError
+from ..files import Lines, without_nan, write_whole
+from ..metrics import ECE_BINS, METRICS, Outcomes, bin_of, risk_curve
+from ..recipe import Recipe
 
 TAIL = 8192  # bytes, longer than two lines
 MISTAKES = 24  # of the most confident ones, as pictures

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rng
-from .recipe import Augment
+from .. import rng
+from ..recipe import Augment
 
 # One number for each thing that is drawn: a new draw takes a new number and leaves the others' values alone.
 TOP, LEFT, FLIP, JITTER_ORDER, BRIGHTNESS, CONTRAST, SATURATION, LIGHTING, RESIZED_CROP = range(9)

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
-from .files import write_whole
-from .metrics import METRICS
+from ..errors import InputError
+from ..files import write_whole
+from ..metrics import METRICS
+from ..recipe import Recipe
+from ..recipe_files import load_recipe
 from .plots import COLOURS
-from .recipe import InputError, Recipe, load_recipe
 from .tables import HEADERS
 
 TRAINING = {

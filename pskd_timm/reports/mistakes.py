@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from .data import load_data
-from .recipe import InputError, Recipe
+from ..data import load_data
+from ..errors import InputError
+from ..recipe import Recipe
 
 LARGEST = 112  # pixels of a picture's longer side
 SMALL = 64  # up to which side a picture is kept without loss

@@ -14,12 +14,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from pyarrow import ArrowException
 
-from . import __version__, paper, plots, significance
-from .calibration import fit_to_parts, scaled_figures
-from .effective import effective_lines
-from .pictures import image_size, most_confident_mistakes, pictures
+from .. import __version__
+from ..calibration import fit_to_parts, scaled_figures
+from ..effective import effective_lines
+from ..errors import InputError
+from ..recipe import METHOD_SECTIONS, flatten
+from . import paper, plots, significance
+from .mistakes import image_size, most_confident_mistakes, pictures
 from .plots import title
-from .recipe import METHOD_SECTIONS, InputError, flatten
 from .runs import HOLDOUT, PART_NAMES, PREDICTIONS, Run, by_method, history, probability_parts, scored_part
 from .tables import HEADERS, best_epoch, over_seeds, shown_metrics, summary
 from .trials import Search, searched
@@ -82,7 +84,7 @@ def render(
         "settings": settings_lines(found),
         "surroundings": surroundings(found),
     }
-    return environment().get_template("report.html").render(context)
+    return environment().get_template("page.html").render(context)
 
 
 def environment() -> Environment:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import profiler
 
-from .files import write_whole
+from ..files import write_whole
 
 SKIPPED = 20  # the first steps allocate, choose algorithms, compile and record
 WARMUP = 3  # under the profiler but not kept: its own start takes time

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .recipe import METHOD_SECTIONS, Recipe, find_recipe, load_recipe, read_yaml, shipped_recipes
+from ..recipe import METHOD_SECTIONS, Recipe
+from ..recipe_files import find_recipe, load_recipe, read_yaml, shipped_recipes
 
 SOURCE = "Kim et al., Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"
 
@@ -13,7 +14,7 @@ def paper_figures(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Method → metric → the paper's figure for the recipe's data set and network; empty where the paper has none."""
     if recipe.data.source not in ("cifar100", "imagenet"):
         return {}
-    from .models import PAPER_NAMES
+    from ..models import PAPER_NAMES
 
     table = pd.read_csv(Path(__file__).parent / "paper_results.csv")
     mine = table[(table.dataset == recipe.data.source) & (table.model == PAPER_NAMES.get(recipe.model.name))]

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..errors import InputError
+from ..models.convert import convert_checkpoint
+from ..store import PredictionStore
 from .checkpoint import Progress
-from .models.convert import convert_checkpoint
-from .recipe import InputError
-from .store import PredictionStore
 
 # NumPy arrays and numbers carry data only; everything else that weights_only does not know stays refused.
 NUMPY = [

@@ -13,15 +13,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from .augment import normalize
 from .calibration import fit_temperature, with_temperature
+from .data.augmentation import normalize
 from .data.decode import fit, open_image
 from .data.sources import PICTURE_SUFFIXES
-from .evaluate import autocast, normalisation, run_recipe, run_result
+from .errors import InputError
+from .evaluation import autocast, normalisation, run_recipe, run_result
 from .losses import at_least_float32
 from .models.build import load_model
 from .progress import Display
-from .recipe import InputError, Recipe
+from .recipe import Recipe
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .metrics import METRICS
+from ..metrics import METRICS
 from .plots import title
 
 HEADERS = {

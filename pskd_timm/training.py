@@ -29,24 +29,27 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from . import checkpoint, ranks, rng
+from . import ranks, rng
 from .batch import Batch
-from .checkpoint import Parts, Progress, Wishes
 from .data import Data, Loader, load_data, pictures
-from .evaluate import Predictions, normalisation, predict, run_recipe, run_result
+from .errors import Diverged, InputError
+from .evaluation import Predictions, normalisation, predict, run_recipe, run_result
 from .files import without_nan, write_whole
-from .graph import StepGraph
 from .methods import METHODS, Method
 from .metrics import METRICS
 from .models.build import check_name, contiguous_state, create_model, save_model
 from .optim import lr_at, make_optimizer
 from .order import num_batches
-from .profile import profiled
 from .progress import Display
-from .recipe import Diverged, InputError, Recipe, check_call
-from .released import start_from
+from .recipe import Recipe
+from .recipe_files import check_call
+from .run import checkpoint
+from .run.checkpoint import Parts, Progress, Wishes
+from .run.graph import StepGraph
+from .run.profile import profiled
+from .run.released import start_from
+from .run.tracking import Tracker, read_lines
 from .teacher import method_section, teacher_figures
-from .tracking import Tracker, read_lines
 
 GO_ON = "the same command goes on from there"
 LOCK = ".lock"  # file in a run folder that is locked while a process is at work there

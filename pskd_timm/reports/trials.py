@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .files import warn
-from .metrics import METRICS
+from ..files import warn
+from ..metrics import METRICS
 
 DONE, STOPPED, DIVERGED, REFUSED, TOO_LARGE = "finished", "stopped early", "diverged", "refused", "out of memory"
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .metrics import ECE_BINS, bin_of, risk_curve
+from ..metrics import ECE_BINS, bin_of, risk_curve
 from .trials import DONE, STOPPED, searched
 
 # Okabe and Ito's colours, told apart with any colour vision; one a method everywhere.

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from . import metrics, ranks
 from .data import Split, eval_batches, eval_part, load_data
+from .errors import Diverged, InputError
 from .losses import at_least_float32
 from .metrics import Outcomes
 from .models.build import check_name, create_model, load_model
-from .recipe import Diverged, InputError, Recipe, load_recipe
-from .released import load_weights
+from .recipe import Recipe
+from .recipe_files import load_recipe
+from .run.released import load_weights
 
 BEFORE = {"evaluated_on": "test", "num_holdout": 0}  # in place of what result.json did not say in earlier versions
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..errors import InputError
+from ..files import write_whole
+from ..metrics import METRICS
 from . import page, plots
-from .files import write_whole
-from .metrics import METRICS
-from .recipe import InputError
 from .runs import Run, by_method, find_runs, history, predictions, rows, scored_part
 from .tables import best_epoch, footnote, latex_table, markdown_table, short, summary
 from .trials import Search, find_searches

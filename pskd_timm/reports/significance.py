@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from scipy.stats import binom
 
-from .metrics import ECE_BINS, bin_of
+from ..metrics import ECE_BINS, bin_of
 
 RESAMPLES = 1000
 LEVEL = 0.05

@@ -13,11 +13,13 @@ from pyarrow import ArrowException, parquet
 from pydantic import BaseModel, FiniteFloat, ValidationError, create_model
 from torch import Tensor
 
-from .evaluate import run_result
-from .files import warn
-from .metrics import METRICS
-from .recipe import METHOD_SECTIONS, InputError, Recipe, load_recipe
-from .tracking import read_lines
+from ..errors import InputError
+from ..evaluation import run_result
+from ..files import warn
+from ..metrics import METRICS
+from ..recipe import METHOD_SECTIONS, Recipe
+from ..recipe_files import load_recipe
+from ..run.tracking import read_lines
 
 COLUMNS = [
     "method",

@@ -1,0 +1,26 @@
+"""What goes wrong, told to people: bad input and runs that diverge, in one or two lines."""
+
+import difflib
+
+
+class InputError(ValueError):
+    """Bad input from the user, in one or two lines: what is wrong, where, and what would be right."""
+
+
+class Diverged(RuntimeError):
+    """The loss, or what the network says of some image, is no longer a number."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}: a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help")
+
+
+def nearest(word: str, known) -> str:
+    """`: did you mean …?` with the nearest of `known` names, or nothing."""
+    last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close += [
+        last_parts[part]
+        for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(last_parts), n=1, cutoff=0.7)
+    ]
+    names = list(dict.fromkeys(close))
+    return f": did you mean {' or '.join(names)}?" if names else ""

@@ -1,0 +1,199 @@
+"""Reading recipes: files and shipped names, with values of the command line over them, checked with an error of a line."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from . import presets
+from .errors import InputError, nearest
+from .recipe import METHOD_SECTIONS, Recipe, flatten, sections, settings
+
+# In a wheel the recipes lie inside the package, in a checkout beside it.
+SHIPPED = Path(__file__).parent / "recipes"
+if not SHIPPED.is_dir():
+    SHIPPED = Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package, as `show` and `compare` take them."""
+    names = {path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml")}
+    return sorted(names - {"sweep"})  # that one is wandb's, not a recipe
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one (`digits`, `recipes/digits.yaml`, `cifar100/…`)."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = name.removeprefix("recipes/").removesuffix(".yaml")
+    if shipped in shipped_recipes():
+        return SHIPPED / f"{shipped}.yaml"
+    hint = nearest(shipped, shipped_recipes())
+    hint = hint or f": neither a file nor one of {', '.join(shipped_recipes())}"
+    raise InputError(f"no recipe {name!r}{hint}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML lets the second of two equal keys win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if not key.tag.endswith(":merge")]
+        if other := [key for key in keys if not isinstance(key, str)]:
+            mark = node.start_mark
+            raise yaml.constructor.ConstructorError(None, None, f"the key {other[0]!r} is no text: quote it", mark)
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{', '.join(map(str, twice))} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        what = "empty" if tree is None else type(tree).__name__
+        raise InputError(f"{path}: a recipe is a YAML mapping of settings, this is {what}")
+    for name, value in tree.items():
+        if name in sections() and not isinstance(value, dict):
+            raise InputError(f"{path}: {name} should be a section of settings ({name}: {{…}}), got {value!r}")
+        if "." in name:
+            raise InputError(f"{path}: write {name} as a section: {name.replace('.', ': {', 1)}: …}}")
+    return tree
+
+
+def _value(text):
+    """A command-line value: lists, mappings and null as YAML, everything else as the text that pydantic converts."""
+    if not isinstance(text, str) or not (text[:1] in "[{" or text in ("null", "None")):
+        return text
+    return None if text == "None" else _yaml_value(text)
+
+
+def _yaml_value(text: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"cannot read {text!r}: write lists as [3, 4] and mappings as '{{width: 16}}'") from None
+
+
+def _override(flat: dict, key: str, value):
+    """Set the dotted `key`, which may reach into a setting that is a mapping (model.kwargs.width)."""
+    parent, _, name = key.rpartition(".")
+    if key not in settings() and parent in settings():
+        mapping = flat.get(parent) if isinstance(flat.get(parent), dict) else {}
+        flat[parent] = {**mapping, name: _yaml_value(value) if isinstance(value, str) else value}
+    else:
+        flat[key] = value
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a file or shipped name, with `overrides` by dotted name ({"optim.lr": 0.05}) laid over it.
+
+    Raises InputError that names the setting, what is wrong with it and where it came from.
+    """
+    path = find_recipe(str(name))
+    return lay_over(read_yaml(path), overrides, str(path), default_name(path))
+
+
+def check_call(recipe, **lists):
+    """Raise InputError where Python hands over no Recipe, or one thing where a list is wanted."""
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"a recipe is wanted, as load_recipe gives it, got {recipe!r:.60}")
+    for name, value in lists.items():
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise InputError(f"{name} should be a list: {name}=[{value!r}]")
+
+
+def default_name(path: Path) -> str:
+    """What the runs of a recipe file are filed under, where it does not say."""
+    if path.resolve().is_relative_to(SHIPPED.resolve()):
+        return "-".join(path.resolve().relative_to(SHIPPED.resolve()).with_suffix("").parts)
+    return path.stem
+
+
+def differing(recipe: Recipe) -> dict:
+    """The settings that differ from the defaults, as the mapping of a recipe file that gives the same run.
+
+    A preset is left out: its values are among them, and would fill in anew where one was set back to the default.
+    """
+    return recipe.model_dump(exclude_defaults=True, exclude={"preset", "preset_of"})
+
+
+def lay_over(written: dict, overrides: dict[str, Any] | None, origin: str, name: str) -> Recipe:
+    """The recipe of the settings `written` in `origin` with `overrides` by dotted name laid over them."""
+    flat = flatten(written)
+    sources = dict.fromkeys(flat, origin)
+    for key, value in flatten(overrides or {}).items():
+        _override(flat, key, _value(value))
+        parent = key.rpartition(".")[0]
+        sources[parent if key not in settings() and parent in settings() else key] = "command line"
+    tree: dict[str, Any] = {key: {} for key, value in written.items() if value == {} and key in sections()}
+    for key, value in flat.items():
+        section, _, setting = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[setting] = value
+    tree.setdefault("name", name)
+    recipe = _validated(tree, sources, origin)
+    if recipe.preset:
+        for method in METHOD_SECTIONS:
+            _fill_from_preset(tree, sources, method, recipe.published(method))
+        recipe = _validated(tree, sources, origin)
+    recipe._sources = sources
+    return recipe
+
+
+def _validated(tree: dict, sources: dict[str, str], origin: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error.errors()[0], sources, origin)) from None
+
+
+def _fill_from_preset(tree: dict, sources: dict[str, str], method: str, preset: presets.Preset | None):
+    """Put a preset's values where neither file nor command line has said anything."""
+    for setting, value in preset.values.items() if preset else ():
+        if f"{method}.{setting}" not in sources:
+            tree.setdefault(method, {})[setting] = value
+            sources[f"{method}.{setting}"] = f"preset {preset.name} of {preset.of}: {preset.source}"
+
+
+def _explain(error: dict, sources: dict[str, str], origin: str) -> str:
+    """One of pydantic's errors in a line."""
+    parts = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    key = ".".join(parts[:2] if parts and parts[0] in sections() else parts[:1])
+    where = sources.get(key, origin)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown setting {key!r}{nearest(key, settings())}"
+    if error["type"] == "missing":
+        return f"{where}: {key} is missing: {_description(key)}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if error["type"] == "string_pattern_mismatch":
+        message = "should be a plain name of letters, digits, spaces and . _ + -"
+    if error["type"] == "list_type":
+        message += ", written [3, 4]"
+    if error["type"] == "value_error" and key not in settings():
+        return f"{_origins(message, key, sources) or origin}: {key + ': ' if key else ''}{message}"
+    if error["type"] == "value_error":
+        return f"{where}: {key}: {message}"
+    return f"{where}: {key} {message}, got {error['input']!r}"
+
+
+def _origins(message: str, section: str, sources: dict[str, str]) -> str:
+    """Where the settings that `message` names were set, those of its `section` without its name."""
+    words = re.findall(r"[a-z_]+(?:\.[a-z_]+)?", message)
+    named = [f"{section}.{word}" if section and "." not in word else word for word in words]
+    return " and ".join(dict.fromkeys(sources[name] for name in named if name in sources))
+
+
+def _description(key: str) -> str:
+    field = settings().get(key)
+    return field.description.split("\n")[0] if field is not None else "a section of the recipe"

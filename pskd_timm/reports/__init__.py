@@ -1,0 +1,1 @@
+"""What reads finished runs: tables, plots, one page. No torch, no timm, no datasets here."""
