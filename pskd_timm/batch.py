@@ -2,31 +2,32 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 
 @dataclass
 class Batch:
-    """Images [B, C, H, W], labels [B] and the samples' ids `index` [B], all on one device.
+    """What the network takes (`inputs`: images [B, C, H, W]), `labels` [B] and the rows `index` [B] of the prediction store.
 
-    `partner_images` [B, C, H, W] holds, for the methods that ask for partners, another sample of each one's class.
-    In a mixed batch (mixup, cutmix) `own` [] of image i is sample i, the rest is sample `mate[i]` [B] of the same batch.
+    `partner_inputs`, like `inputs`, holds another sample of each one's class, for the methods that ask for partners.
+    In a mixed batch (mixup, cutmix) input i is `lam` [] (λ) parts sample i and 1 − λ parts sample `permutation[i]` [B].
     """
 
-    images: Tensor
+    inputs: Any
     labels: Tensor
     index: Tensor
-    partner_images: Tensor | None = None
-    mate: Tensor | None = None
-    own: Tensor | None = None
+    partner_inputs: Any = None
+    permutation: Tensor | None = None
+    lam: Tensor | None = None
 
     def mixed(self, rows: Tensor) -> Tensor:
         """What `rows` [B, …] say of the samples, said of the images: mixed as they are."""
-        return rows if self.mate is None else self.own * rows + (1.0 - self.own) * rows[self.mate]
+        return rows if self.permutation is None else self.lam * rows + (1.0 - self.lam) * rows[self.permutation]
 
     def label_loss(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """`loss(labels)` [], weighted over the labels of the two samples that mixed images show."""
-        if self.mate is None:
+        if self.permutation is None:
             return loss(self.labels)
-        return self.own * loss(self.labels) + (1.0 - self.own) * loss(self.labels[self.mate])
+        return self.lam * loss(self.labels) + (1.0 - self.lam) * loss(self.labels[self.permutation])

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import __version__
 from .errors import Diverged, InputError, nearest
 from .recipe import METHOD_SECTIONS, Recipe, settings
-from .recipe_files import lay_over, load_recipe, shipped_recipes
+from .recipe_files import load_recipe, shipped_recipes, with_overrides
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
 
@@ -194,7 +194,7 @@ def run_train(arguments, rest):
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
         return FAILED
     except OutOfMemoryError as error:
-        helps = f"--accumulate {2 * recipe.accumulate} splits each step's samples into smaller parts"
+        helps = f"--grad_accum_steps {2 * recipe.grad_accum_steps} splits each step's samples into smaller parts"
         print(f"pskd-timm: {recipe.run_dir}: {str(error).split('. ')[0]}: {helps}", file=sys.stderr)
         return FAILED
     except RuntimeError as error:
@@ -283,7 +283,7 @@ def run_evaluate(arguments, rest):
     given = overrides(arguments, rest)
     if arguments.checkpoint:
         name = arguments.run_or_recipe
-        recipe = load_recipe(name, given) if name else lay_over({"epochs": 1}, given, "command line", "evaluate")
+        recipe = load_recipe(name, given) if name else with_overrides({"epochs": 1}, given, "command line", "evaluate")
         from .evaluation import evaluate_checkpoint
 
         with Display() as display:
@@ -332,7 +332,7 @@ def run_predict(arguments, rest):
 
     from rich.console import Console
 
-    from .files import write_whole
+    from .files import write_atomic
     from .prediction import predict, predictions_table
     from .progress import Display
 
@@ -345,7 +345,7 @@ def run_predict(arguments, rest):
         print("confidences are not calibrated: the run held nothing out (--data.holdout_fraction 0.1 when training)")
     if arguments.json:
         try:
-            write_whole(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
+            write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
         except OSError as error:
             raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
         print(f"wrote {arguments.json}")
@@ -393,7 +393,7 @@ def refuse(rest: list[str], arguments: argparse.Namespace):
 def run_bench(arguments, rest):
     from .bench import PARTS, bench
     from .bench.store import parse_size
-    from .files import write_whole
+    from .files import write_atomic
 
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         raise InputError(f"bench has no part {unknown[0]!r}, only {', '.join(PARTS)}{nearest(unknown[0], PARTS)}")
@@ -405,7 +405,7 @@ def run_bench(arguments, rest):
         dict.fromkeys(arguments.parts or PARTS), sizes=sizes, processes=arguments.processes, images=arguments.images
     )
     if arguments.json:
-        write_whole(Path(arguments.json), json.dumps(found, indent=1))
+        write_atomic(Path(arguments.json), json.dumps(found, indent=1))
     return DONE
 
 

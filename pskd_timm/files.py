@@ -14,7 +14,7 @@ def warn(text: str):
     print(f"pskd-timm: {text}", file=sys.stderr, flush=True)
 
 
-def write_whole(path: Path, text: str):
+def write_atomic(path: Path, text: str):
     """Replace the file `path` by one with `text`."""
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -36,7 +36,7 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def publish(partial: Path, final: Path):
+def rename_atomic(partial: Path, final: Path):
     """Flush a folder and give it its final name."""
     flush_to_disk(partial)
     if final.exists():
@@ -69,7 +69,7 @@ class Lines:
     def __init__(self, path: Path, lines: list[dict]):
         self.path, self.waiting, self.warned = path, b"", False
         text = "".join(json.dumps(without_nan(line), allow_nan=False) + "\n" for line in lines)
-        write_whole(path, text)
+        write_atomic(path, text)
         self.end = len(text.encode())
 
     def add(self, line: dict):

@@ -13,7 +13,7 @@ from . import rng
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> Tensor:
     """The permutation [N] (int64, CPU) in which an epoch visits the samples."""
-    generator = torch.Generator().manual_seed(rng.fold(seed, epoch, 0))
+    generator = torch.Generator().manual_seed(rng.derive_key(seed, epoch, 0))
     return torch.randperm(num_samples, generator=generator)
 
 
@@ -23,18 +23,18 @@ def num_batches(num_samples: int, batch_size: int, world_size: int = 1) -> int:
     return full + (tail >= world_size and tail > 0)
 
 
-def share(length: int, part: int, parts: int) -> slice:
+def even_slice(length: int, part: int, parts: int) -> slice:
     """The `part`-th of `parts` contiguous slices of `length` items, as even as possible (the first ones are longer)."""
     size, longer = divmod(length, parts)
     start = part * size + min(part, longer)
     return slice(start, start + size + (part < longer))
 
 
-def share_pairs(length: int, part: int, parts: int) -> slice:
-    """`share` whose bounds are even, so that no pair of `mates` is parted; of fewer than two items a part, `share` itself."""
+def even_slice_of_pairs(length: int, part: int, parts: int) -> slice:
+    """`even_slice` with even bounds, so that both samples of a mixed pair are in it; below two items a part, `even_slice` itself."""
     if length < 2 * parts:
-        return share(length, part, parts)
-    pairs = share(length // 2, part, parts)
+        return even_slice(length, part, parts)
+    pairs = even_slice(length // 2, part, parts)
     return slice(2 * pairs.start, length if part == parts - 1 else 2 * pairs.stop)
 
 
@@ -42,18 +42,18 @@ def rank_batches(order: Tensor, batch_size: int, rank: int, world_size: int) -> 
     """The sample ids of each of this rank's batches, in the order of the global batches they are slices of."""
     steps = num_batches(len(order), batch_size, world_size)
     batches = (order[step * batch_size : (step + 1) * batch_size] for step in range(steps))
-    return [batch[share_pairs(len(batch), rank, world_size)] for batch in batches]
+    return [batch[even_slice_of_pairs(len(batch), rank, world_size)] for batch in batches]
 
 
-def mates(start: int, length: int, device=None) -> Tensor:
+def mix_permutation(start: int, length: int, device=None) -> Tensor:
     """Whom each of `length` samples is mixed with, as positions [length]; the first one's place in the global batch is `start`.
 
     Places 2j and 2j + 1 are each other's, on any number of ranks. In a batch of fewer than two samples a rank (or forward
-    pass) a mate may be out of reach: a sample is then its own.
+    pass) a partner may be out of reach: a sample is then its own.
     """
     places = torch.arange(start, start + length, device=device)
-    mate = (places ^ 1) - start
-    return torch.where((mate < 0) | (mate >= length), places - start, mate)
+    partner = (places ^ 1) - start
+    return torch.where((partner < 0) | (partner >= length), places - start, partner)
 
 
 class Partners:
@@ -68,4 +68,4 @@ class Partners:
     def draw(self, index: Tensor, seed: int, epoch: int) -> Tensor:
         """A partner's id for each anchor id in `index` [B]: a function of (seed, epoch, anchor)."""
         label = self.labels[index]
-        return self.by_class[self.start[label] + rng.integers(rng.fold(seed, epoch, 1), index, self.count[label])]
+        return self.by_class[self.start[label] + rng.integers(rng.derive_key(seed, epoch, 1), index, self.count[label])]

@@ -19,7 +19,7 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def wire_device() -> torch.device:
+def exchange_device() -> torch.device:
     """Where tensors must lie that ranks exchange: in CUDA memory for NCCL, else in the CPU's."""
     return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
 
@@ -28,7 +28,7 @@ def gather_rows(mine: Tensor, parts: list[slice]) -> Tensor:
     """All ranks' contiguous `parts` of a table, in rank order, as one tensor on every rank (all ranks call it together)."""
     if len(parts) == 1:
         return mine
-    rows = torch.empty(parts[-1].stop, *mine.shape[1:], dtype=mine.dtype, device=wire_device())
+    rows = torch.empty(parts[-1].stop, *mine.shape[1:], dtype=mine.dtype, device=exchange_device())
     for rank, part in enumerate(parts):
         if rank == dist.get_rank():
             rows[part] = mine.to(rows.device)
@@ -36,7 +36,7 @@ def gather_rows(mine: Tensor, parts: list[slice]) -> Tensor:
     return rows.to(mine.device)
 
 
-def share_objects(mine) -> list:
+def all_gather_objects(mine) -> list:
     """Every rank's `mine`, in rank order, on every rank (all ranks call it together); for small objects."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
@@ -54,7 +54,7 @@ def on_main(work: Callable):
             outcome = work()
         except InputError as error:
             outcome = error
-    outcome = share_objects(outcome)[0]
+    outcome = all_gather_objects(outcome)[0]
     if isinstance(outcome, InputError):
         raise outcome
     return outcome
@@ -64,7 +64,7 @@ def largest(values: list[float]) -> list[float]:
     """The largest of each of `values` over all ranks (all ranks call it together)."""
     if rank_and_world_size()[1] == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=wire_device())
+    tensor = torch.tensor(values, dtype=torch.float64, device=exchange_device())
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
 

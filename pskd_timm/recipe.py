@@ -109,7 +109,7 @@ class Augment(Section):
     """a of the Beta(a, a) that mixup draws an image's own share from (timm's usual 0.2 … 0.8); 0 turns it off."""
     cutmix: NonNegative = 0.0
     """a of the Beta(a, a) that cutmix draws an image's own share from (usually 1); 0 turns it off; with mixup half each."""
-    mix_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    mix_prob: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Part of the batches that mixup and cutmix mix; the others renew the predictions that PS-KD stores."""
     mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
     """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
@@ -278,7 +278,7 @@ class Recipe(Section):
     """Length of the run."""
     batch_size: Count = 128
     """Samples a step over all processes together."""
-    accumulate: Count = 1
+    grad_accum_steps: Count = 1
     """Forward and backward passes that a step's samples are split into, to fit into memory."""
     mixed_precision: Precision = "no"
     """Type of the forward pass: float32 (`no`; `tf32` lets GPUs round factors), bfloat16, or float16 with loss scaling."""
@@ -327,12 +327,12 @@ class Recipe(Section):
             raise ValueError("preset_of needs preset (official or pskd)")
         if unknown := [of for of in self.preset_of if of not in presets.PLACES]:
             raise ValueError(f"preset_of: nothing published of {unknown[0]!r}: there is {', '.join(presets.PLACES)}")
-        if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate {self.accumulate} must not exceed batch_size {self.batch_size}")
-        if self.accumulate > 1 and self.model.compile == "max-autotune":
+        if self.grad_accum_steps > self.batch_size:
+            raise ValueError(f"grad_accum_steps {self.grad_accum_steps} must not exceed batch_size {self.batch_size}")
+        if self.grad_accum_steps > 1 and self.model.compile == "max-autotune":
             # https://github.com/pytorch/pytorch/issues/169545: its CUDA graphs write gradients over those to be added to.
             raise ValueError(
-                "accumulate does not go with model.compile max-autotune: default and graphs add gradients up"
+                "grad_accum_steps does not go with model.compile max-autotune: default and graphs add gradients up"
             )
         return self
 
@@ -357,9 +357,9 @@ class Recipe(Section):
                 "augment.mixup and augment.cutmix do not go with cskd: it compares two images of one class, "
                 "and a mixed image has two"
             )
-        if mixes and method == "pskd" and self.pskd.teacher == "store" and self.augment.mix_share == 1:
+        if mixes and method == "pskd" and self.pskd.teacher == "store" and self.augment.mix_prob == 1:
             raise InputError(
-                "augment.mix_share 1 mixes every batch, and no stored prediction is ever renewed: "
+                "augment.mix_prob 1 mixes every batch, and no stored prediction is ever renewed: "
                 "choose one below 1, or pskd.teacher snapshot"
             )
         # A preset must be public for the data set and the network.

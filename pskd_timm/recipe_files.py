@@ -102,7 +102,7 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     Raises InputError that names the setting, what is wrong with it and where it came from.
     """
     path = find_recipe(str(name))
-    return lay_over(read_yaml(path), overrides, str(path), default_name(path))
+    return with_overrides(read_yaml(path), overrides, str(path), default_name(path))
 
 
 def check_call(recipe, **lists):
@@ -129,11 +129,19 @@ def differing(recipe: Recipe) -> dict:
     return recipe.model_dump(exclude_defaults=True, exclude={"preset", "preset_of"})
 
 
-def lay_over(written: dict, overrides: dict[str, Any] | None, origin: str, name: str) -> Recipe:
+# Settings that had another name before; files and command lines with it still mean the same.
+FORMER_NAMES = {"accumulate": "grad_accum_steps", "augment.mix_share": "augment.mix_prob"}
+
+
+def _current_names(flat: dict[str, Any]) -> dict[str, Any]:
+    return {FORMER_NAMES.get(key, key): value for key, value in flat.items()}
+
+
+def with_overrides(written: dict, overrides: dict[str, Any] | None, origin: str, name: str) -> Recipe:
     """The recipe of the settings `written` in `origin` with `overrides` by dotted name laid over them."""
-    flat = flatten(written)
+    flat = _current_names(flatten(written))
     sources = dict.fromkeys(flat, origin)
-    for key, value in flatten(overrides or {}).items():
+    for key, value in _current_names(flatten(overrides or {})).items():
         _override(flat, key, _value(value))
         parent = key.rpartition(".")[0]
         sources[parent if key not in settings() and parent in settings() else key] = "command line"

@@ -37,7 +37,7 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
-def fold(*keys: int) -> int:
+def derive_key(*keys: int) -> int:
     """One 63-bit key from several integers, the order of which matters; a seed for any generator."""
     state = 0
     for key in keys:
@@ -63,5 +63,5 @@ def integers(key: int, counters: Tensor, high: Tensor | int) -> Tensor:
 
 def normal(key: int, counters: Tensor) -> Tensor:
     """Standard normal float32 draws (Box and Muller, 1958), one for each of `counters`."""
-    radius = torch.sqrt(-2.0 * torch.log1p(-uniform(fold(key, 1), counters)))
-    return radius * torch.cos(2.0 * math.pi * uniform(fold(key, 2), counters))
+    radius = torch.sqrt(-2.0 * torch.log1p(-uniform(derive_key(key, 1), counters)))
+    return radius * torch.cos(2.0 * math.pi * uniform(derive_key(key, 2), counters))

@@ -100,7 +100,7 @@ def cost_lines(recipe: Recipe) -> list[str]:
         parts = [f"{n} rank{'s' * (n > 1)} {readable(count)}" for n, count in per_rank.items()]
         lines.append(f"prediction store per rank: {', '.join(parts)}")
         if recipe.augment.mixup or recipe.augment.cutmix:
-            renewed = round((1.0 - recipe.augment.mix_share) * size.num_train)
+            renewed = round((1.0 - recipe.augment.mix_prob) * size.num_train)
             lines.append(f"rows renewed: about {renewed:,} of {size.num_train:,} an epoch, those of unmixed batches")
     else:
         teacher = "'s snapshot teacher" if recipe.method == "pskd" else ""

@@ -105,7 +105,7 @@ def row_format(num_classes: int, dtype: str, topk: int | None = None) -> FullRow
 
 def home_rows(num_samples: int, rank: int, world_size: int) -> slice:
     """The rows whose home is `rank`."""
-    return order.share(num_samples, rank, world_size)
+    return order.even_slice(num_samples, rank, world_size)
 
 
 def store_bytes(num_samples: int, num_classes: int, dtype: str, world_size: int = 1, topk: int | None = None) -> int:
@@ -235,7 +235,7 @@ class PredictionStore:
 
         It is half the sum of absolute differences of a row; all ranks call it together.
         """
-        off, written = (sum(values) for values in zip(*ranks.share_objects(self._off.tolist()), strict=True))
+        off, written = (sum(values) for values in zip(*ranks.all_gather_objects(self._off.tolist()), strict=True))
         return off / max(written, 1.0)
 
     def gather(self) -> Tensor:
@@ -259,7 +259,7 @@ class PredictionStore:
 
     def _agree_on_rows(self):
         """Tell every home rank which of its rows this rank borrows, and learn which of its own it lends."""
-        wire = ranks.wire_device()
+        wire = ranks.exchange_device()
         bounds = torch.searchsorted(self.ids, torch.tensor([part.start for part in self.parts] + [self.num_samples]))
         borrowed = bounds.diff().to(wire)
         lent = torch.empty_like(borrowed)
@@ -273,7 +273,7 @@ class PredictionStore:
 
     def _exchange(self, source: Tensor, source_rows, target: Tensor, target_rows):
         """Move rows between ranks: `source_rows[r]` of mine become `target_rows` of rank r's, in rounds of bounded size."""
-        wire = ranks.wire_device()
+        wire = ranks.exchange_device()
         chunk = max(1, EXCHANGE_BYTES // (self.format.row_bytes * self.world_size))
         for begin in range(0, self._longest, chunk):
             out = [rows[begin : begin + chunk] for rows in source_rows]

@@ -19,11 +19,11 @@ from filelock import FileLock, Timeout
 
 from . import rng
 from .errors import Diverged, InputError, nearest
-from .files import write_whole
+from .files import write_atomic
 from .metrics import METRICS
 from .progress import Display
 from .recipe import Recipe, settings
-from .recipe_files import check_call, differing, lay_over
+from .recipe_files import check_call, differing, with_overrides
 from .reports import plots
 from .reports.trials import DIVERGED, DONE, REFUSED, STOPPED, TOO_LARGE, Trial, ranged, read_trials, trials_table
 from .training import Result, check_recipe, train
@@ -67,7 +67,7 @@ class Range:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What `search` gives: all trials, the best of them, the recipe with its settings and the files written."""
 
     trials: list[Trial]
@@ -85,7 +85,7 @@ def search(
     prune: bool = False,
     search_seed: int = 0,
     display: Display | None = None,
-) -> Found:
+) -> SearchResult:
     """Train `trials` choices of the settings `over` ("pskd.alpha=0.3:0.9") and rank them by `metric` on the held-out part.
 
     Everything goes into <output root>/search-<method>; the same call goes on with what is there, unless the recipe says
@@ -119,7 +119,7 @@ def search(
         for number in range(len(done) + 1, trials + 1):
             # A draw is a function of the seed, its number and the trials before it: a stopped search goes on as it was.
             sampler = optuna.samplers.TPESampler(
-                n_startup_trials=RANDOM_TRIALS, seed=rng.fold(search_seed, SAMPLER, number) % 2**32
+                n_startup_trials=RANDOM_TRIALS, seed=rng.derive_key(search_seed, SAMPLER, number) % 2**32
             )
             study = optuna.create_study(sampler=sampler, pruner=_pruner(optuna, recipe.epochs))
             study.add_trials([_known(optuna, trial, ranges, metric) for trial in done])
@@ -134,14 +134,14 @@ def search(
             else:
                 trial = _train_trial(base, number, values, folder, seeds, metric, asked if prune else None, display)
             done.append(trial)
-            write_whole(folder / "trials.jsonl", "".join(json.dumps(asdict(trial)) + "\n" for trial in done))
+            write_atomic(folder / "trials.jsonl", "".join(json.dumps(asdict(trial)) + "\n" for trial in done))
             display.say(_line(trial, metric))
         finished = [trial for trial in done if trial.state == DONE]
         if not finished:
             raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
         best = min(finished, key=lambda trial: trial.figures[metric])
-        chosen = lay_over(recipe.model_dump(), best.settings, str(folder), recipe.name)
-        return Found(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
+        chosen = with_overrides(recipe.model_dump(), best.settings, str(folder), recipe.name)
+        return SearchResult(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def _on_holdout(recipe: Recipe) -> Recipe:
     given = {"data.test": False, "data.holdout_fraction": fraction}
     if recipe.source_of("tracking.wandb") == "default":
         given["tracking.wandb"] = "disabled"  # trials are many, and trials.csv holds them together
-    return lay_over(recipe.model_dump(), given, "search", recipe.name)
+    return with_overrides(recipe.model_dump(), given, "search", recipe.name)
 
 
 def _untried(ranges: dict[str, Range], done: list[Trial]) -> dict | None:
@@ -240,7 +240,7 @@ def _untried(ranges: dict[str, Range], done: list[Trial]) -> dict | None:
 def _trial_recipe(base: Recipe, values: dict, folder: Path, number: int, seed: int = 0) -> Recipe:
     given = {**values, "output_dir": str(folder / f"trial{number}"), "seed": seed}
     given["name"] = f"{base.name} search {base.method} trial {number}"
-    return lay_over(base.model_dump(), given, "search", base.name)
+    return with_overrides(base.model_dump(), given, "search", base.name)
 
 
 def _check(base: Recipe, ranges: dict[str, Range], folder: Path, display: Display):
@@ -365,7 +365,7 @@ def _start_anew(folder: Path, identity: str):
     (folder / "trials.jsonl").unlink(missing_ok=True)
     for trial in folder.glob("trial[0-9]*"):
         shutil.rmtree(trial)
-    write_whole(folder / "search.json", identity)
+    write_atomic(folder / "search.json", identity)
 
 
 def _line(trial: Trial, metric: str) -> str:
@@ -385,7 +385,7 @@ def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> l
     """trials.csv, best.yaml and search.png."""
     paths = [folder / "best.yaml", folder / "trials.csv", folder / "search.png"]
     table = trials_table(trials)
-    write_whole(paths[1], table.to_csv(index=False))
+    write_atomic(paths[1], table.to_csv(index=False))
     plots.search(table, metric, base.method).savefig(paths[2], dpi=150)
     spread = f" ± {best.spread[metric]:.4f}" if best.spread else ""
     held_out = f"{100 * base.data.holdout_fraction:g} % of the training part (data.seed {base.data.seed})"
@@ -402,5 +402,5 @@ def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> l
     tree = differing(chosen) | {"name": f"{recipe.name}-best"}
     for key in ("output_dir", "resume"):
         tree.pop(key, None)
-    write_whole(paths[0], "\n".join(header) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    write_atomic(paths[0], "\n".join(header) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     return paths

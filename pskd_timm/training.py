@@ -34,7 +34,7 @@ from .batch import Batch
 from .data import Data, Loader, load_data, pictures
 from .errors import Diverged, InputError
 from .evaluation import Predictions, normalisation, predict, run_recipe, run_result
-from .files import without_nan, write_whole
+from .files import without_nan, write_atomic
 from .methods import METHODS, Method
 from .metrics import METRICS
 from .models.build import check_name, contiguous_state, create_model, save_model
@@ -44,7 +44,7 @@ from .progress import Display
 from .recipe import Recipe
 from .recipe_files import check_call
 from .run import checkpoint
-from .run.checkpoint import Parts, Progress, Wishes
+from .run.checkpoint import Progress, SaveSchedule, TrainState
 from .run.graph import StepGraph
 from .run.profile import profiled
 from .run.released import start_from
@@ -180,7 +180,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     model.broadcast_buffers = False
     running = RunningSums(accelerator, method.part_names)
     progress = Progress()
-    parts = Parts(network, ema, optimizer, accelerator.scaler, method.store, running.sums, method=method)
+    parts = TrainState(network, ema, optimizer, accelerator.scaler, method.store, running.sums, method=method)
 
     def forward_backward(batch: Batch, weight: float):
         with accelerator.autocast():
@@ -200,8 +200,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     def save():
         clock.update(progress)
         running.total(f"epoch {progress.epoch + 1}, step {progress.step}")
-        checkpoint.save(run_dir, progress, parts, recipe.checkpoint.keep, before_publishing=tracker.sync)
-        wishes.saved_at = time.monotonic()
+        checkpoint.save(run_dir, progress, parts, recipe.checkpoint.keep, before_commit=tracker.sync)
+        schedule.saved_at = time.monotonic()
 
     lock = run_lock(run_dir)
     ranks.on_main(lambda: prepare_folder(recipe, lock))
@@ -210,7 +210,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
     except InputError:
         lock.release()  # a notebook keeps what an error has seen, the lock among it
         raise
-    wishes = Wishes(recipe.checkpoint, recipe.tracking.log_every)
+    schedule = SaveSchedule(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
     try:
         # Resume.
@@ -226,8 +226,8 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
         first_epoch = progress.epoch
         done = progress.epoch * loader.steps + progress.step
         display.begin(f"{recipe.method} seed {recipe.seed}", recipe.epochs, loader.steps, done)
-        if about := method.about():
-            display.say(about)
+        if description := method.describe():
+            display.say(description)
 
         profile_steps = recipe.tracking.profile_steps if is_main else 0
         with StopSignals() as stop, profiled(run_dir, profile_steps, display.say) as profile:
@@ -236,11 +236,11 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 # After a change of the number of processes an epoch may have nothing left for them but to be evaluated.
                 method.begin_epoch(epoch, torch.cat(batches) if batches else torch.empty(0, dtype=torch.int64))
                 model.train()
-                for micro_batches in loader.batches(batches, epoch, recipe.accumulate):
+                for micro_batches in loader.batches(batches, epoch, recipe.grad_accum_steps):
                     step = epoch * loader.steps + progress.step
                     global_size = loader.global_size(progress.step)
                     # Dropout and the like draw from torch's generator: seeded here, a resumed run draws the same.
-                    torch.manual_seed(rng.fold(recipe.seed, STEP, step, rank))
+                    torch.manual_seed(rng.derive_key(recipe.seed, STEP, step, rank))
                     lr = lr_at(step, loader.steps, recipe.epochs, recipe.optim)
                     for group in optimizer.param_groups:
                         group["lr"] = lr
@@ -266,12 +266,12 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                         tracker.log_step(step + 1, line)
                         display.step(epoch + 1, progress.step, progress.num_seen, line)
                     if progress.step < loader.steps:
-                        wish = wishes.after(step + 1, stop.received)
-                        if wish.save or wish.signal:
+                        due = schedule.after(step + 1, stop.received)
+                        if due.save or due.signal:
                             save()
-                        if wish.signal:
+                        if due.signal:
                             display.say(f"{run_dir}: stopped in epoch {epoch + 1} after step {progress.step}; {GO_ON}")
-                            stop.obey(wish.signal)
+                            stop.obey(due.signal)
                 running.read(progress, f"epoch {epoch + 1}")
                 line = {
                     "epoch": epoch + 1,
@@ -283,7 +283,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                     "store_bytes": method.store.nbytes if method.store else 0,
                 }
                 method.end_epoch()
-                if epoch == first_epoch and (news := method.about()) != about:
+                if epoch == first_epoch and (news := method.describe()) != description:
                     display.say(news)
                 clock.update(progress)
                 images_per_second = progress.num_seen / progress.epoch_seconds
@@ -307,14 +307,14 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 display.epoch(line)
                 progress.start_epoch(epoch + 1)
                 last_epoch = progress.epoch == recipe.epochs
-                wish = wishes.after((epoch + 1) * loader.steps, stop.received, epoch_end=True)
-                if last_epoch or wish.save or wish.signal or progress.epoch % recipe.checkpoint.every_epochs == 0:
+                due = schedule.after((epoch + 1) * loader.steps, stop.received, epoch_end=True)
+                if last_epoch or due.save or due.signal or progress.epoch % recipe.checkpoint.every_epochs == 0:
                     save()
                 for callback in callbacks:
                     callback(line)
-                if wish.signal and not last_epoch:
+                if due.signal and not last_epoch:
                     display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {GO_ON}")
-                    stop.obey(wish.signal)
+                    stop.obey(due.signal)
 
         # The result: the last and the best epoch's weights over the test split, or where that stays unread the held-out part.
         of_last = score_split(evaluated, scored_split, keep_probabilities=True)
@@ -341,7 +341,7 @@ def train(recipe: Recipe, display: Display | None = None, callbacks: Sequence[Ca
                 "class_names": data.class_names,
                 "num_parameters": sum(p.numel() for p in network.parameters()),
                 "num_processes": world_size,
-                **surroundings(device),
+                **environment(device),
             }
             if of_teacher := teacher_figures(recipe):
                 values["teacher"] = of_teacher
@@ -443,10 +443,10 @@ def check_batches(recipe: Recipe, num_samples: int, world_size: int, model: nn.M
     tail = num_samples % recipe.batch_size
     smallest = tail if tail >= world_size else min(recipe.batch_size, num_samples)
     share = smallest // world_size
-    if share < 2 * recipe.accumulate and not takes_one_sample(model, image_size):
+    if share < 2 * recipe.grad_accum_steps and not takes_one_sample(model, image_size):
         raise InputError(
             f"model {recipe.model.name} cannot train on a single sample: {num_samples} samples with batch_size "
-            f"{recipe.batch_size}, {world_size} processes and accumulate {recipe.accumulate} leave one; "
+            f"{recipe.batch_size}, {world_size} processes and grad_accum_steps {recipe.grad_accum_steps} leave one; "
             "choose another batch_size"
         )
 
@@ -464,7 +464,7 @@ def takes_one_sample(model: nn.Module, image_size: tuple[int, int]) -> bool:
 
 def make_network(recipe: Recipe, data: Data) -> nn.Module:
     """The recipe's model with initial weights that depend on the seed alone."""
-    torch.manual_seed(rng.fold(recipe.seed, MODEL))
+    torch.manual_seed(rng.derive_key(recipe.seed, MODEL))
     return create_model(recipe.model, data.num_classes, data.image_size)
 
 
@@ -499,7 +499,7 @@ def prepare_folder(recipe: Recipe, lock: FileLock):
         lock.acquire(timeout=1)  # compare takes it for an instant when it looks whether a run is free
         if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
             delete_run(run_dir)
-        write_whole(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+        write_atomic(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
     except Timeout:
         raise InputError(
             f"{run_dir}: another process is at work on this run: wait for it, or choose another --output_dir"
@@ -627,10 +627,12 @@ def write_result(run_dir: Path, of_last: Predictions, of_best: Predictions, valu
     """Write predictions and, last of all, result.json, which says that the run is finished."""
     of_last.write(run_dir / "predictions.parquet")
     of_best.write(run_dir / "best" / "predictions.parquet")
-    write_whole(run_dir / "result.json", json.dumps(without_nan(values), indent=1, ensure_ascii=False, allow_nan=False))
+    write_atomic(
+        run_dir / "result.json", json.dumps(without_nan(values), indent=1, ensure_ascii=False, allow_nan=False)
+    )
 
 
-def surroundings(device: torch.device) -> dict:
+def environment(device: torch.device) -> dict:
     """Versions of what matters and the hardware, for result.json."""
     packages = ("pskd_timm", "torch", "torchvision", "timm", "accelerate", "datasets")
     hardware = (

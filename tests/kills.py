@@ -23,7 +23,7 @@ SETTINGS = {
     "epochs": 3,
     "batch_size": 48,
     "threads": 1,
-    "accumulate": 2,
+    "grad_accum_steps": 2,
     "ema_decay": 0.9,
     "timeout_minutes": 0.5,
     "data.limit_train": 320,

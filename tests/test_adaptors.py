@@ -314,7 +314,7 @@ def test_the_trainer_gives_the_losses_and_the_network_of_our_own_loop_and_goes_o
 
 
 def test_the_trainers_accumulated_shares_add_up_to_our_accumulated_loss(plain, tmp_path):
-    recipe = plain(epochs=EPOCHS, accumulate=2)
+    recipe = plain(epochs=EPOCHS, grad_accum_steps=2)
     losses, _ = ours(recipe)
     found, _ = trainers_loop(recipe, load_data(recipe.data, recipe.augment), tmp_path / "hf", accumulate=2)
     assert np.reshape(found, (-1, 2)).sum(1) == pytest.approx(losses, abs=1e-6)

@@ -310,8 +310,8 @@ def random_images(count=16, height=10, width=12):
 def test_crop_flip_and_normalise_equal_torchvisions_on_each_image():
     images, index, key = random_images(), torch.arange(100, 116), 7
     found = augment(images, index, key, Augment(crop_padding=2, hflip=0.5), MEAN, STD)
-    top, left = (rng.integers(rng.fold(key, draw), index, 5) for draw in (TOP, LEFT))
-    mirrored = rng.uniform(rng.fold(key, FLIP), index) < 0.5
+    top, left = (rng.integers(rng.derive_key(key, draw), index, 5) for draw in (TOP, LEFT))
+    mirrored = rng.uniform(rng.derive_key(key, FLIP), index) < 0.5
     assert {0, 4} <= set(top.tolist()) and mirrored.any() and not mirrored.all()
     for i in range(16):
         expected = tv.crop(tv.pad(images[i], [2]), int(top[i]), int(left[i]), 10, 12)
@@ -326,7 +326,7 @@ def test_a_resident_random_resized_crop_is_pils_of_the_box_that_streaming_draws(
     split = Split(images, torch.zeros(64, dtype=torch.int64), torch.arange(64), scale)
     found = next(split.stream([(index, [(torch.arange(64), key), (torch.arange(64), None)])]))[1]
     assert torch.equal(found[1], images)
-    draws = rng.uniform(rng.fold(key, RESIZED_CROP), index[:, None] * 40 + torch.arange(40)).view(-1, 10, 4)
+    draws = rng.uniform(rng.derive_key(key, RESIZED_CROP), index[:, None] * 40 + torch.arange(40)).view(-1, 10, 4)
     boxes = [resized_crop_box(width, height, scale, one) for one in draws.tolist()]
     assert len(set(boxes)) > 5
     for image, box, cropped in zip(images, boxes, found[0], strict=True):
@@ -400,7 +400,7 @@ def streamed_views(data, rank=0, world_size=1, workers=0, epochs=(0, 1), first_b
         for batch in (b for micro in one.batches(ids, epoch, 2) for b in micro):
             for row, sample in enumerate(batch.index.tolist()):
                 assert (epoch, sample) not in found
-                found[epoch, sample] = torch.stack([batch.images[row], batch.partner_images[row]])
+                found[epoch, sample] = torch.stack([batch.inputs[row], batch.partner_inputs[row]])
     return found
 
 
@@ -490,7 +490,7 @@ def test_damaged_training_images_are_left_out_by_wish_and_named_and_damaged_test
     seen = []
     one = Loader(data.train, 2, 2, 5, Augment(), [0.5] * 3, [0.5] * 3, 3, 0, 1, partners=False)
     for (batch,) in one.batches(one.rank_batches(0), 0):
-        assert len(batch.images) == len(batch.labels) == len(batch.index)
+        assert len(batch.inputs) == len(batch.labels) == len(batch.index)
         seen += data.train.source_id[batch.index].tolist()
     assert sorted(seen) == [*range(13), 14, 15]
     assert capfd.readouterr().err.count("5.jpg) cannot be decoded") == 1
@@ -512,7 +512,7 @@ def test_a_policy_of_timms_is_drawn_for_each_sample_on_any_number_of_workers(tmp
     def epoch(split, workers=0):
         one = Loader(replace(split, workers=workers), 2, 2, 5, Augment(), [0] * 3, [1 / 255] * 3, 3, 0, 1, False)
         batches = [micro[0] for micro in one.batches(one.rank_batches(0), 0)]
-        return {int(i): image for batch in batches for i, image in zip(batch.index, batch.images, strict=True)}
+        return {int(i): image for batch in batches for i, image in zip(batch.index, batch.inputs, strict=True)}
 
     random.seed(0)
     before, changed, untouched = random.getstate(), epoch(data.train), epoch(plain.train)
@@ -522,7 +522,7 @@ def test_a_policy_of_timms_is_drawn_for_each_sample_on_any_number_of_workers(tmp
     # timm's own transform, seeded as a sample's is, on the image as it is without a policy.
     theirs = rand_augment_transform("rand-m9-n3-mstd0.5", {"translate_const": int(0.45 * 32)})
     for i, image in untouched.items():
-        seed = int(rng.integers(rng.fold(rng.fold(3, 0, ANCHOR), AUTO_AUGMENT), torch.tensor([i]), 2**31))
+        seed = int(rng.integers(rng.derive_key(rng.derive_key(3, 0, ANCHOR), AUTO_AUGMENT), torch.tensor([i]), 2**31))
         random.seed(seed)
         np.random.seed(seed)
         picture = Pictures.fromarray(image.permute(1, 2, 0).to(torch.uint8).numpy())
@@ -538,7 +538,7 @@ def test_a_policy_of_timms_is_drawn_for_each_sample_on_any_number_of_workers(tmp
 def test_cutout_and_random_erasing_set_their_boxes_to_zero_as_a_loop_over_the_samples_does():
     images, index, key = torch.ones(400, 3, 10, 14), torch.arange(7, 407), 5
     cut = cutout(images, index, key, 4)
-    draws = [rng.integers(rng.fold(key, d), index, n).tolist() for d, n in ((CUT_DOWN, 10), (CUT_ACROSS, 14))]
+    draws = [rng.integers(rng.derive_key(key, d), index, n).tolist() for d, n in ((CUT_DOWN, 10), (CUT_ACROSS, 14))]
     for found, down, across in zip(cut, *draws, strict=True):
         expected = torch.ones(3, 10, 14)
         expected[:, max(down - 2, 0) : down + 2, max(across - 2, 0) : across + 2] = 0
@@ -586,7 +586,7 @@ def test_a_samples_view_depends_on_seed_epoch_and_sample_alone():
         one = loader(world_size, rank)
         for batch in (b for micro in one.batches(one.rank_batches(4), 4, accumulate) for b in micro):
             for row, sample in enumerate(batch.index.tolist()):
-                view = (batch.images[row], batch.partner_images[row])
+                view = (batch.inputs[row], batch.partner_inputs[row])
                 expected = alone.setdefault(sample, view)
                 assert torch.equal(view[0], expected[0]) and torch.equal(view[1], expected[1])
     assert len(alone) == 90
@@ -595,11 +595,11 @@ def test_a_samples_view_depends_on_seed_epoch_and_sample_alone():
         int(i): image
         for micro in one.batches(one.rank_batches(5), 5)
         for b in micro
-        for i, image in zip(b.index, b.images, strict=True)
+        for i, image in zip(b.index, b.inputs, strict=True)
     }
     assert any(not torch.equal(other_epoch[sample], alone[sample][0]) for sample in alone)
 
 
 def test_only_methods_that_ask_for_partners_pay_for_them():
     one = loader(partners=False)
-    assert next(one.batches(one.rank_batches(0), 0))[0].partner_images is None
+    assert next(one.batches(one.rank_batches(0), 0))[0].partner_inputs is None

@@ -86,9 +86,9 @@ def test_cskd_adds_the_tempered_kl_from_the_partner(problem):
 def test_cskd_teaches_the_anchor_only(problem):
     z, labels, partners = problem
     batch = batch_of(z, labels, np.arange(B), partners)
-    batch.images.requires_grad_(), batch.partner_images.requires_grad_()
+    batch.inputs.requires_grad_(), batch.partner_inputs.requires_grad_()
     ready(CSKD()).loss(Echo(), batch)[0].backward()
-    assert batch.images.grad.abs().sum() > 0 and batch.partner_images.grad is None
+    assert batch.inputs.grad.abs().sum() > 0 and batch.partner_inputs.grad is None
 
 
 def test_cskd_runs_partners_in_train_mode_so_running_statistics_move_twice_a_step():
@@ -107,9 +107,9 @@ def test_cskds_partners_in_eval_mode_are_seen_through_running_statistics_that_th
     again[1].eval()
     batch = Batch(torch.randn(B, K), torch.zeros(B, dtype=torch.long), torch.arange(B), torch.randn(B, K))
     loss, _ = ready(CSKD(weight=1, temperature=4, partner_mode="eval")).loss(model, batch)
-    z = again(batch.images).detach().numpy()
+    z = again(batch.inputs).detach().numpy()
     norm = again[0]
-    partners = ((batch.partner_images - norm.running_mean) / (norm.running_var + norm.eps).sqrt()).numpy()
+    partners = ((batch.partner_inputs - norm.running_mean) / (norm.running_var + norm.eps).sqrt()).numpy()
     expected = cross_entropy(one_hot(batch.labels), z) + 16 * kl(softmax(partners / 4), softmax(z / 4))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert model[0].num_batches_tracked == 1 and model[0].training and not model[1].training
@@ -232,10 +232,10 @@ def test_no_gradient_flows_into_pskds_stored_predictions(problem):
     pskd.begin_epoch(E - 1, torch.arange(B))
     pskd.store.write(torch.arange(B), torch.tensor(last))
     batch = batch_of(z, labels, np.arange(B))
-    batch.images.requires_grad_()
+    batch.inputs.requires_grad_()
     pskd.loss(Echo(), batch)[0].backward()
     target = 0.2 * one_hot(labels) + 0.8 * last
-    assert batch.images.grad.numpy() == pytest.approx((softmax(z) - target) / B, rel=1e-9)
+    assert batch.inputs.grad.numpy() == pytest.approx((softmax(z) - target) / B, rel=1e-9)
     assert not pskd.store.rows.requires_grad
 
 

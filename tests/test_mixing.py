@@ -13,24 +13,24 @@ from pskd_timm.data.augmentation import cutmix, mixup
 from pskd_timm.data.split import Split
 from pskd_timm.recipe import Augment
 
-K, OWN = 5, 0.7
-MATE = torch.tensor([1, 0, 3, 2, 4])  # the last one is left alone
+K, LAM = 5, 0.7
+PERMUTATION = torch.tensor([1, 0, 3, 2, 4])  # the last one is left alone
 LABELS = torch.tensor([0, 3, 2, 2, 4])
 INDEX = torch.tensor([7, 1, 5, 0, 2])
 
 
 def test_mixup_and_cutmix_equal_a_loop_over_the_images():
     images = torch.randn(5, 3, 8, 6, generator=torch.Generator().manual_seed(0))
-    for i, mixed in enumerate(mixup(images, MATE, OWN)):
-        assert mixed.numpy() == pytest.approx((OWN * images[i] + 0.3 * images[MATE[i]]).numpy(), abs=1e-6)
+    for i, mixed in enumerate(mixup(images, PERMUTATION, LAM)):
+        assert mixed.numpy() == pytest.approx((LAM * images[i] + 0.3 * images[PERMUTATION[i]]).numpy(), abs=1e-6)
     # A box of sqrt(0.3) of each side: 4 of 8 rows, 3 of 6 columns; the second one sticks out below and is clipped.
     for centre, rows, columns in (((0.5, 0.5), range(2, 6), range(2, 5)), ((0.99, 0.5), range(5, 8), range(2, 5))):
-        mixed, own = cutmix(images, MATE, OWN, centre)
-        assert own == pytest.approx(1 - len(rows) * len(columns) / 48)
+        mixed, lam = cutmix(images, PERMUTATION, LAM, centre)
+        assert lam == pytest.approx(1 - len(rows) * len(columns) / 48)
         for i in range(5):
             for y in range(8):
                 for x in range(6):
-                    source = MATE[i] if y in rows and x in columns else i
+                    source = PERMUTATION[i] if y in rows and x in columns else i
                     assert torch.equal(mixed[i, :, y, x], images[source, :, y, x])
 
 
@@ -48,7 +48,7 @@ class Says(nn.Module):
 
 
 def mixed_batch():
-    return Batch(torch.zeros(5, 3, 4, 4), LABELS, INDEX, mate=MATE, own=torch.tensor(OWN))
+    return Batch(torch.zeros(5, 3, 4, 4), LABELS, INDEX, permutation=PERMUTATION, lam=torch.tensor(LAM))
 
 
 def log_softmax(row, temperature=1.0):
@@ -65,7 +65,7 @@ def definition(name, settings, student, teacher, last):
     losses = []
     for i in range(5):
         log_p = log_softmax(student[i])
-        shares = ((OWN, i), (1 - OWN, int(MATE[i])))
+        shares = ((LAM, i), (1 - LAM, int(PERMUTATION[i])))
         cross_entropy = sum(share * -log_p[LABELS[j]] for share, j in shares)
         if name == "baseline":
             losses.append(cross_entropy)
@@ -133,27 +133,27 @@ def loader(rank=0, world_size=1, **settings):
 
 
 def test_the_same_batches_are_mixed_alike_on_two_ranks_as_on_one_and_a_share_of_them():
-    settings = {"mixup": 0.4, "cutmix": 1.0, "mix_share": 0.6}
+    settings = {"mixup": 0.4, "cutmix": 1.0, "mix_prob": 0.6}
     alone, *ranks = loader(**settings), loader(0, 2, **settings), loader(1, 2, **settings)
-    owns = []
+    lams = []
     for epoch in range(30):
         whole = [batch for (batch,) in alone.batches(alone.rank_batches(epoch), epoch)]
         halves = [[batch for (batch,) in one.batches(one.rank_batches(epoch), epoch)] for one in ranks]
         for batch, *parts in zip(whole, *halves, strict=True):
-            assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
-            assert all((part.own is None) == (batch.own is None) for part in parts)
-            if batch.own is not None:
-                owns.append(batch.own.item())
-                assert batch.mate.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
-        unmixed = sum(len(batch.index) for batch in whole if batch.mate is None)
+            assert torch.equal(batch.inputs, torch.cat([part.inputs for part in parts]))
+            assert all((part.lam is None) == (batch.lam is None) for part in parts)
+            if batch.lam is not None:
+                lams.append(batch.lam.item())
+                assert batch.permutation.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
+        unmixed = sum(len(batch.index) for batch in whole if batch.permutation is None)
         assert unmixed == alone.num_unmixed(epoch) == ranks[1].num_unmixed(epoch)
-    assert len(owns) / 150 == pytest.approx(0.6, abs=0.12)
-    assert min(owns) < 0.2 and max(owns) > 0.8 and np.mean(owns) == pytest.approx(0.5, abs=0.15)
+    assert len(lams) / 150 == pytest.approx(0.6, abs=0.12)
+    assert min(lams) < 0.2 and max(lams) > 0.8 and np.mean(lams) == pytest.approx(0.5, abs=0.15)
 
 
 @pytest.mark.parametrize("world_size, accumulate", [(3, 1), (1, 3), (2, 2)])
 def test_pairs_stay_together_on_any_number_of_ranks_and_forward_passes(world_size, accumulate):
-    settings = {"mixup": 0.4, "mix_share": 1.0}
+    settings = {"mixup": 0.4, "mix_prob": 1.0}
     alone = loader(**settings)
     ranks = [loader(rank, world_size, **settings) for rank in range(world_size)]
     whole = [batch for (batch,) in alone.batches(alone.rank_batches(0), 0)]
@@ -161,11 +161,11 @@ def test_pairs_stay_together_on_any_number_of_ranks_and_forward_passes(world_siz
     for batch, *shares in zip(whole, *parts, strict=True):
         found = [part for share in shares for part in share]
         assert len(found) == world_size * accumulate
-        assert torch.equal(batch.images, torch.cat([part.images for part in found]))
+        assert torch.equal(batch.inputs, torch.cat([part.inputs for part in found]))
 
 
 def test_a_run_with_mixing_tells_how_many_rows_were_renewed(tiny):
-    settings = {"augment.cutmix": 1.0, "augment.mix_share": 0.7, "checkpoint.keep": 3, "epochs": 3}
+    settings = {"augment.cutmix": 1.0, "augment.mix_prob": 0.7, "checkpoint.keep": 3, "epochs": 3}
     result = train(tiny(method="pskd", **settings))
     renewed = [line["rows_renewed"] for line in result.history]
     assert all(0 <= count < 300 and (count % 64 in (0, 300 % 64)) for count in renewed)

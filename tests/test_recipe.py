@@ -51,14 +51,17 @@ def test_the_command_line_lies_over_the_recipe_and_the_recipe_over_the_default()
         ({"optim.milestones": "[500]"}, r"\[500.0\] lie beyond the last of"),
         ({"optim.milestones": "[3, 4"}, r"write lists as \[3, 4\]"),
         ({"optim.warmup_epochs": "1000"}, "must be below epochs"),
-        ({"accumulate": "1000"}, "must not exceed batch_size"),
+        ({"grad_accum_steps": "1000"}, "must not exceed batch_size"),
         ({"augment": "5"}, "augment should be a valid dictionary"),
         ({"augment.mean": "[0.5]"}, "augment.mean .*at least 3 items"),
         ({"optim.milestones": "3"}, r"should be a valid list, written \[3, 4\]"),
         ({"model.kwargs.width": "a: b: c"}, "cannot read 'a: b: c'"),
         ({"data.path": "x"}, "source digits ships with scikit-learn and takes no path"),
         ({"tfkd.alpha": "true"}, "tfkd.alpha"),
-        ({"accumulate": 2, "model.compile": "max-autotune"}, "accumulate does not go with model.compile max-autotune"),
+        (
+            {"grad_accum_steps": 2, "model.compile": "max-autotune"},
+            "does not go with model.compile max-autotune",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_in_one_line_that_names_it(overrides, says):

@@ -33,14 +33,14 @@ def test_uniform_integers_and_normal_draws_have_their_distributions():
 
 def test_draws_of_neighbouring_seeds_epochs_and_samples_are_uncorrelated():
     counters = torch.arange(50_000)
-    base = rng.uniform(rng.fold(0, 0), counters)
+    base = rng.uniform(rng.derive_key(0, 0), counters)
     for other in (
-        rng.uniform(rng.fold(0, 1), counters),
-        rng.uniform(rng.fold(1, 0), counters),
-        rng.uniform(rng.fold(0, 0), counters + 1),
+        rng.uniform(rng.derive_key(0, 1), counters),
+        rng.uniform(rng.derive_key(1, 0), counters),
+        rng.uniform(rng.derive_key(0, 0), counters + 1),
     ):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.02
-    assert rng.fold(1, 0) != rng.fold(0, 1)
+    assert rng.derive_key(1, 0) != rng.derive_key(0, 1)
 
 
 def test_an_epochs_order_is_a_permutation_and_differs_between_epochs_and_seeds():
@@ -86,4 +86,4 @@ def test_partners_are_uniform_over_the_anchors_class_and_a_function_of_the_ancho
 def test_shares_are_numpys_array_split(parts):
     for length in range(12):
         expected = [list(part) for part in np.array_split(np.arange(length), parts)]
-        assert [list(range(length))[order.share(length, part, parts)] for part in range(parts)] == expected
+        assert [list(range(length))[order.even_slice(length, part, parts)] for part in range(parts)] == expected

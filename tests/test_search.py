@@ -12,7 +12,7 @@ from pskd_timm import InputError, load_recipe, report, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.progress import Display
-from pskd_timm.recipe_files import differing, lay_over
+from pskd_timm.recipe_files import differing, with_overrides
 from pskd_timm.reports import plots
 from pskd_timm.reports.trials import find_searches
 from pskd_timm.study import search
@@ -223,7 +223,7 @@ def test_a_chosen_recipe_keeps_what_was_set_back_from_a_preset():
     for more in ({}, {"cskd.weight": "1.0"}, {"optim.lr": "0.3", "data.limit_train": "50"}):
         recipe = load_recipe("digits", given | more)
         assert recipe.cskd.weight == (1.0 if "cskd.weight" in more else 3.0)
-        again = lay_over(differing(recipe), {}, "best.yaml", "digits")
+        again = with_overrides(differing(recipe), {}, "best.yaml", "digits")
         assert again.identity() == recipe.identity()
 
 
@@ -236,13 +236,13 @@ def test_a_choice_that_is_drawn_again_gives_way_to_one_that_was_not_tried(tiny, 
 
 def test_settings_that_do_not_go_together_fail_their_trial_alone_and_the_table_keeps_its_columns(tiny, tmp_path):
     recipe = tiny(epochs=1, data__limit_train=60)
-    over = ["batch_size=2:6", "accumulate=1:6"]
+    over = ["batch_size=2:6", "grad_accum_steps=1:6"]
     found = search(recipe, over, trials=6, search_seed=1, display=Display(quiet=True))
-    fits = [trial.settings["accumulate"] <= trial.settings["batch_size"] for trial in found.trials]
+    fits = [trial.settings["grad_accum_steps"] <= trial.settings["batch_size"] for trial in found.trials]
     assert [trial.state == "finished" for trial in found.trials] == fits and 0 < sum(fits) < 6
     assert {trial.state for trial in found.trials} == {"finished", "refused"} and found.trials[0].state == "refused"
     table = pd.read_csv(tmp_path / "runs" / "search-pskd" / "trials.csv")
-    assert table.columns[2:5].tolist() == ["batch_size", "accumulate", "top1_error"]
+    assert table.columns[2:5].tolist() == ["batch_size", "grad_accum_steps", "top1_error"]
     assert len(plots.search(table, "nll", "pskd").axes) == 6
 
 

@@ -99,11 +99,11 @@ def test_topk_says_what_it_takes_and_what_it_costs_and_full_says_no_error():
     said = {}
     for options in ({}, {"store_format": "topk", "store_topk": 2}):
         pskd = PSKD(0.8, **options).setup(num_samples=40, num_classes=10, num_epochs=2, device="cpu")
-        start = pskd.about()
+        start = pskd.describe()
         pskd.begin_epoch(0, torch.arange(40))
         pskd.loss(model, Batch(torch.eye(10)[labels], labels, torch.arange(40)))
         pskd.end_epoch()
-        said[start] = pskd.about()
+        said[start] = pskd.describe()
     assert said.pop("prediction store: 40 × 10 float16, 800 bytes a rank on cpu") == (
         "prediction store: 40 × 10 float16, 800 bytes a rank on cpu"
     )

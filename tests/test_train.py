@@ -80,7 +80,7 @@ def test_a_run_interrupted_in_mid_epoch_and_continued_equals_the_uninterrupted_o
         "epochs": 3,
         "model__kwargs": {"width": 8, "drop_rate": 0.2},
         "ema_decay": 0.9,
-        "accumulate": 2,
+        "grad_accum_steps": 2,
     }
     whole = train(tiny(output_dir=str(tmp_path / "whole"), **settings))
     recipe = tiny(output_dir=str(tmp_path / "parts"), **settings)
@@ -137,7 +137,7 @@ def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(tiny, tmp_
         "batch_size": 50,
     }
     whole = train(tiny(output_dir=str(tmp_path / "whole"), **settings))
-    parts = train(tiny(output_dir=str(tmp_path / "parts"), accumulate=3, **settings))
+    parts = train(tiny(output_dir=str(tmp_path / "parts"), grad_accum_steps=3, **settings))
     assert losses(parts.run_dir) == pytest.approx(losses(whole.run_dir), rel=1e-4)
 
 
@@ -371,7 +371,9 @@ def test_a_network_whose_outputs_are_not_finite_is_no_perfect_network(tiny):
         train(tiny(method="baseline", epochs=1, batch_size=300, optim__lr=1e30))
 
 
-@pytest.mark.parametrize("settings", [{"data__limit_train": 65}, {"batch_size": 1}, {"batch_size": 8, "accumulate": 8}])
+@pytest.mark.parametrize(
+    "settings", [{"data__limit_train": 65}, {"batch_size": 1}, {"batch_size": 8, "grad_accum_steps": 8}]
+)
 def test_a_network_that_cannot_train_on_one_sample_is_refused_one_before_training(tiny, tmp_path, settings):
     deep = {"model__name": "resnet18", "model__kwargs": {}}  # a map of one pixel at 8×8
     with pytest.raises(
@@ -408,9 +410,9 @@ def test_a_gpu_without_memory_left_is_a_line_that_says_what_helps(monkeypatch, t
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
     monkeypatch.setattr(sys.modules["pskd_timm.training"], "train", full)
-    assert main(["train", "digits", "--accumulate", "2", "--output_dir", str(tmp_path)]) == 1
+    assert main(["train", "digits", "--grad_accum_steps", "2", "--output_dir", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith(
-        "seed0: CUDA out of memory: --accumulate 4 splits each step's samples into smaller parts\n"
+        "seed0: CUDA out of memory: --grad_accum_steps 4 splits each step's samples into smaller parts\n"
     )
 
 

@@ -15,7 +15,7 @@ from ..optim import make_optimizer
 from ..progress import Display, readable
 from ..recipe import Model, Optim
 from ..recipe_files import load_recipe
-from ..run.graph import WARMUP, Recorder, aside
+from ..run.graph import WARMUP, Recorder, on_side_stream
 from ..run.tracking import read_lines
 from ..training import set_backends, train
 from .rounds import peak, ratio, rounds, timed
@@ -108,7 +108,7 @@ def _bare(model, optimizer, images, labels, recorded: bool = False):
     work = forward_backward
     if recorded:
         for _ in range(WARMUP):
-            aside(step)
+            on_side_stream(step)
         work = Recorder()(forward_backward)
     return step
 

@@ -38,7 +38,7 @@ def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
 def resized_crop_boxes(index: Tensor, key: int, scale, height: int, width: int) -> Tensor:
     """(left, top, width, height) [B, 4] of a random resized crop of each sample `index` [B]: see streaming.resized_crop_box."""
     counters = index[:, None] * (4 * TRIES) + torch.arange(4 * TRIES, device=index.device)
-    draws = rng.uniform(rng.fold(key, RESIZED_CROP), counters).view(-1, TRIES, 4)
+    draws = rng.uniform(rng.derive_key(key, RESIZED_CROP), counters).view(-1, TRIES, 4)
     area, ratio, across, down = draws.unbind(dim=2)
     area = height * width * (scale[0] + area * (scale[1] - scale[0]))
     ratio = RATIO[0] * (RATIO[1] / RATIO[0]) ** ratio
@@ -125,7 +125,7 @@ def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tens
 def cutout(images: Tensor, index: Tensor, key: int, side: int) -> Tensor:
     """`images` [B, C, H, W] with a square of `side` pixels zero around a pixel of each (DeVries and Taylor, 2017)."""
     down, across = (
-        rng.integers(rng.fold(key, draw), index, size)
+        rng.integers(rng.derive_key(key, draw), index, size)
         for draw, size in zip((CUT_DOWN, CUT_ACROSS), images.shape[-2:], strict=True)
     )
     sides = torch.full_like(down, side)
@@ -136,7 +136,8 @@ def random_erasing(images: Tensor, index: Tensor, key: int, probability: float) 
     """`images` [B, C, H, W], of which each has with `probability` a random box of zeros (Zhong et al., AAAI 2020)."""
     height, width = images.shape[-2:]
     chosen, area, ratio, down, across = (
-        rng.uniform(rng.fold(key, draw), index) for draw in (ERASE, ERASED_AREA, ERASED_RATIO, ERASE_DOWN, ERASE_ACROSS)
+        rng.uniform(rng.derive_key(key, draw), index)
+        for draw in (ERASE, ERASED_AREA, ERASED_RATIO, ERASE_DOWN, ERASE_ACROSS)
     )
     area = height * width * (ERASED[0] + area * (ERASED[1] - ERASED[0]))
     ratio = ERASED_RATIOS[0] * (ERASED_RATIOS[1] / ERASED_RATIOS[0]) ** ratio
@@ -153,16 +154,18 @@ def augment(images: Tensor, index: Tensor, key: int, section: Augment, mean: Ten
     erased is zero, the mean colour.
     """
     if section.crop_padding:
-        top, left = (rng.integers(rng.fold(key, draw), index, 2 * section.crop_padding + 1) for draw in (TOP, LEFT))
+        top, left = (
+            rng.integers(rng.derive_key(key, draw), index, 2 * section.crop_padding + 1) for draw in (TOP, LEFT)
+        )
         images = crop(images, top, left, section.crop_padding)
     if section.hflip:
-        images = flip(images, rng.uniform(rng.fold(key, FLIP), index) < section.hflip)
+        images = flip(images, rng.uniform(rng.derive_key(key, FLIP), index) < section.hflip)
     if section.color_jitter:
-        draws = [rng.uniform(rng.fold(key, draw), index) for draw in (BRIGHTNESS, CONTRAST, SATURATION)]
+        draws = [rng.uniform(rng.derive_key(key, draw), index) for draw in (BRIGHTNESS, CONTRAST, SATURATION)]
         factors = 1.0 + section.color_jitter * (2.0 * torch.stack(draws, dim=1) - 1.0)
-        images = color_jitter(images, factors, rng.integers(rng.fold(key, JITTER_ORDER), index, len(ORDERS)))
+        images = color_jitter(images, factors, rng.integers(rng.derive_key(key, JITTER_ORDER), index, len(ORDERS)))
     if section.lighting:
-        alpha = [rng.normal(rng.fold(key, LIGHTING, component), index) for component in range(3)]
+        alpha = [rng.normal(rng.derive_key(key, LIGHTING, component), index) for component in range(3)]
         images = lighting(images, section.lighting * torch.stack(alpha, dim=1))
     images = normalize(images, mean, std)
     if section.cutout:
@@ -176,40 +179,40 @@ class Mix(NamedTuple):
     """How a batch is mixed: mixup or cutmix, the share that is an image's own, and the box's centre (0 … 1 down, across)."""
 
     kind: str
-    own: float
+    lam: float
     centre: tuple[float, float]
 
 
 def drawn_mix(section: Augment, key: int) -> Mix | None:
-    """How the batch with this `key` is mixed: `mix_share` of the batches are, with the share drawn from Beta(a, a)."""
+    """How the batch with this `key` is mixed: `mix_prob` of the batches are, with the share drawn from Beta(a, a)."""
     kinds = [kind for kind in ("mixup", "cutmix") if getattr(section, kind)]
     if not kinds:
         return None
     draws = random.Random(key)
-    if draws.random() >= section.mix_share:
+    if draws.random() >= section.mix_prob:
         return None
     kind = draws.choice(kinds)
     a = getattr(section, kind)
     return Mix(kind, draws.betavariate(a, a), (draws.random(), draws.random()))
 
 
-def mixup(images: Tensor, mate: Tensor, own: float) -> Tensor:
-    """own·image + (1 − own)·its mate, for `images` [B, C, H, W] and their mates' positions [B] (Zhang et al., ICLR 2018)."""
-    return torch.lerp(images[mate], images, own)
+def mixup(images: Tensor, permutation: Tensor, lam: float) -> Tensor:
+    """λ·images + (1 − λ)·images[permutation], for `images` [B, C, H, W], `permutation` [B] (Zhang et al., ICLR 2018)."""
+    return torch.lerp(images[permutation], images, lam)
 
 
-def cutmix(images: Tensor, mate: Tensor, own: float, centre: tuple[float, float]) -> tuple[Tensor, float]:
-    """`images` [B, C, H, W] with a box of 1 − `own` of their area, clipped at the edges, from their mates; and their own share.
+def cutmix(images: Tensor, permutation: Tensor, lam: float, centre: tuple[float, float]) -> tuple[Tensor, float]:
+    """`images` [B, C, H, W] with a box of 1 − λ of their area, clipped at the edges, from images[permutation]; and λ as it is.
 
     Yun et al., ICCV 2019. The share that is returned is the one that is left after clipping.
     """
     bounds = []
     for middle, size in zip(centre, images.shape[-2:], strict=True):
-        side = round(size * (1.0 - own) ** 0.5)
+        side = round(size * (1.0 - lam) ** 0.5)
         start = int(middle * size) - side // 2
         bounds.append(slice(max(start, 0), min(start + side, size)))
     down, across = bounds
     mixed = images.clone()
-    mixed[..., down, across] = images[mate][..., down, across]
+    mixed[..., down, across] = images[permutation][..., down, across]
     area = (down.stop - down.start) * (across.stop - across.start)
     return mixed, 1.0 - area / (images.shape[-2] * images.shape[-1])

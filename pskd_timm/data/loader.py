@@ -18,7 +18,7 @@ ANCHOR, PARTNER, MIXING = 2, 3, 4
 
 
 class Loader:
-    """This rank's training batches of each epoch, as a function of (seed, epoch); `partners` fills `partner_images` too."""
+    """This rank's training batches of each epoch, as a function of (seed, epoch); `partners` fills `partner_inputs` too."""
 
     def __init__(
         self,
@@ -68,9 +68,9 @@ class Loader:
         self._stream_epoch = None
         for number in range(self.steps - len(ids), self.steps):
             index, views = next(self._stream)
-            parts = [order.share_pairs(len(index), part, accumulate) for part in range(accumulate)]
+            parts = [order.even_slice_of_pairs(len(index), part, accumulate) for part in range(accumulate)]
             mix = self.mix(epoch, number)
-            start = order.share_pairs(self.global_size(number), self.rank, self.world_size).start
+            start = order.even_slice_of_pairs(self.global_size(number), self.rank, self.world_size).start
             yield [
                 self._batch(index[part], [view[part] for view in views], epoch, mix, start + part.start)
                 for part in parts
@@ -80,7 +80,7 @@ class Loader:
 
     def mix(self, epoch: int, number: int) -> Mix | None:
         """How global batch `number` of the epoch is mixed, if it is."""
-        return drawn_mix(self.section, rng.fold(self.seed, epoch, MIXING, number))
+        return drawn_mix(self.section, rng.derive_key(self.seed, epoch, MIXING, number))
 
     def num_unmixed(self, epoch: int) -> int:
         """Samples that the epoch shows unmixed, over all ranks."""
@@ -90,9 +90,9 @@ class Loader:
         while True:
             lengths = [len(batch) for batch in ids]
             index = torch.cat(ids)
-            streams = [(index, rng.fold(self.seed, epoch, ANCHOR))]
+            streams = [(index, rng.derive_key(self.seed, epoch, ANCHOR))]
             if self.partners:
-                streams.append((self.partners.draw(index, self.seed, epoch), rng.fold(self.seed, epoch, PARTNER)))
+                streams.append((self.partners.draw(index, self.seed, epoch), rng.derive_key(self.seed, epoch, PARTNER)))
             # One copy to the device for the whole epoch; a batch's ids are a view of it.
             on_device = [samples.to(self.split.ids_device).split(lengths) for samples, _ in streams]
             epoch += 1
@@ -105,20 +105,20 @@ class Loader:
             ids = upcoming
 
     def _batch(self, index: Tensor, views: list[Tensor], epoch: int, mix: Mix | None, start: int) -> Batch:
-        keys = [rng.fold(self.seed, epoch, stream) for stream in (ANCHOR, PARTNER)]
+        keys = [rng.derive_key(self.seed, epoch, stream) for stream in (ANCHOR, PARTNER)]
         images = [
             augment(view, index, key, self.section, self.mean, self.std) for view, key in zip(views, keys, strict=False)
         ]
         batch = Batch(images[0], self.split.labels[index], index, *images[1:])
-        return _mixed(batch, mix, order.mates(start, len(index), index.device)) if mix else batch
+        return _mixed(batch, mix, order.mix_permutation(start, len(index), index.device)) if mix else batch
 
 
-def _mixed(batch: Batch, mix: Mix, mate: Tensor) -> Batch:
+def _mixed(batch: Batch, mix: Mix, permutation: Tensor) -> Batch:
     if mix.kind == "mixup":
-        images, own = mixup(batch.images, mate, mix.own), mix.own
+        images, lam = mixup(batch.inputs, permutation, mix.lam), mix.lam
     else:
-        images, own = cutmix(batch.images, mate, mix.own, mix.centre)
-    return replace(batch, images=images, mate=mate, own=torch.full((), own, device=mate.device))
+        images, lam = cutmix(batch.inputs, permutation, mix.lam, mix.centre)
+    return replace(batch, inputs=images, permutation=permutation, lam=torch.full((), lam, device=permutation.device))
 
 
 def pictures(split: Split, rows: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def pictures(split: Split, rows: Tensor) -> Tensor:
 
 def eval_part(length: int, batch_size: int, rank: int, world_size: int) -> slice:
     """The samples of a split that `rank` evaluates: whole batches, so that they are the same batches on any number of ranks."""
-    batches = order.share(-(-length // batch_size), rank, world_size)
+    batches = order.even_slice(-(-length // batch_size), rank, world_size)
     return slice(*(min(bound * batch_size, length) for bound in (batches.start, batches.stop)))
 
 

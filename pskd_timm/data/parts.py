@@ -49,7 +49,7 @@ def stratified(labels: Tensor, fraction: float, seed: int, stream: int) -> Tenso
 
 def _shuffled(labels: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor]:
     """All positions by class, shuffled in each, and which of its class (from 0) each one is."""
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(rng.fold(seed, stream)))
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(rng.derive_key(seed, stream)))
     by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     sizes = labels.bincount()
     first = sizes.cumsum(0) - sizes

@@ -141,8 +141,8 @@ def flip_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) ->
     if not fraction:
         return labels
     ids = torch.arange(len(labels))
-    flipped = rng.bits(rng.fold(seed, FLIPPED), ids).argsort()[: round(fraction * len(labels))]
-    shift = 1 + rng.integers(rng.fold(seed, NEW_LABEL), flipped, num_classes - 1)
+    flipped = rng.bits(rng.derive_key(seed, FLIPPED), ids).argsort()[: round(fraction * len(labels))]
+    shift = 1 + rng.integers(rng.derive_key(seed, NEW_LABEL), flipped, num_classes - 1)
     return labels.index_put((flipped,), (labels[flipped] + shift) % num_classes)
 
 
@@ -164,7 +164,7 @@ def _limited(split: Split, count: int | None, seed: int) -> Split:
 def _with_noise(split: Split, section: DataSection, part: int) -> Split:
     if not section.gaussian_noise:
         return split
-    key = rng.fold(section.seed, NOISE, part)
+    key = rng.derive_key(section.seed, NOISE, part)
     return replace(split, images=gaussian_noise(split.images, split.source_id, section.gaussian_noise, key))
 
 

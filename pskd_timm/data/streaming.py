@@ -134,9 +134,9 @@ class _Pictures(Dataset):
         draws, seeds = [None] * len(rows), [None] * len(rows)
         if key is not None and self.split.scale:
             counters = drawn_for[:, None] * (4 * TRIES) + torch.arange(4 * TRIES)
-            draws = rng.uniform(rng.fold(key, RESIZED_CROP), counters).view(-1, TRIES, 4).tolist()
+            draws = rng.uniform(rng.derive_key(key, RESIZED_CROP), counters).view(-1, TRIES, 4).tolist()
         if key is not None and self.policy:
-            seeds = rng.integers(rng.fold(key, AUTO_AUGMENT), drawn_for, 2**31).tolist()
+            seeds = rng.integers(rng.derive_key(key, AUTO_AUGMENT), drawn_for, 2**31).tolist()
         crop_pct = self.split.crop_pct if key is None else 1.0
         return [self._picture(*item, crop_pct) for item in zip(stored, rows, draws, seeds, strict=True)]
 

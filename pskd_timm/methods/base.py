@@ -34,7 +34,7 @@ def frozen(network: nn.Module, like: nn.Module | None) -> nn.Module:
 class Method:
     """Base of all methods. Not an `nn.Module`: a teacher is neither wrapped nor saved with the student."""
 
-    needs_partners = False  # whether `Batch.partner_images` is to be filled
+    needs_partners = False  # whether `Batch.partner_inputs` is to be filled
     part_names: tuple[str, ...] = ()  # what the loss is made of, as steps.jsonl and wandb name it
     parts: Tensor  # [len(part_names)] after `loss`: the values of those in it, means over B without gradient
     store: PredictionStore | None = None  # what a method remembers of the training samples, saved with a checkpoint
@@ -80,7 +80,7 @@ class Method:
         """Whatever beside tensors decides what `loss` does: another value asks for another recording of the step."""
         return None
 
-    def about(self) -> str | None:
+    def describe(self) -> str | None:
         """A line on what the method holds, told at the start and, if it changed, after the first epoch; all ranks together."""
 
     def values(self) -> dict[str, float]:

@@ -19,10 +19,10 @@ class CSKD(Method):
         self.weight, self.temperature, self.partner_mode = weight, temperature, partner_mode
 
     def loss(self, model, batch):
-        logits = model(batch.images)
+        logits = model(batch.inputs)
         # The released code's way is train mode, so that batch statistics are the partners' own.
         with torch.no_grad(), nullcontext() if self.partner_mode == "train" else eval_mode(model):
-            partner_logits = model(batch.partner_images)
+            partner_logits = model(batch.partner_inputs)
         cross_entropy = F.cross_entropy(losses.at_least_float32(logits), batch.labels)
         kl = losses.tempered_kl(logits, partner_logits, self.temperature)
         self.parts = torch.stack([cross_entropy, kl]).detach()

@@ -18,7 +18,7 @@ class LabelSmoothing(Method):
         self.epsilon, self.spread = epsilon, spread
 
     def loss(self, model, batch):
-        logits = model(batch.images)
+        logits = model(batch.inputs)
         log_p = F.log_softmax(losses.at_least_float32(logits), dim=1)
         cross_entropy, uniform = batch.label_loss(partial(F.nll_loss, log_p)), -log_p.mean()
         self.parts = torch.stack([cross_entropy, uniform]).detach()

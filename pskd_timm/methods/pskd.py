@@ -53,20 +53,24 @@ class PSKD(Method):
         self._alpha = torch.zeros((), dtype=torch.float64, device=device)  # where a recorded step reads it
         if self.teacher == "snapshot":
             self.snapshot = Snapshot(model)
-            self.told = "snapshot teacher: the network as the last epoch left it, one more forward a step"
+            self.description = "snapshot teacher: the network as the last epoch left it, one more forward a step"
             return self
         num_bytes = store_bytes(num_samples, num_classes, self.store_dtype, rank_and_world_size()[1], self.topk)
         where = choose_device(self.store_device, device, num_bytes)
         self.store = PredictionStore(num_samples, num_classes, where, self.store_dtype, labels, self.topk)
-        self.told = (
+        self.description = (
             f"prediction store: {num_samples:,} × {num_classes:,} {self.store_dtype}"
             f"{f', the {self.topk} largest of each row' if self.topk else ''}, {readable(num_bytes)} a rank on {where.type}"
         )
         return self
 
-    def about(self):
+    def describe(self):
         error = self.store.topk_error() if self.topk else 0.0
-        return f"{self.told}; {100 * error:.2g} % of a row's mass is misplaced on average" if error else self.told
+        return (
+            f"{self.description}; {100 * error:.2g} % of a row's mass is misplaced on average"
+            if error
+            else self.description
+        )
 
     def begin_epoch(self, epoch, order):
         self.alpha_now = alpha_at(epoch, self.num_epochs, self.alpha, *self.schedule)
@@ -77,14 +81,14 @@ class PSKD(Method):
             self.snapshot.take()  # a run that starts in mid-way from a file: its weights are those of the last epoch
 
     def loss(self, model, batch):
-        logits = model(batch.images)
+        logits = model(batch.inputs)
         wide = losses.at_least_float32(logits)
         last = self.last_prediction(model, batch).to(wide.dtype)
         log_p = F.log_softmax(wide, dim=1)
         cross_entropy = batch.label_loss(partial(F.nll_loss, log_p))
         last_cross_entropy = -(last * log_p).sum(dim=1).mean()
         self.parts = torch.stack([cross_entropy, last_cross_entropy]).detach()
-        if self.store and batch.mate is None:
+        if self.store and batch.permutation is None:
             # What this very forward predicts (training mode, augmented view) is the next visit's target; of a mixed image
             # it is neither sample's.
             self.store.write(batch.index, wide.detach().softmax(dim=1))
@@ -101,7 +105,7 @@ class PSKD(Method):
         self.snapshot.watch(model)
         if not self.snapshot_teaches:
             return batch.mixed(losses.one_hot(batch.labels, self.num_classes))
-        return losses.at_least_float32(self.snapshot.logits(batch.images)).softmax(dim=1)
+        return losses.at_least_float32(self.snapshot.logits(batch.inputs)).softmax(dim=1)
 
     def end_epoch(self):
         if self.store:

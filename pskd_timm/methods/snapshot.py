@@ -16,13 +16,13 @@ class Snapshot:
     """A frozen copy of a network in eval mode, taken at each epoch's end; before the first one there is none."""
 
     def __init__(self, model: nn.Module | None = None):
-        self.network = None if model is None else bare(model)
+        self.network = None if model is None else unwrap_model(model)
         self.frozen = None
 
     def watch(self, model: nn.Module):
         """Remember the network to copy, where it is not known yet."""
         if self.network is None:
-            self.network = bare(model)
+            self.network = unwrap_model(model)
 
     def take(self):
         """Copy the network, with the main rank's running statistics (all ranks call it together)."""
@@ -50,7 +50,7 @@ class Snapshot:
         return frozen(copy.deepcopy(self.network), like=self.network)
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """`model` without the wrappers of several processes and of torch.compile."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod

@@ -70,7 +70,7 @@ class TFKD(Method):
         return self
 
     def loss(self, model, batch):
-        logits = model(batch.images)
+        logits = model(batch.inputs)
         temperatures = self.temperature, self.student_temperature
         if self.teacher is None:
             kl = batch.label_loss(
@@ -78,7 +78,7 @@ class TFKD(Method):
             )
         else:
             with torch.no_grad():
-                teacher_logits = self.teacher(batch.images)
+                teacher_logits = self.teacher(batch.inputs)
             kl = losses.tempered_kl(logits, teacher_logits, *temperatures)
         cross_entropy = batch.label_loss(partial(F.cross_entropy, losses.at_least_float32(logits)))
         self.parts = torch.stack([cross_entropy, kl]).detach()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import InputError
-from ..files import write_whole
+from ..files import write_atomic
 from ..metrics import METRICS
 from . import page, plots
 from .runs import Run, by_method, find_runs, history, predictions, rows, scored_part
@@ -88,14 +88,14 @@ def write(found: list[Run], searches: list[Search], folder: Path) -> Comparison:
     notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run))]
     comparison = Comparison(table, folders, [], name, notes)
     table.to_csv(folder / "comparison.csv", index=False)
-    write_whole(folder / "comparison.md", markdown(table, name, notes))
-    write_whole(folder / "comparison.tex", latex_table(table, name))
+    write_atomic(folder / "comparison.md", markdown(table, name, notes))
+    write_atomic(folder / "comparison.tex", latex_table(table, name))
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     if finished:
         each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
         plots.comparison(comparison.history_frame, each, name).savefig(folder / "comparison.png", dpi=150)
         comparison.paths.append(folder / "comparison.png")
-    write_whole(folder / "report.html", page.render(found, table, tables, notes, searches))
+    write_atomic(folder / "report.html", page.render(found, table, tables, notes, searches))
     comparison.paths.append(folder / "report.html")
     return comparison
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import write_whole
+from ..files import write_atomic
 from ..metrics import METRICS
 from ..recipe import Recipe
 from ..recipe_files import load_recipe
@@ -96,7 +96,7 @@ def dashboard(
     path = root / "dashboard.json"
     root.mkdir(parents=True, exist_ok=True)
     spec = view.spec.model_dump(by_alias=True, exclude_none=True)
-    write_whole(path, json.dumps({"name": view.display_name, "project": view.project, "spec": spec}, indent=1))
+    write_atomic(path, json.dumps({"name": view.display_name, "project": view.project, "spec": spec}, indent=1))
     return path, _publish(workspace) if publish else ""
 
 

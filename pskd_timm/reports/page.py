@@ -82,7 +82,7 @@ def render(
         "searches": [search_section(search) for search in searches],
         "losses": losses(finished),
         "settings": settings_lines(found),
-        "surroundings": surroundings(found),
+        "environment": versions_and_hardware(found),
     }
     return environment().get_template("page.html").render(context)
 
@@ -157,7 +157,7 @@ def _distinct(words) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
-def surroundings(found: list[Run]) -> list[tuple[str, str]]:
+def versions_and_hardware(found: list[Run]) -> list[tuple[str, str]]:
     """Versions and hardware, as the runs recorded them."""
     values = [run.values for run in found if run.values]
     names = dict.fromkeys(name for v in values for name in v["versions"])

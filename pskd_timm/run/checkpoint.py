@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..errors import InputError
-from ..files import checksum, flush_to_disk, publish, warn
+from ..files import checksum, flush_to_disk, rename_atomic, warn
 from ..methods.base import Method
 from ..models.build import contiguous_state
 from ..recipe import Checkpoint as CheckpointSection
@@ -52,7 +52,7 @@ class Progress:
 
 
 @dataclass
-class Parts:
+class TrainState:
     """What a checkpoint holds beside Progress; `load` fills it in place."""
 
     model: nn.Module
@@ -70,14 +70,14 @@ class CannotWrite(Exception):
 
 
 @dataclass
-class Wish:
+class Due:
     """What is asked of a run between two steps, the same on every rank."""
 
     save: bool = False
     signal: int = 0
 
 
-class Wishes:
+class SaveSchedule:
     """When a run is to save or to stop: by steps, by minutes, or by a signal.
 
     A step count is the same on every rank. A clock and a signal are not, so several ranks speak of them only every
@@ -88,30 +88,30 @@ class Wishes:
         self.section, self.meet_every = section, meet_every
         self.saved_at = time.monotonic()
 
-    def after(self, steps: int, signal: int, epoch_end: bool = False) -> Wish:
+    def after(self, steps: int, signal: int, epoch_end: bool = False) -> Due:
         """What to do after `steps` steps of the run, where this rank has got `signal` (0: none)."""
         save = bool(self.section.every_steps) and steps % self.section.every_steps == 0
         if epoch_end or ranks.rank_and_world_size()[1] == 1 or steps % self.meet_every == 0:
             minutes = (time.monotonic() - self.saved_at) / 60
             overdue = self.section.every_minutes is not None and minutes >= self.section.every_minutes
             overdue, signal = map(int, ranks.largest([float(overdue), float(signal)]))
-            return Wish(save or bool(overdue), signal)
-        return Wish(save)
+            return Due(save or bool(overdue), signal)
+        return Due(save)
 
 
 def save(
-    run_dir: Path, progress: Progress, parts: Parts, keep: int, before_publishing: Callable = lambda: None
+    run_dir: Path, progress: Progress, train_state: TrainState, keep: int, before_commit: Callable = lambda: None
 ) -> bool:
     """Write a checkpoint, then remove all but the `keep` newest (all ranks call it together).
 
     Where a rank cannot write, main says so in a line, False is returned on every rank and the earlier checkpoints stay.
-    `before_publishing` is called on the main rank; an OSError of it counts as one of the checkpoint's own.
+    `before_commit` is called on the main rank; an OSError of it counts as one of the checkpoint's own.
     """
     rank, world_size = ranks.rank_and_world_size()
     folder = run_dir / "checkpoints"
     partial = folder / "partial"
     name = f"{progress.epoch:06d}-{progress.step:08d}"
-    rows = parts.store.shard() if parts.store is not None else None
+    rows = train_state.store.shard() if train_state.store is not None else None
 
     def begin():
         if rank == 0:
@@ -120,13 +120,13 @@ def save(
 
     def finish():
         if rank == 0:
-            before_publishing()
-            _write_state(partial, progress, parts.scaler, checksums, sums)
-            publish(partial, folder / name)
+            before_commit()
+            _write_state(partial, progress, train_state.scaler, checksums, sums)
+            rename_atomic(partial, folder / name)
 
     try:
         _together(begin)
-        written = _together(lambda: _write(partial, parts, rows, rank, world_size))
+        written = _together(lambda: _write(partial, train_state, rows, rank, world_size))
         checksums = {name: value for files, _ in written for name, value in files.items()}
         sums = [rank_sums for _, rank_sums in written]
         _together(finish)
@@ -150,35 +150,37 @@ def _together(work: Callable) -> list:
         value = work()
     except (OSError, RuntimeError, SafetensorError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    found = ranks.share_objects((value, problem))
+    found = ranks.all_gather_objects((value, problem))
     if problems := [problem for _, problem in found if problem]:
         raise CannotWrite(problems[0])
     return [value for value, _ in found]
 
 
-def _write(partial: Path, parts: Parts, rows: Tensor | None, rank: int, world_size: int) -> tuple[dict, list[float]]:
+def _write(
+    partial: Path, train_state: TrainState, rows: Tensor | None, rank: int, world_size: int
+) -> tuple[dict, list[float]]:
     """Write this rank's files; returns their checksums by name, and the running sums."""
     tensors = {}
     if rows is not None:
         tensors[_shard_name(rank, world_size)] = {"rows": rows}
     if rank == 0:
-        tensors["model.safetensors"] = contiguous_state(parts.model)
-        if parts.ema is not None:
-            tensors["ema.safetensors"] = contiguous_state(parts.ema)
-        if parts.best:
-            tensors["best.safetensors"] = parts.best
-        if state := parts.method.state_dict():
+        tensors["model.safetensors"] = contiguous_state(train_state.model)
+        if train_state.ema is not None:
+            tensors["ema.safetensors"] = contiguous_state(train_state.ema)
+        if train_state.best:
+            tensors["best.safetensors"] = train_state.best
+        if state := train_state.method.state_dict():
             tensors["method.safetensors"] = state
         # Through memory, because torch does not say why it could not write a file.
         buffer = io.BytesIO()
-        torch.save(parts.optimizer.state_dict(), buffer)
+        torch.save(train_state.optimizer.state_dict(), buffer)
         (partial / "optimizer.pt").write_bytes(buffer.getbuffer())
     for name, state in tensors.items():
         save_file(state, partial / name)
     mine = [partial / name for name in [*tensors, *(["optimizer.pt"] if rank == 0 else [])]]
     for path in mine:
         flush_to_disk(path)
-    return {path.name: checksum(path) for path in mine}, parts.sums.tolist()
+    return {path.name: checksum(path) for path in mine}, train_state.sums.tolist()
 
 
 def _write_state(partial: Path, progress: Progress, scaler, checksums: dict, sums: list):
@@ -264,27 +266,27 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def load(path: Path, parts: Parts) -> Progress:
+def load(path: Path, train_state: TrainState) -> Progress:
     """Put a checkpoint's contents into place on this rank and return where the run stood."""
     rank, world_size = ranks.rank_and_world_size()
     state = json.loads((path / "state.json").read_bytes())
     try:
-        parts.model.load_state_dict(load_file(path / "model.safetensors"))
-        if parts.ema is not None:
-            parts.ema.load_state_dict(load_file(path / "ema.safetensors"))
-        parts.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+        train_state.model.load_state_dict(load_file(path / "model.safetensors"))
+        if train_state.ema is not None:
+            train_state.ema.load_state_dict(load_file(path / "ema.safetensors"))
+        train_state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
         if "method.safetensors" in state["checksums"]:
-            parts.method.load_state_dict(load_file(path / "method.safetensors"))
+            train_state.method.load_state_dict(load_file(path / "method.safetensors"))
     except (RuntimeError, ValueError, KeyError, FileNotFoundError, UnpicklingError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"{path}: does not fit this recipe's network and optimizer: {why}") from None
     if "best.safetensors" in state["checksums"]:
-        parts.best.update(load_file(path / "best.safetensors"))
-    if parts.scaler and state["scaler"]:
-        parts.scaler.load_state_dict(state["scaler"])
-    if parts.store is not None:
-        _load_rows(path, parts.store, state["world_size"])
-    parts.sums.copy_(torch.tensor(_my_sums(state["sums"], rank, world_size)))
+        train_state.best.update(load_file(path / "best.safetensors"))
+    if train_state.scaler and state["scaler"]:
+        train_state.scaler.load_state_dict(state["scaler"])
+    if train_state.store is not None:
+        _load_rows(path, train_state.store, state["world_size"])
+    train_state.sums.copy_(torch.tensor(_my_sums(state["sums"], rank, world_size)))
     known = {one.name for one in fields(Progress)}
     return Progress(**{key: value for key, value in state["progress"].items() if key in known})
 

@@ -42,8 +42,8 @@ class StepGraph:
             replay()
             return
         self.seen[key] += 1
-        if batch.images.is_cuda:
-            aside(lambda: self.step(batch, weight))
+        if batch.inputs.is_cuda:
+            on_side_stream(lambda: self.step(batch, weight))
         else:
             self.step(batch, weight)
 
@@ -69,7 +69,7 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def aside(work: Callable[[], None]):
+def on_side_stream(work: Callable[[], None]):
     """Run `work` on another stream than the default one, as torch's notes on CUDA graphs ask of steps before a recording."""
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())

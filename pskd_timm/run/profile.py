@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import profiler
 
-from ..files import write_whole
+from ..files import write_atomic
 
 SKIPPED = 20  # the first steps allocate, choose algorithms, compile and record
 WARMUP = 3  # under the profiler but not kept: its own start takes time
@@ -28,7 +28,7 @@ def profiled(folder: Path, steps: int, say: Callable[[str], None]) -> Iterator[p
     def write(profile: profiler.profile):
         by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=by, row_limit=LINES, max_name_column_width=60)
-        write_whole(folder / "profile.txt", f"{profile.step_num - SKIPPED - WARMUP} steps\n{table}")
+        write_atomic(folder / "profile.txt", f"{profile.step_num - SKIPPED - WARMUP} steps\n{table}")
         profile.export_chrome_trace(str(folder / "profile.json.gz"))
         say(f"{folder}: where the time of some steps went is in profile.txt and profile.json.gz (ui.perfetto.dev)")
 

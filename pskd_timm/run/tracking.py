@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import Lines, without_nan, write_whole
+from ..files import Lines, without_nan, write_atomic
 from ..metrics import ECE_BINS, METRICS, Outcomes, bin_of, risk_curve
 from ..recipe import Recipe
 
@@ -108,7 +108,7 @@ class Tracker:
         if self.is_main and not path.is_file():
             # A sweep knows its runs by ids of its own.
             of_sweep = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-            write_whole(path, of_sweep or secrets.token_hex(4))
+            write_atomic(path, of_sweep or secrets.token_hex(4))
         return path.read_text() if self.is_main else None
 
     def _define_metrics(self):
