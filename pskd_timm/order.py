@@ -31,7 +31,7 @@ def even_slice(length: int, part: int, parts: int) -> slice:
 
 
 def even_slice_of_pairs(length: int, part: int, parts: int) -> slice:
-    """`even_slice` with even bounds, so that both samples of a mixed pair are in it; below two items a part, `even_slice` itself."""
+    """`even_slice` with even bounds, so that it holds both of a mixed pair; below two items a part, `even_slice` itself."""
     if length < 2 * parts:
         return even_slice(length, part, parts)
     pairs = even_slice(length // 2, part, parts)
