@@ -8,7 +8,8 @@ from pathlib import Path
 
 from . import __version__
 from .errors import Diverged, InputError, nearest
-from .recipe import METHOD_SECTIONS, Recipe, settings
+from .methods import METHOD_SECTIONS
+from .recipe import Recipe, settings
 from .recipe_files import load_recipe, shipped_recipes, with_overrides
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
@@ -189,7 +190,7 @@ def run_train(arguments, rest):
 
     try:
         with Display(arguments.quiet) as display:
-            result = train(recipe, display)
+            result = train(recipe, display=display)
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
         return FAILED
@@ -202,7 +203,7 @@ def run_train(arguments, rest):
             raise
         lost = f"rank {os.environ['RANK']} lost another, which died or did not answer for {recipe.timeout_minutes:g} minutes"
         print(
-            f"pskd-timm: {recipe.run_dir}: {lost}; the same command goes on from the last checkpoint", file=sys.stderr
+            f"pskd-timm: {recipe.run_dir}: {lost}; the same command resumes from the last checkpoint", file=sys.stderr
         )
         return FAILED
     except (OSError, SafetensorError) as error:

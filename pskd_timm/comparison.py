@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,18 @@ from types import ModuleType
 
 from filelock import FileLock, Timeout
 
+from .checks import check_recipe
 from .errors import InputError
+from .methods import METHOD_SECTIONS
 from .progress import Display, Row, duration
-from .recipe import METHOD_SECTIONS, Recipe
-from .recipe_files import check_call
+from .recipe import Recipe
+from .recipe_files import as_recipe
 from .reports.build import Comparison, report
 from .reports.tables import short
+from .run.folder import is_finished, is_locked, read_result, run_lock
 from .run.tracking import last_line
-from .teacher import teacher_folder
-from .training import Result, at_work, check_recipe, finished, run_lock, train
+from .teacher import BASELINE, teacher_folder
+from .training import train
 
 NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
 BUSY = 75  # exit code of a run that another process is at work on (sysexits.h: try again later)
@@ -41,7 +45,8 @@ class Job:
     @property
     def teacher(self) -> Path | None:
         """The run that must be finished before this one, where it is one of the comparison's own."""
-        return teacher_folder(self.recipe) if self.recipe.tfkd.teacher == "baseline" else None
+        is_own = self.recipe.method_section.trained_teacher == BASELINE
+        return teacher_folder(self.recipe) if is_own else None
 
     @property
     def log(self) -> Path:
@@ -60,7 +65,11 @@ class Job:
 
 
 def compare(
-    recipe: Recipe, methods=METHOD_SECTIONS, seeds=(0,), jobs: int = 1, display: Display | None = None
+    recipe: Recipe | str | Path,
+    methods: Iterable[str] = tuple(METHOD_SECTIONS),
+    seeds: Iterable[int] = (0,),
+    jobs: int = 1,
+    display: Display | None = None,
 ) -> Comparison:
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
@@ -68,7 +77,7 @@ def compare(
     work on, as a second comparison in the same folder may be, is waited for. With `tfkd.teacher: baseline` the baselines
     are trained before TF-KD, also where `methods` does not name them.
     """
-    check_call(recipe, methods=methods, seeds=seeds)
+    recipe = as_recipe(recipe, methods=methods, seeds=seeds)
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {jobs}")
     # A seed or method given twice is one run.
@@ -82,18 +91,18 @@ def compare(
             "compare starts its runs itself: call `pskd-timm compare … --jobs N` without accelerate launch"
         )
     display = display or Display()
-    if "tfkd" in methods and "baseline" not in methods and recipe.tfkd.teacher == "baseline":
-        methods = ["baseline", *methods]
+    if BASELINE not in methods and any(getattr(recipe, name).trained_teacher == BASELINE for name in methods):
+        methods = [BASELINE, *methods]
     all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
-    waiting = [job for job in all_jobs if not finished(job.recipe)]
+    waiting = [job for job in all_jobs if not is_finished(job.recipe)]
     if waiting:
         check_recipe(recipe, tuple(dict.fromkeys(job.recipe.method for job in waiting)), display)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir: {root} cannot be written: {error}") from None
-    display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} finished before")
+    display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} already finished")
     try:
         _work_off(waiting, len(all_jobs), jobs, display)
     finally:
@@ -199,8 +208,8 @@ def _waiting(left: list[Job]) -> str:
 def _tell(job: Job, display: Display):
     code = job.process.exitcode
     if code == 0:
-        result = Result.read(job.recipe.run_dir)
-        display.say(f"{job.name:<{NAME_WIDTH}} {short(result.last)}  {duration(result.values['seconds'])}")
+        result = read_result(job.recipe.run_dir)
+        display.say(f"{job.name:<{NAME_WIDTH}} {short(result['last'])}  {duration(result['seconds'])}")
         return
     why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     if code == 1:  # it has said why
@@ -211,7 +220,7 @@ def _tell(job: Job, display: Display):
 
 def _held_elsewhere(job: Job, display: Display) -> bool:
     """Whether another process is at work on a job that waits; told once."""
-    held = at_work(job.recipe.run_dir)
+    held = is_locked(job.recipe.run_dir)
     if held and not job.awaited:
         display.say(f"{job.name}: another process is at work on this run; waiting for it")
         job.awaited = True

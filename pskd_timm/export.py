@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from . import __version__
 from .data.augmentation import normalize
 from .errors import InputError
-from .evaluation import normalisation
 from .metrics import score
+from .models.build import normalisation
 from .prediction import Classifier
 from .recipe import Recipe
 from .recipe_files import differing
 from .reports.plots import reliability_and_risk, title
 from .reports.tables import HEADERS, telling_metrics
-from .training import Result
+from .run.folder import read_result
+from .run.result import Result
 
 
 def push(run: str | Path, to: str, hub: bool = False, private: bool = False, best: bool = False) -> str:
@@ -75,7 +76,7 @@ def write_folder(run: Path, folder: Path, classifier: Classifier, best: bool, ti
     shutil.copy(run / "result.json", folder)
     table = pd.read_parquet(source / "predictions.parquet", columns=["confidence", "correct"])
     reliability_and_risk({classifier.recipe.method: [table]}).savefig(folder / "reliability.png", dpi=150)
-    (folder / "README.md").write_text(model_card(Result.read(run), classifier, best, timm_name))
+    (folder / "README.md").write_text(model_card(Result(run, read_result(run)), classifier, best, timm_name))
 
 
 def recipe_for_others(recipe: Recipe) -> str:

@@ -8,7 +8,28 @@ from torch import Tensor
 
 from .errors import InputError
 
-METRICS = ("top1_error", "top5_error", "nll", "ece", "aurc", "eaurc")
+
+class Metric(NamedTuple):
+    """How a metric is shown: its key in result.json, title, unit, decimals, and which direction is better."""
+
+    name: str
+    title: str
+    unit: str = ""
+    digits: int = 2
+    higher_is_better: bool = False
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("top1_error", "top-1 error", "%"),
+        Metric("top5_error", "top-5 error", "%"),
+        Metric("nll", "NLL"),
+        Metric("ece", "ECE", "%"),
+        Metric("aurc", "AURC", "×10³"),
+        Metric("eaurc", "E-AURC", "×10³"),
+    )
+}
 ECE_BINS = 10
 ROW_SUM_TOLERANCE = 0.02  # what rows of float16 or bfloat16 may be off
 ROWS_AT_ONCE = 1024  # looked at together: they and what is made of them fit into a processor's cache

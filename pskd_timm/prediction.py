@@ -18,11 +18,12 @@ from .data.augmentation import normalize
 from .data.decode import fit, open_image
 from .data.sources import PICTURE_SUFFIXES
 from .errors import InputError
-from .evaluation import autocast, normalisation, run_recipe, run_result
 from .losses import at_least_float32
-from .models.build import load_model
+from .models.build import load_model, normalisation
 from .progress import Display
 from .recipe import Recipe
+from .run.folder import read_recipe, read_result
+from .run.launch import autocast
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Classifier:
     def of_run(cls, run: str | Path, best: bool = False) -> "Classifier":
         """The last epoch's network of the run in a folder, or with `best` the best epoch's."""
         run = Path(run).expanduser()
-        recipe = run_recipe(run)
-        run_result(run)  # the run is finished
+        recipe = read_recipe(run)
+        read_result(run)  # the run is finished
         folder = run / "best" if best else run
         model = load_model(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         if recipe.threads:

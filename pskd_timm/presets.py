@@ -83,7 +83,7 @@ def place(source: str | None, network: tuple[str, bool]) -> str:
 
 
 def fitting(name: str, method: str, teacher: str, places: list[str]) -> Preset | None:
-    """The published setting of `method` for the first of `places` that has one; `teacher` matters to TF-KD only."""
+    """The published setting of `method` for the first of `places` that has one; `teacher` is '' but for TF-KD."""
     offered = offers(name, method, teacher)
     fits = (p for where in places for p in offered if where == p.of or where.startswith(f"{p.of}/"))
     return next(fits, None)
@@ -97,7 +97,7 @@ def offers(name: str, method: str, teacher: str) -> list[Preset]:
 def refusal(name: str, method: str, teacher: str, places: list[str]) -> str:
     """Why no published setting fits, and what there is instead."""
     if found := [p.of for p in offers(name, method, teacher)]:
-        what = f"{method} with a {teacher} teacher" if method == "tfkd" else method
+        what = f"{method} with a {teacher} teacher" if teacher else method
         return (
             f"preset {name}: nothing is published for {what} on {', '.join(places)}; there is {', '.join(found)}: "
             f"--preset_of {found[0]} takes that over"

@@ -7,12 +7,16 @@ from pydantic import (
     BeforeValidator,
     Field,
     PrivateAttr,
+    create_model,
     model_validator,
 )
 
 from . import presets
-from .errors import InputError
+from .effective import EffectiveLoss
+from .errors import InputError, nearest
+from .methods import METHOD_SECTIONS, MethodSection
 from .section import Area, Count, Fraction, NonNegative, Positive, Section
+from .tasks import TASKS
 
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 # YAML 1.1 reads a bare `no` or `off` as false.
@@ -161,78 +165,6 @@ class Optim(Section):
     """Largest norm of the gradient; longer gradients are scaled down to it."""
 
 
-class Baseline(Section):
-    pass
-
-
-class LabelSmoothing(Section):
-    epsilon: Fraction = 0.1
-    """ε: the target is (1 − ε)·label + ε/K. Default: PS-KD's authors (their repository, issue 6)."""
-    spread: Literal["all", "others"] = "all"
-    """ε goes to `all` K classes, ε/K each, or, as in TF-KD's repository, to the `others`, ε/(K − 1) each."""
-
-
-class CSKD(Section):
-    weight: NonNegative = 1.0
-    """λ, the weight of the KL term. Default: CS-KD's authors for CIFAR-100 (3 for fine-grained data)."""
-    temperature: Positive = 4.0
-    """T of both softmaxes. Default: CS-KD's authors."""
-    partner_mode: Literal["train", "eval"] = "train"
-    """Mode of the partners' forward: `train` moves running statistics twice a step, as CS-KD's code does; `eval` once."""
-
-
-class TFKD(Section):
-    teacher: str = "virtual"
-    """`virtual` (hand-made: TF-KD_reg), or trained before (TF-KD_self): a run's folder, or `baseline`: that of this recipe."""
-    alpha: Fraction | None = None
-    """α: cross-entropy weighs 1 − α. Default: TF-KD's released ResNet-18 settings, 0.1 with the virtual teacher, else 0.95."""
-    temperature: Positive | None = None
-    """T. Default: TF-KD's released ResNet-18 settings, 20 with the virtual teacher, else 6."""
-    multiplier: Positive | None = None
-    """m of the KL term. Default: K with the virtual teacher, else K/2 (released for K = 100: 100, 50); 1, 1/2 with batchmean."""
-    reduction: Literal["mean", "batchmean"] = "mean"
-    """KL summed over classes (`batchmean`), or that divided by K (`mean`), as TF-KD's code has it."""
-    temper_student: bool | None = None
-    """Divide the student's logits by T too. Default: TF-KD's code, only with a trained teacher."""
-    true_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
-    """The virtual teacher's probability of the true class. Default: TF-KD's released code."""
-
-    @model_validator(mode="after")
-    def _fill_in(self):
-        virtual = self.teacher == "virtual"
-        self.alpha = self.alpha if self.alpha is not None else 0.1 if virtual else 0.95
-        self.temperature = self.temperature if self.temperature is not None else 20.0 if virtual else 6.0
-        self.temper_student = self.temper_student if self.temper_student is not None else not virtual
-        return self
-
-
-class PSKD(Section):
-    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
-    """α_T, the last epoch's weight of a sample's last prediction. Default: the paper's for CIFAR-100 (0.3 for ImageNet)."""
-    alpha_schedule: Literal["linear", "constant", "cosine"] = "linear"
-    """How α grows to α_T after the warm-up: `linear` (the paper), `constant` (there at once), `cosine` (half a cosine)."""
-    alpha_warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs at the start with α = 0, plain cross-entropy; the schedule runs over the rest."""
-    teacher: Literal["store", "snapshot"] = "store"
-    """`store`: each sample's last prediction, kept in a table; `snapshot`: the network as the last epoch left it, run again."""
-    store_dtype: Literal["float16", "float32"] = "float16"
-    """Precision of the stored predictions; the paper's code keeps float32."""
-    store_format: Literal["full", "topk"] = "full"
-    """`full` predictions, or the `topk` largest probabilities of each with the rest spread evenly over the other classes."""
-    store_topk: Count | None = None
-    """How many probabilities of a prediction `store_format` topk keeps."""
-    store_device: Literal["auto", "cpu"] = "auto"
-    """Where the predictions lie: on the run's device if half of its free memory holds them, or on the CPU."""
-
-    @model_validator(mode="after")
-    def _fits_together(self):
-        if (self.store_format == "topk") != (self.store_topk is not None):
-            raise ValueError("store_format topk and store_topk go together: give both or neither")
-        if self.teacher == "snapshot" and self.store_format == "topk":
-            raise ValueError("store_format topk needs teacher store: a snapshot keeps no predictions")
-        return self
-
-
 class Checkpoint(Section):
     every_epochs: Count = 1
     """Save after every so many epochs, and after the last."""
@@ -263,10 +195,12 @@ class Tracking(Section):
     """Steps, after the first 23, whose time torch's profiler takes apart in profile.txt and profile.json.gz."""
 
 
-class Recipe(Section):
+class RecipeBase(Section):
     name: Annotated[str, Field(pattern=r"^(\w[\w .+-]*)?$")] = ""
     """What the runs are filed under; by default the recipe file's name."""
-    method: Literal["baseline", "label_smoothing", "cskd", "tfkd", "pskd"] = "pskd"
+    task: str = "images"
+    """What is trained: `images`, or another line of the tasks' table."""
+    method: Literal[tuple(METHOD_SECTIONS)] = "pskd"
     """How the network is taught."""
     preset: Literal["official", "pskd"] | None = None
     """Published constants for the methods' sections: their own authors' (`official`) or those of PS-KD's table (`pskd`)."""
@@ -298,11 +232,6 @@ class Recipe(Section):
     augment: Augment = Augment()
     model: Model
     optim: Optim = Optim()
-    baseline: Baseline = Baseline()
-    label_smoothing: LabelSmoothing = LabelSmoothing()
-    cskd: CSKD = CSKD()
-    tfkd: TFKD = TFKD()
-    pskd: PSKD = PSKD()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
@@ -319,10 +248,11 @@ class Recipe(Section):
             raise ValueError("augment.auto_augment needs data.loading streaming, where workers hold single images")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}")
-        if self.pskd.alpha_warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"pskd.alpha_warmup_epochs {self.pskd.alpha_warmup_epochs} must be below epochs {self.epochs}"
-            )
+        for name in METHOD_SECTIONS:
+            if conflict := getattr(self, name).conflict(self.epochs):
+                raise ValueError(conflict)
+        if self.task not in TASKS:
+            raise ValueError(f"task: no task {self.task!r}{nearest(self.task, TASKS)} (of {', '.join(TASKS)})")
         if self.preset_of and self.preset is None:
             raise ValueError("preset_of needs preset (official or pskd)")
         if unknown := [of for of in self.preset_of if of not in presets.PLACES]:
@@ -349,26 +279,36 @@ class Recipe(Section):
         """The published constants of `method` under preset `name` (by default the recipe's) that fit this recipe."""
         return presets.fitting(name or self.preset, *self._taught(method))
 
+    @property
+    def method_section(self) -> MethodSection:
+        """The settings of the recipe's method."""
+        return getattr(self, self.method)
+
+    def effective_loss(self, num_classes: int, epoch: int | None = None) -> EffectiveLoss:
+        """What the method's loss amounts to with `num_classes` classes, in `epoch` (0-based; by default the last)."""
+        return self.method_section.effective_loss(num_classes, self.epochs, self.epochs - 1 if epoch is None else epoch)
+
     def check_method(self, method: str):
-        """Raise InputError where `method` does not go with the rest: its preset, mixed images."""
+        """Raise InputError where `method` does not go with the rest: mixed inputs, its preset."""
+        section = getattr(self, method)
         mixes = self.augment.mixup or self.augment.cutmix
-        if mixes and method == "cskd":
+        if mixes and not section.takes_mixed_inputs:
             raise InputError(
-                "augment.mixup and augment.cutmix do not go with cskd: it compares two images of one class, "
-                "and a mixed image has two"
+                f"augment.mixup and augment.cutmix do not go with {method}: it compares two images of one class, "
+                f"and a mixed image has two: leave {method} out of --methods, or set both to 0"
             )
-        if mixes and method == "pskd" and self.pskd.teacher == "store" and self.augment.mix_prob == 1:
+        if mixes and self.augment.mix_prob == 1 and section.store_bytes(1, 2, 1):
             raise InputError(
                 "augment.mix_prob 1 mixes every batch, and no stored prediction is ever renewed: "
-                "choose one below 1, or pskd.teacher snapshot"
+                f"choose one below 1, or {method}.teacher snapshot"
             )
         # A preset must be public for the data set and the network.
-        if self.preset and type(getattr(self, method)).model_fields and not self.published(method):
+        if self.preset and type(section).model_fields and not self.published(method):
             raise InputError(presets.refusal(self.preset, *self._taught(method)))
 
     def _taught(self, method: str) -> tuple[str, str, list[str]]:
         own = presets.place(self.data.source, (self.model.name, self.model.small_input))
-        return method, "virtual" if self.tfkd.teacher == "virtual" else "trained", [own, *self.preset_of]
+        return method, getattr(self, method).variant, [own, *self.preset_of]
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide a run's outcome, flat; two runs of equal identity may continue each other."""
@@ -383,7 +323,14 @@ class Recipe(Section):
         }
 
 
-METHOD_SECTIONS = ("baseline", "label_smoothing", "cskd", "tfkd", "pskd")
+# One section a method; so a method needs no line here.
+Recipe = create_model(
+    "Recipe",
+    __base__=RecipeBase,
+    __module__=__name__,
+    **{name: (section, section()) for name, section in METHOD_SECTIONS.items()},
+)
+
 _NO_OUTCOME = {
     "name",
     "preset",

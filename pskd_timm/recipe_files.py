@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from . import presets
 from .errors import InputError, nearest
-from .recipe import METHOD_SECTIONS, Recipe, flatten, sections, settings
+from .methods import METHOD_SECTIONS
+from .recipe import Recipe, flatten, sections, settings
 
 # In a wheel the recipes lie inside the package, in a checkout beside it.
 SHIPPED = Path(__file__).parent / "recipes"
@@ -105,13 +106,19 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     return with_overrides(read_yaml(path), overrides, str(path), default_name(path))
 
 
-def check_call(recipe, **lists):
-    """Raise InputError where Python hands over no Recipe, or one thing where a list is wanted."""
-    if not isinstance(recipe, Recipe):
-        raise InputError(f"a recipe is wanted, as load_recipe gives it, got {recipe!r:.60}")
+def as_recipe(recipe: Recipe | str | Path, overrides: dict[str, Any] | None = None, **lists: Iterable) -> Recipe:
+    """`recipe`, or the recipe of that file or shipped name, with `overrides` by dotted name.
+
+    Raises InputError where it is none, and where one of `lists`, by the name of its argument, is no list.
+    """
+    if not isinstance(recipe, Recipe | str | Path):
+        raise InputError(f"a recipe, a recipe's file or name is wanted, got {recipe!r:.60}")
     for name, value in lists.items():
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise InputError(f"{name} should be a list: {name}=[{value!r}]")
+    if not isinstance(recipe, Recipe):
+        return load_recipe(str(recipe), overrides)
+    return with_overrides(recipe.model_dump(), overrides, "the recipe", recipe.name) if overrides else recipe
 
 
 def default_name(path: Path) -> str:

@@ -2,10 +2,11 @@
 
 from . import presets
 from .data.sources import Sizes, known_sizes, open_tables
-from .effective import effective_lines
 from .errors import InputError
+from .methods import METHOD_SECTIONS
+from .methods.sections import Scale
 from .progress import readable
-from .recipe import METHOD_SECTIONS, Recipe, flatten
+from .recipe import Recipe, flatten
 from .recipe_files import find_recipe, read_yaml, shipped_recipes
 
 
@@ -43,9 +44,10 @@ def source_line(recipe: Recipe, key: str, value) -> str:
 def loss_lines(recipe: Recipe) -> list[str]:
     """What the loss of the recipe's method amounts to; nothing where the number of classes is not known yet."""
     try:
-        return effective_lines(recipe, sizes(recipe).num_classes)
+        num_classes = sizes(recipe).num_classes
     except InputError:
         return []
+    return recipe.effective_loss(num_classes).lines(recipe.optim.lr)
 
 
 def models_table():
@@ -82,7 +84,6 @@ def sizes(recipe: Recipe) -> Sizes | None:
 def cost_lines(recipe: Recipe) -> list[str]:
     """Steps, memory of the prediction store, what a teacher costs, and size of the data, a line each."""
     from .order import num_batches
-    from .store import store_bytes
 
     try:
         size = sizes(recipe)
@@ -94,18 +95,16 @@ def cost_lines(recipe: Recipe) -> list[str]:
         f"data: {size.num_train:,} training samples, {size.num_test:,} test samples, {size.num_classes} classes{unseen}",
         f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,}",
     ]
-    if recipe.method == "pskd" and recipe.pskd.teacher == "store":
-        shape = (size.num_train, size.num_classes, recipe.pskd.store_dtype)
-        per_rank = {n: store_bytes(*shape, n, recipe.pskd.store_topk) for n in (1, 2, 8)}
+    section = recipe.method_section
+    per_rank = {n: section.store_bytes(size.num_train, size.num_classes, n) for n in (1, 2, 8)}
+    if per_rank[1] is None:
+        lines.append(f"prediction store: none with {recipe.method}")
+    else:
         parts = [f"{n} rank{'s' * (n > 1)} {readable(count)}" for n, count in per_rank.items()]
         lines.append(f"prediction store per rank: {', '.join(parts)}")
-        if recipe.augment.mixup or recipe.augment.cutmix:
-            renewed = round((1.0 - recipe.augment.mix_prob) * size.num_train)
-            lines.append(f"rows renewed: about {renewed:,} of {size.num_train:,} an epoch, those of unmixed batches")
-    else:
-        teacher = "'s snapshot teacher" if recipe.method == "pskd" else ""
-        lines.append(f"prediction store: none with {recipe.method}{teacher}")
-    lines += teacher_lines(recipe, size)
+    mixes = recipe.augment.mixup or recipe.augment.cutmix
+    unmixed = 1.0 - recipe.augment.mix_prob if mixes else 1.0
+    lines += section.cost_lines(Scale(size.num_train, size.num_classes, unmixed, lambda: network_size(recipe, size)))
     if recipe.data.loading == "streaming":
         lines.append("data in memory: none, images are decoded for every batch")
     elif side := size.image_size:
@@ -114,19 +113,6 @@ def cost_lines(recipe: Recipe) -> list[str]:
     else:
         lines.append("data in memory: known once images are decoded (data.image_size is not set)")
     return lines
-
-
-def teacher_lines(recipe: Recipe, size: Sizes) -> list[str]:
-    """What a network that teaches, or a partner's pass, costs beside the store: at most a line."""
-    pass_more = "one more forward pass a step, without gradient"
-    if recipe.method == "cskd":
-        return [f"partners: {pass_more}, and as many images again"]
-    if recipe.method == "pskd" and recipe.pskd.teacher == "snapshot":
-        first = max(2, recipe.pskd.alpha_warmup_epochs + 1)
-        return [f"snapshot teacher per rank: {network_size(recipe, size)}; {pass_more} from epoch {first} on"]
-    if recipe.method == "tfkd" and recipe.tfkd.teacher != "virtual":
-        return [f"trained teacher per rank: {network_size(recipe, size)}; {pass_more}"]
-    return []
 
 
 def network_size(recipe: Recipe, size: Sizes) -> str:

@@ -18,15 +18,18 @@ import yaml
 from filelock import FileLock, Timeout
 
 from . import rng
+from .checks import check_recipe
 from .errors import Diverged, InputError, nearest
 from .files import write_atomic
-from .metrics import METRICS
 from .progress import Display
 from .recipe import Recipe, settings
-from .recipe_files import check_call, differing, with_overrides
+from .recipe_files import as_recipe, differing, with_overrides
 from .reports import plots
 from .reports.trials import DIVERGED, DONE, REFUSED, STOPPED, TOO_LARGE, Trial, ranged, read_trials, trials_table
-from .training import Result, check_recipe, train
+from .run.result import Result
+from .tasks import task_class
+from .teacher import BASELINE
+from .training import train
 
 HOLDOUT_FRACTION = 0.1  # of a recipe that holds nothing out itself
 DIGITS = 4  # of a drawn number: what a recipe shows of it is all there is to it
@@ -93,12 +96,13 @@ def search(
     ends there (Optuna's median pruner). A trial that diverges, whose settings do not go together or whose network does not
     fit into memory is told and passed over. Raises InputError for bad input, before anything is trained.
     """
-    check_call(recipe, over=over, seeds=seeds)
+    recipe = as_recipe(recipe, over=over, seeds=seeds)
     optuna = _optuna()
     if "WORLD_SIZE" in os.environ:
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
-    if metric not in METRICS:
-        raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, METRICS)} (of {', '.join(METRICS)})")
+    metrics = [known.name for known in task_class(recipe.task).metrics]
+    if metric not in metrics:
+        raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, metrics)} (of {', '.join(metrics)})")
     seeds = list(dict.fromkeys(seeds))
     if trials < 1 or not seeds or min(seeds) < 0:
         raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
@@ -106,7 +110,7 @@ def search(
     ranges = parse_over(over, recipe)
     folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
     base = _on_holdout(recipe)
-    if recipe.method == "tfkd" and recipe.tfkd.teacher == "baseline":
+    if recipe.method_section.trained_teacher == BASELINE:
         held_out = f"--data.holdout_fraction {base.data.holdout_fraction:g}"
         raise InputError(
             f"tfkd.teacher baseline: a trial has none beside it: train it with {held_out} and name its folder"
@@ -258,6 +262,7 @@ def _train_trial(base, number, values, folder, seeds, metric, asked, display) ->
     import optuna
 
     trial = Trial(number, DONE, values)
+    metrics = [known.name for known in task_class(base.task).metrics]
     results, reported = [], set()
     try:
         runs = [_trial_recipe(base, values, folder, number, seed) for seed in seeds]
@@ -280,7 +285,7 @@ def _train_trial(base, number, values, folder, seeds, metric, asked, display) ->
 
     try:
         for run in runs:
-            results.append(train(run, display, callbacks=[watch]))
+            results.append(train(run, display=display, callbacks=[watch]))
     except optuna.TrialPruned:
         trial.state = STOPPED
     except (Diverged, torch.OutOfMemoryError) as error:
@@ -289,11 +294,11 @@ def _train_trial(base, number, values, folder, seeds, metric, asked, display) ->
     lines = first.history
     trial.by_epoch = {line["epoch"]: line[metric] for line in lines}
     if trial.state == DONE:
-        table = pd.DataFrame([{name: result.last[name] for name in METRICS} for result in results])
+        table = pd.DataFrame([{name: result.last[name] for name in metrics} for result in results])
         trial.figures = table.mean().to_dict()
         trial.spread = table.std().to_dict() if len(table) > 1 else {}
     elif lines:
-        trial.figures = {name: lines[-1][name] for name in METRICS}
+        trial.figures = {name: lines[-1][name] for name in metrics}
     trial.seconds = sum(result.values["seconds"] for result in results) or (lines[-1]["seconds"] if lines else 0.0)
     return trial
 

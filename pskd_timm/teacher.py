@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from .errors import InputError
-from .evaluation import run_recipe, run_result
-from .metrics import METRICS
 from .recipe import Recipe
+from .run.folder import read_recipe, read_result
 
+BASELINE = "baseline"  # as a teacher: that of the same recipe
 # What teacher and student must share beside the architecture, which the method checks: the training samples and their look.
 SHARED = ("data.", "augment.mean", "augment.std")
 MAY_DIFFER = ("data.loading", "data.test", "data.limit_test", "data.crop_pct")
@@ -14,40 +14,40 @@ MAY_DIFFER = ("data.loading", "data.test", "data.limit_test", "data.crop_pct")
 
 def baseline_of(recipe: Recipe) -> Recipe:
     """The recipe of the baseline run that `tfkd.teacher: baseline` means: same settings, seed and output folder."""
-    return recipe.model_copy(update={"method": "baseline"})
+    return recipe.model_copy(update={"method": BASELINE})
 
 
 def teacher_folder(recipe: Recipe) -> Path | None:
     """Where the network lies that teaches this recipe's run; None where no trained one does."""
-    if recipe.method != "tfkd" or recipe.tfkd.teacher == "virtual":
+    teacher = recipe.method_section.trained_teacher
+    if teacher is None:
         return None
-    is_baseline = recipe.tfkd.teacher == "baseline"
-    return baseline_of(recipe).run_dir if is_baseline else Path(recipe.tfkd.teacher).expanduser()
+    return baseline_of(recipe).run_dir if teacher == BASELINE else Path(teacher).expanduser()
 
 
-def method_section(recipe: Recipe) -> dict:
+def method_settings(recipe: Recipe) -> dict:
     """The settings of the recipe's method, with a trained teacher as the folder that it lies in.
 
     Raises InputError where the teacher is not there or was trained on other data.
     """
-    section = getattr(recipe, recipe.method).model_dump()
+    settings = recipe.method_section.model_dump()
     folder = teacher_folder(recipe)
     if folder is None:
-        return section
-    if recipe.tfkd.teacher == "baseline" and not (folder / "result.json").is_file():
+        return settings
+    if recipe.method_section.trained_teacher == BASELINE and not (folder / "result.json").is_file():
         raise InputError(
             f"tfkd.teacher baseline: {folder} is not finished: run the same command with --method baseline first "
             "(pskd-timm compare does both)"
         )
     if run := _run_of(folder):
-        _check_data(recipe, folder, run_recipe(run))
-    return section | {"teacher": str(folder)}
+        _check_data(recipe, folder, read_recipe(run))
+    return settings | {"teacher": str(folder)}
 
 
 def _check_data(recipe: Recipe, folder: Path, taught: Recipe):
     """Raise InputError with the first setting in which the teacher's run was another one than the student's may be."""
     here, there = recipe.identity(), taught.identity()
-    if recipe.tfkd.teacher == "baseline":
+    if recipe.method_section.trained_teacher == BASELINE:
         here = baseline_of(recipe).identity()
         keys = list(here)
     else:
@@ -70,10 +70,10 @@ def teacher_figures(recipe: Recipe) -> dict | None:
     run = _run_of(folder)
     if run is None or not (run / "result.json").is_file():
         return {"run": str(folder)}
-    result = run_result(run)
+    result = read_result(run)
     figures = result["last" if folder == run else "best"]
     own = {"run": str(folder), "method": result["method"], "seed": result["seed"]}
-    return own | {name: figures[name] for name in ("epoch", *METRICS)}
+    return own | {key: figures[key] for key in ("epoch", *(metric["name"] for metric in result["metrics"]))}
 
 
 def _run_of(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from pskd_timm.run.checkpoint import damage, newest
-from pskd_timm.run.tracking import read_lines
+from pskd_timm.run.result import read_lines
 
 # ShakeDrop, a moving average, accumulation, crops, and so many saves that many kills fall into one.
 SETTINGS = {
@@ -80,14 +80,15 @@ def _join(rank: int, world_size: int, port: int):
 def score(settings: dict, rank: int, world_size: int, port: int):
     """The per-sample outcomes of a finished run's weights into OUTPUT_DIR/on<world_size>.safetensors."""
     from pskd_timm.data import load_data
-    from pskd_timm.evaluation import normalisation, predict, run_recipe
-    from pskd_timm.models.build import load_model
+    from pskd_timm.models.build import load_model, normalisation
+    from pskd_timm.run.folder import read_recipe
+    from pskd_timm.tasks.images import predict
 
     torch.set_num_threads(1)
     _join(rank, world_size, port)
     if world_size > 1:
         dist.init_process_group("gloo")
-    recipe, model = run_recipe(Path(settings["run_dir"])), load_model(settings["run_dir"])
+    recipe, model = read_recipe(Path(settings["run_dir"])), load_model(settings["run_dir"])
     found = predict(
         model, load_data(recipe.data, recipe.augment).test, 8, *normalisation(model, recipe), keep_probabilities=True
     )

@@ -15,10 +15,10 @@ from timm.utils import CheckpointSaver
 from pskd_timm import METHODS, PSKD, InputError, load_recipe, train
 from pskd_timm.adaptors import Indexed
 from pskd_timm.data import load_data
-from pskd_timm.evaluation import normalisation
+from pskd_timm.models.build import normalisation
 from pskd_timm.order import epoch_order
-from pskd_timm.run.tracking import read_lines
-from pskd_timm.training import make_network
+from pskd_timm.run.result import read_lines
+from pskd_timm.tasks import open_task
 
 EPOCHS = 3
 
@@ -82,7 +82,7 @@ def timms_loop(recipe, data, folder, stop_after=EPOCHS, resume=None):
     """Training with timm's loader, task, saver and resume, as its documentation writes the loop."""
     from pskd_timm.adaptors.timm_task import MethodTask
 
-    model = make_network(recipe, data)
+    model = open_task(recipe).network()
     mean, std = normalisation(model, recipe)
     options = {
         "is_training": True,
@@ -219,11 +219,11 @@ def test_timms_task_refuses_plain_labels_and_methods_that_need_partners(plain):
 
     recipe = plain()
     data = load_data(recipe.data, recipe.augment)
-    task = MethodTask(make_network(recipe, data), method_of(recipe, data))
+    task = MethodTask(open_task(recipe).network(), method_of(recipe, data))
     with pytest.raises(InputError, match=r"wrap the training set, Indexed"):
         task(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(InputError, match="CSKD needs a partner"):
-        MethodTask(make_network(recipe, data), METHODS["cskd"]())
+        MethodTask(open_task(recipe).network(), METHODS["cskd"]())
 
 
 class ForTrainer(torch.nn.Module):
@@ -257,7 +257,7 @@ def trainers_loop(recipe, data, folder, resume=None, accumulate=1, **arguments):
 
     from pskd_timm.adaptors.hf_trainer import MethodCallback
 
-    network = make_network(recipe, data)
+    network = open_task(recipe).network()
     mean, std = normalisation(network, recipe)
     callback = MethodCallback(method_of(recipe, data))
     losses = []

@@ -16,7 +16,7 @@ from pskd_timm import InputError, train
 from pskd_timm.cli import main
 from pskd_timm.files import Lines, checksum
 from pskd_timm.run import checkpoint
-from pskd_timm.run.tracking import read_lines
+from pskd_timm.run.result import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_no_permission_to_publish_a_checkpoint_is_a_line_too(finished, tmp_path,
     def refuse(partial, final):
         raise PermissionError(13, "Permission denied", str(final))
 
-    monkeypatch.setattr(checkpoint, "publish", refuse)
+    monkeypatch.setattr(checkpoint, "rename_atomic", refuse)
     recipe = finished[0].model_copy(update={"output_dir": str(tmp_path)})
     result = train(recipe)
     assert capsys.readouterr().err.count("cannot be written: PermissionError: [Errno 13] Permission denied") == 3

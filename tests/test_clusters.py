@@ -13,7 +13,7 @@ import pytest
 
 from pskd_timm.recipe_files import SHIPPED
 from pskd_timm.run.checkpoint import newest
-from pskd_timm.run.tracking import read_lines
+from pskd_timm.run.result import read_lines
 
 SCRIPTS = sorted((SHIPPED / "slurm").glob("*.sh"))
 SMALL = ["--data.limit_train", "320", "--data.limit_test", "60", "--model.kwargs.width", "4", "--threads", "1"]

@@ -19,7 +19,7 @@ from pskd_timm.comparison import BUSY, _run, _start, gpu_of
 from pskd_timm.metrics import METRICS
 from pskd_timm.reports.runs import COLUMNS
 from pskd_timm.reports.tables import markdown_table, summary
-from pskd_timm.training import at_work
+from pskd_timm.run.folder import is_locked
 
 QUICK = ["--epochs", "1", "--data.limit_train", "100", "--data.limit_test", "60", "--model.kwargs.width", "4"]
 
@@ -335,7 +335,7 @@ def test_a_run_is_held_from_its_first_moment_so_that_two_comparisons_may_begin_t
     recipe, held = tiny(), []
     monkeypatch.setattr("os.dup2", lambda *_: None)  # the log is not to take this process's words
     monkeypatch.setattr(
-        sys.modules["pskd_timm.comparison"], "train", lambda recipe: held.append(at_work(recipe.run_dir))
+        sys.modules["pskd_timm.comparison"], "train", lambda recipe: held.append(is_locked(recipe.run_dir))
     )
     _run(recipe, 0, 1, str(recipe.run_dir / "run.log"))
-    assert held == [True] and not at_work(recipe.run_dir)
+    assert held == [True] and not is_locked(recipe.run_dir)

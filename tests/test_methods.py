@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from pskd_timm import METHODS, PSKD, Batch, InputError
-from pskd_timm.methods import CSKD, TFKD, Baseline, LabelSmoothing
+from pskd_timm import CSKD, METHODS, PSKD, TFKD, Batch, InputError, LabelSmoothing
 from pskd_timm.methods.base import frozen
+from pskd_timm.methods.baseline import Baseline
 
 N, K, B, E = 23, 7, 5, 4
 

@@ -146,7 +146,7 @@ def test_the_same_batches_are_mixed_alike_on_two_ranks_as_on_one_and_a_share_of_
                 lams.append(batch.lam.item())
                 assert batch.permutation.tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
         unmixed = sum(len(batch.index) for batch in whole if batch.permutation is None)
-        assert unmixed == alone.num_unmixed(epoch) == ranks[1].num_unmixed(epoch)
+        assert unmixed == alone.rows_renewed(epoch) == ranks[1].rows_renewed(epoch)
     assert len(lams) / 150 == pytest.approx(0.6, abs=0.12)
     assert min(lams) < 0.2 and max(lams) > 0.8 and np.mean(lams) == pytest.approx(0.5, abs=0.15)
 

@@ -17,12 +17,11 @@ from scipy.optimize import minimize_scalar
 
 from pskd_timm import InputError, Result, load_recipe, train
 from pskd_timm.cli import main
-from pskd_timm.data import load_data
 from pskd_timm.export import model_card
 from pskd_timm.metrics import METRICS
 from pskd_timm.prediction import Classifier, predict
 from pskd_timm.recipe import METHOD_SECTIONS
-from pskd_timm.training import make_network
+from pskd_timm.tasks import open_task
 
 CLASSES = {"Kreis ○": 22, "deux carrés": 12, "三角": 7}  # how many training pictures each has
 MODES = ["RGB", "L", "RGBA", "P", "1", "LA"]
@@ -209,7 +208,7 @@ def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line(folder, tmp_
 @pytest.mark.parametrize("method", METHOD_SECTIONS)
 def test_a_pretrained_network_is_fine_tuned_with_each_method(folder, tmp_path, cached_weights, method):
     recipe = recipe_for(folder, tmp_path, method=method, **PRETRAINED)
-    start = make_network(recipe, load_data(recipe.data, recipe.augment)).state_dict()
+    start = open_task(recipe).network().state_dict()
     for name, weights in cached_weights.items():
         if "fc" not in name:
             torch.testing.assert_close(start[name], weights, msg=name)

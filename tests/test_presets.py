@@ -13,7 +13,7 @@ from torch import nn
 
 from pskd_timm import METHODS, Batch, InputError, load_recipe
 from pskd_timm.cli import main
-from pskd_timm.effective import alpha_at, effective_lines, effective_loss
+from pskd_timm.methods.sections import alpha_at
 from pskd_timm.presets import DEFAULTS, PRESETS
 from pskd_timm.progress import readable
 from pskd_timm.recipe import METHOD_SECTIONS, sections
@@ -202,7 +202,7 @@ def gradient(loss, z):
 @pytest.mark.parametrize(("method", "settings"), SMOOTHED)
 def test_the_gradient_is_that_of_the_stated_label_smoothing_times_the_stated_scale(problem, method, settings):
     recipe = recipe_of(method, **settings)
-    stated = effective_loss(recipe, K)
+    stated = recipe.effective_loss(K)
     z, labels = torch.tensor(problem[0], requires_grad=True), torch.tensor(problem[1])
     found = gradient(taught(recipe).loss(Echo(), Batch(z, labels, torch.arange(B)))[0], z)
     same = stated.gradient_scale * F.cross_entropy(z, labels, label_smoothing=stated.smoothing)
@@ -210,7 +210,7 @@ def test_the_gradient_is_that_of_the_stated_label_smoothing_times_the_stated_sca
 
 
 def test_with_m_of_k_the_virtual_teacher_is_label_smoothing_with_alpha_for_epsilon():
-    stated = effective_loss(recipe_of("tfkd"), 100)
+    stated = recipe_of("tfkd").effective_loss(100)
     assert stated.smoothing == pytest.approx(0.1, rel=1e-3) and stated.gradient_scale == pytest.approx(1)
 
 
@@ -226,7 +226,7 @@ def test_with_m_of_k_the_virtual_teacher_is_label_smoothing_with_alpha_for_epsil
 )
 def test_the_gradient_of_small_logits_is_that_of_the_stated_weights(problem, method, settings):
     recipe = recipe_of(method, **settings)
-    stated = effective_loss(recipe, K)
+    stated = recipe.effective_loss(K)
     scale = 1e-4
     z, labels = torch.tensor(problem[0] * scale, requires_grad=True), torch.tensor(problem[1])
     partners = torch.tensor(problem[2] * scale)
@@ -266,7 +266,7 @@ def test_where_a_prediction_is_wholly_wrong_the_gradient_is_cross_entropys_times
         method.store.write(torch.arange(1), right.softmax(1))
     labels = torch.tensor([K - 1])
     found = gradient(method.loss(Echo(), Batch(z, labels, torch.arange(1), right))[0], z)
-    same = effective_loss(recipe, K).gradient_scale * F.cross_entropy(z, labels)
+    same = recipe.effective_loss(K).gradient_scale * F.cross_entropy(z, labels)
     assert found == pytest.approx(gradient(same, z), rel=1e-9, abs=1e-12)
 
 
@@ -282,7 +282,7 @@ def test_where_a_prediction_is_wholly_wrong_the_gradient_is_cross_entropys_times
     ],
 )
 def test_published_settings_state_their_weights_and_warn_of_what_they_hide(settings, kl, scale, warns):
-    stated = effective_loss(recipe_of("tfkd", **{"tfkd__teacher": "trained", **settings}), 100)
+    stated = recipe_of("tfkd", **{"tfkd__teacher": "trained", **settings}).effective_loss(100)
     assert stated.kl == pytest.approx(kl) and stated.gradient_scale == pytest.approx(scale)
     text = "\n".join(stated.lines(0.1))
     assert [word for word in ("inert", "hidden") if word in text] == warns.split()
@@ -312,13 +312,13 @@ def test_show_says_whose_each_constant_is_what_the_loss_amounts_to_and_what_a_te
 
 def test_the_readme_shows_what_show_says_of_mobilenetv2():
     of = {"preset": "official", "preset_of": "cifar100/mobilenetv2", "model__name": "resnet34"}
-    lines = effective_lines(recipe_of("tfkd", tfkd__teacher="baseline", **of), 100)
+    lines = effective_lines(recipe_of("tfkd", tfkd__teacher="baseline", **of))
     assert len(lines) == 3 and "\n".join(lines) in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_methods_that_hide_nothing_get_no_warning():
     for method in ("baseline", "label_smoothing", "cskd", "tfkd", "pskd"):
-        assert "warning" not in "\n".join(effective_loss(recipe_of(method), 100).lines(0.1)), method
+        assert "warning" not in "\n".join(recipe_of(method).effective_loss(100).lines(0.1)), method
 
 
 def test_alpha_grows_to_its_last_value_along_each_schedule_after_the_warm_up():
@@ -329,9 +329,13 @@ def test_alpha_grows_to_its_last_value_along_each_schedule_after_the_warm_up():
     assert [alpha_at(epoch, 4, 0.8) for epoch in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
+def effective_lines(recipe):
+    return recipe.effective_loss(100).lines(recipe.optim.lr)
+
+
 def test_pskds_effective_loss_is_that_of_the_epoch_asked_for():
     recipe = recipe_of("pskd", epochs=10, pskd__alpha_warmup_epochs=2, optim__milestones=[5])
-    assert effective_loss(recipe, K, epoch=1).kl == 0
-    assert effective_loss(recipe, K, epoch=5).kl == pytest.approx(0.4)
-    last = effective_loss(recipe, K)
+    assert recipe.effective_loss(K, epoch=1).kl == 0
+    assert recipe.effective_loss(K, epoch=5).kl == pytest.approx(0.4)
+    last = recipe.effective_loss(K)
     assert (last.cross_entropy, last.kl) == pytest.approx((0.2, 0.8))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pskd_timm import METHODS
 from pskd_timm.run.checkpoint import damage, newest
-from pskd_timm.run.tracking import read_lines
+from pskd_timm.run.result import read_lines
 
 WORKERS = Path(__file__).parent / "workers.py"
 

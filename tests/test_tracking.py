@@ -21,8 +21,9 @@ from pskd_timm.data import load_data
 from pskd_timm.metrics import ECE_BINS, METRICS
 from pskd_timm.recipe_files import SHIPPED
 from pskd_timm.reports.plots import COLOURS
-from pskd_timm.run.tracking import Tracker, read_lines
-from pskd_timm.training import make_network
+from pskd_timm.run.result import read_lines
+from pskd_timm.run.tracking import Tracker
+from pskd_timm.tasks import open_task
 
 SWEEP = yaml.safe_load((SHIPPED / "sweep.yaml").read_text())
 TRAIN = [sys.executable, "-m", "pskd_timm", "train", "digits", "--model.kwargs.width", "4", "--tracking.log_every", "5"]
@@ -257,7 +258,7 @@ def test_the_logged_norm_is_that_of_the_gradient_before_it_is_clipped(tmp_path, 
     recipe = load_recipe("digits", settings)
     line = read_lines(train(recipe).run_dir / "steps.jsonl")[0]
     data = load_data(recipe.data, recipe.augment)
-    model = make_network(recipe, data).train()
+    model = open_task(recipe).network().train()
     config = model.pretrained_cfg
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     torch.nn.functional.cross_entropy(model((data.train.images / 255 - mean) / std), data.train.labels).backward()

@@ -27,7 +27,7 @@ from pskd_timm.metrics import METRICS
 from pskd_timm.optim import lr_at, make_optimizer
 from pskd_timm.recipe import Optim
 from pskd_timm.run.checkpoint import newest
-from pskd_timm.run.tracking import read_lines
+from pskd_timm.run.result import read_lines
 from pskd_timm.training import Diverged
 
 GOLDEN = Path(__file__).parent / "golden.json"

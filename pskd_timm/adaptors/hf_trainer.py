@@ -10,7 +10,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..errors import InputError
 from ..losses import at_least_float32
-from ..methods import Method
+from ..methods.base import Method
 
 try:
     from transformers import TrainerCallback

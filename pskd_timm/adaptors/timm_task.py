@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..batch import Batch
 from ..errors import InputError
-from ..methods import Method
+from ..methods.base import Method
 
 try:
     from timm.task import ClassificationTask

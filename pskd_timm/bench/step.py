@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from ..batch import Batch
-from ..methods import METHODS
+from ..methods.build import METHODS
 from ..models.build import create_model
 from ..optim import make_optimizer
 from ..progress import Display, readable
 from ..recipe import Model, Optim
 from ..recipe_files import load_recipe
 from ..run.graph import WARMUP, Recorder, on_side_stream
-from ..run.tracking import read_lines
-from ..training import set_backends, train
+from ..run.launch import set_backends
+from ..run.result import read_lines
+from ..training import train
 from .rounds import peak, ratio, rounds, timed
 
 TITLE = (

@@ -53,12 +53,16 @@ class Loader:
         ids = order.epoch_order(len(self.split), self.seed, epoch)
         return order.rank_batches(ids, self.batch_size, self.rank, self.world_size)
 
-    def global_size(self, step: int) -> int:
+    def rows(self, batches: list[Tensor]) -> Tensor:
+        """The rows of the prediction store that `batches` visit: the samples' ids, of which an epoch may have none left."""
+        return torch.cat(batches) if batches else torch.empty(0, dtype=torch.int64)
+
+    def global_size(self, epoch: int, step: int) -> int:
         """Samples of global batch `step` over all ranks."""
         return min(self.batch_size, len(self.split) - step * self.batch_size)
 
-    def batches(self, ids: list[Tensor], epoch: int, accumulate: int = 1) -> Iterator[list[Batch]]:
-        """For each of `ids`, the last batches of `epoch`, its `accumulate` micro-batches (fewer where it has fewer samples)."""
+    def batches(self, ids: list[Tensor], epoch: int, grad_accum_steps: int = 1) -> Iterator[list[Batch]]:
+        """For each of `ids`, the last batches of `epoch`, its `grad_accum_steps` micro-batches (fewer of few samples)."""
         # One stream runs through all epochs, so that workers go on decoding across their boundaries.
         if not ids:
             self._stream_epoch = None
@@ -68,9 +72,9 @@ class Loader:
         self._stream_epoch = None
         for number in range(self.steps - len(ids), self.steps):
             index, views = next(self._stream)
-            parts = [order.even_slice_of_pairs(len(index), part, accumulate) for part in range(accumulate)]
+            parts = [order.even_slice_of_pairs(len(index), part, grad_accum_steps) for part in range(grad_accum_steps)]
             mix = self.mix(epoch, number)
-            start = order.even_slice_of_pairs(self.global_size(number), self.rank, self.world_size).start
+            start = order.even_slice_of_pairs(self.global_size(epoch, number), self.rank, self.world_size).start
             yield [
                 self._batch(index[part], [view[part] for view in views], epoch, mix, start + part.start)
                 for part in parts
@@ -82,9 +86,9 @@ class Loader:
         """How global batch `number` of the epoch is mixed, if it is."""
         return drawn_mix(self.section, rng.derive_key(self.seed, epoch, MIXING, number))
 
-    def num_unmixed(self, epoch: int) -> int:
+    def rows_renewed(self, epoch: int) -> int:
         """Samples that the epoch shows unmixed, over all ranks."""
-        return sum(self.global_size(number) for number in range(self.steps) if not self.mix(epoch, number))
+        return sum(self.global_size(epoch, number) for number in range(self.steps) if not self.mix(epoch, number))
 
     def _jobs(self, ids: list[Tensor], epoch: int) -> Iterator[Job]:
         while True:

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from .. import losses
-from ..effective import alpha_at
 from ..errors import InputError
 from ..progress import readable
 from ..ranks import rank_and_world_size
 from ..store import PredictionStore, choose_device, store_bytes
 from .base import Method
+from .sections import alpha_at
 from .snapshot import Snapshot
 
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import losses
-from ..effective import tfkd_weight
 from ..errors import InputError
 from ..models.build import load_model
 from .base import Method, frozen
+from .sections import tfkd_weight
 
 
 class TFKD(Method):

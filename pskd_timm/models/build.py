@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, nearest
 from ..recipe import Model as ModelSection
+from ..recipe import Recipe
 from .small_input import small_input
 
 
@@ -105,3 +106,9 @@ def load_model(folder: str | Path) -> nn.Module:
         return model
     except Exception as error:  # each model raises what it likes
         raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
+
+
+def normalisation(model: nn.Module, recipe: Recipe) -> tuple[list[float], list[float]]:
+    """Mean and std [3] in units of the pixel range: the recipe's, else the model's own."""
+    config = model.pretrained_cfg
+    return recipe.augment.mean or list(config["mean"]), recipe.augment.std or list(config["std"])

@@ -16,9 +16,9 @@ from pyarrow import ArrowException
 
 from .. import __version__
 from ..calibration import fit_to_parts, scaled_figures
-from ..effective import effective_lines
 from ..errors import InputError
-from ..recipe import METHOD_SECTIONS, flatten
+from ..methods import METHOD_SECTIONS
+from ..recipe import flatten
 from . import paper, plots, significance
 from .mistakes import image_size, most_confident_mistakes, pictures
 from .plots import title
@@ -186,7 +186,7 @@ def settings_lines(found: list[Run]) -> list[tuple[str, str, bool]]:
 def losses(finished: dict[str, list[Run]]) -> list[tuple[str, list[str]]]:
     """What the loss of each method's runs amounts to, warnings included: title and lines."""
     return [
-        (title(method), effective_lines(runs[0].recipe, runs[0].values["num_classes"]))
+        (title(method), runs[0].recipe.effective_loss(runs[0].values["num_classes"]).lines(runs[0].recipe.optim.lr))
         for method, runs in finished.items()
     ]
 

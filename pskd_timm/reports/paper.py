@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..recipe import METHOD_SECTIONS, Recipe
+from ..methods import METHOD_SECTIONS
+from ..recipe import Recipe
 from ..recipe_files import find_recipe, load_recipe, read_yaml, shipped_recipes
 
 SOURCE = "Kim et al., Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"

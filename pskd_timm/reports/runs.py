@@ -14,12 +14,13 @@ from pydantic import BaseModel, FiniteFloat, ValidationError, create_model
 from torch import Tensor
 
 from ..errors import InputError
-from ..evaluation import run_result
 from ..files import warn
+from ..methods import METHOD_SECTIONS
 from ..metrics import METRICS
-from ..recipe import METHOD_SECTIONS, Recipe
+from ..recipe import Recipe
 from ..recipe_files import load_recipe
-from ..run.tracking import read_lines
+from ..run.folder import read_result as read_run_result
+from ..run.result import read_lines
 
 COLUMNS = [
     "method",
@@ -126,7 +127,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         warn(f"left out: {line}")
     _check_same_test(runs)
     _tell_apart(runs)
-    runs.sort(key=lambda run: (METHOD_SECTIONS.index(run.name), run.method, run.seed))
+    runs.sort(key=lambda run: (list(METHOD_SECTIONS).index(run.name), run.method, run.seed))
     for one, other in zip(runs, runs[1:], strict=False):
         if (one.method, one.seed) == (other.method, other.seed):
             raise InputError(f"{one.folder} and {other.folder} are the same run twice: leave one out")
@@ -188,7 +189,7 @@ def _why_not_finished(folder: Path, recipe: Recipe | None) -> str:
 def read_result(folder: Path) -> dict:
     """The values of result.json. Raises InputError where it is damaged."""
     _check(ResultFile, (folder / "result.json").read_bytes(), "result.json")
-    values = run_result(folder)
+    values = read_run_result(folder)
     if len(values["class_names"]) != values["num_classes"]:
         raise InputError(f"result.json names {len(values['class_names'])} of {values['num_classes']} classes")
     return values
@@ -325,7 +326,7 @@ def history(folders: dict[str, list[Path]]) -> pd.DataFrame:
     parts = []
     for method, each in folders.items():
         for folder in each:
-            seed = run_result(folder)["seed"]
+            seed = read_run_result(folder)["seed"]
             parts.append(pd.DataFrame(read_lines(folder / "metrics.jsonl")).assign(method=method, seed=seed))
     return pd.concat(parts, ignore_index=True)
 

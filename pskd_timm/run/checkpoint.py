@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from pickle import UnpicklingError
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import ranks
@@ -26,8 +26,8 @@ from ..errors import InputError
 from ..files import checksum, flush_to_disk, rename_atomic, warn
 from ..methods.base import Method
 from ..models.build import contiguous_state
-from ..recipe import Checkpoint as CheckpointSection
 from ..store import PredictionStore, home_rows
+from .folder import checkpoints
 
 FORMAT, VERSION = "pskd_timm checkpoint", 3
 
@@ -55,8 +55,8 @@ class Progress:
 class TrainState:
     """What a checkpoint holds beside Progress; `load` fills it in place."""
 
-    model: nn.Module
-    ema: nn.Module | None
+    network: nn.Module
+    ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     store: PredictionStore | None
@@ -64,39 +64,14 @@ class TrainState:
     best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best epoch so far, on the CPU
     method: Method = field(default_factory=Method)  # its state_dict, where it has one
 
+    @property
+    def eval_network(self) -> nn.Module:
+        """The weights that are evaluated and kept: the moving average where there is one."""
+        return self.ema.module if self.ema else self.network
+
 
 class CannotWrite(Exception):
     """A checkpoint could not be written on some rank."""
-
-
-@dataclass
-class Due:
-    """What is asked of a run between two steps, the same on every rank."""
-
-    save: bool = False
-    signal: int = 0
-
-
-class SaveSchedule:
-    """When a run is to save or to stop: by steps, by minutes, or by a signal.
-
-    A step count is the same on every rank. A clock and a signal are not, so several ranks speak of them only every
-    `meet_every` steps and at the end of an epoch.
-    """
-
-    def __init__(self, section: CheckpointSection, meet_every: int):
-        self.section, self.meet_every = section, meet_every
-        self.saved_at = time.monotonic()
-
-    def after(self, steps: int, signal: int, epoch_end: bool = False) -> Due:
-        """What to do after `steps` steps of the run, where this rank has got `signal` (0: none)."""
-        save = bool(self.section.every_steps) and steps % self.section.every_steps == 0
-        if epoch_end or ranks.rank_and_world_size()[1] == 1 or steps % self.meet_every == 0:
-            minutes = (time.monotonic() - self.saved_at) / 60
-            overdue = self.section.every_minutes is not None and minutes >= self.section.every_minutes
-            overdue, signal = map(int, ranks.largest([float(overdue), float(signal)]))
-            return Due(save or bool(overdue), signal)
-        return Due(save)
 
 
 def save(
@@ -133,12 +108,12 @@ def save(
     except CannotWrite as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            earlier = newest(run_dir)
-            stays = f"; {earlier.name} stays the newest" if earlier else ""
+            earlier = checkpoints(run_dir)
+            stays = f"; {earlier[-1].name} stays the newest" if earlier else ""
             warn(f"{folder / name}: the checkpoint cannot be written: {error}; the run goes on{stays}")
         return False
     if rank == 0:
-        for old in _all(run_dir)[:-keep]:
+        for old in checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return True
 
@@ -164,7 +139,7 @@ def _write(
     if rows is not None:
         tensors[_shard_name(rank, world_size)] = {"rows": rows}
     if rank == 0:
-        tensors["model.safetensors"] = contiguous_state(train_state.model)
+        tensors["model.safetensors"] = contiguous_state(train_state.network)
         if train_state.ema is not None:
             tensors["ema.safetensors"] = contiguous_state(train_state.ema)
         if train_state.best:
@@ -206,15 +181,6 @@ def _shard_name(rank: int, world_size: int) -> str:
     return f"store-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def _all(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "checkpoints").glob("[0-9]*-[0-9]*"))
-
-
-def newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, if it has one; nothing of it is checked."""
-    return _all(run_dir)[-1] if _all(run_dir) else None
-
-
 def newest_whole(run_dir: Path) -> Path | None:
     """The newest undamaged checkpoint of a run, the same on every rank, if the run has any (all ranks call it together).
 
@@ -225,7 +191,7 @@ def newest_whole(run_dir: Path) -> Path | None:
 
 def _look_for_whole(run_dir: Path) -> Path | None:
     damaged = {}
-    for path in reversed(_all(run_dir)):
+    for path in reversed(checkpoints(run_dir)):
         if problem := damage(path):
             damaged[path] = problem
             continue
@@ -271,7 +237,7 @@ def load(path: Path, train_state: TrainState) -> Progress:
     rank, world_size = ranks.rank_and_world_size()
     state = json.loads((path / "state.json").read_bytes())
     try:
-        train_state.model.load_state_dict(load_file(path / "model.safetensors"))
+        train_state.network.load_state_dict(load_file(path / "model.safetensors"))
         if train_state.ema is not None:
             train_state.ema.load_state_dict(load_file(path / "ema.safetensors"))
         train_state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
@@ -310,3 +276,8 @@ def _load_rows(path: Path, store: PredictionStore, saved_on: int):
         if rows.dtype != store.home.dtype or rows.shape != (stop - start, store.home.shape[1]):
             raise InputError(f"{path}: its prediction store has other rows than this recipe's")
         store.home[start - store.own.start : stop - store.own.start] = rows.to(store.device)
+
+
+def cpu_copy(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's state dict in the CPU's memory."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in contiguous_state(network).items()}

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..errors import InputError
+from ..methods.base import Method
 
 WARMUP = 3  # steps of one kind taken as they are before one is recorded: they allocate and choose algorithms
 
@@ -42,7 +44,7 @@ class StepGraph:
             replay()
             return
         self.seen[key] += 1
-        if batch.inputs.is_cuda:
+        if batch.labels.is_cuda:
             on_side_stream(lambda: self.step(batch, weight))
         else:
             self.step(batch, weight)
@@ -81,3 +83,12 @@ def on_side_stream(work: Callable[[], None]):
 def _tensors(batch: Batch) -> dict[str, Tensor]:
     held = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {name: value for name, value in held.items() if value is not None}
+
+
+def check_recordable(method: Method):
+    """Raise InputError where a CUDA graph cannot hold a step of `method`: it cannot wait for copies from and to the CPU."""
+    if method.store and method.store.device.type == "cpu":
+        raise InputError(
+            "model.compile graphs needs the prediction store on the GPU (pskd.store_device auto): "
+            "where it does not fit, pskd.store_format topk or pskd.teacher snapshot do, or model.compile default"
+        )

@@ -4,27 +4,23 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+from accelerate import Accelerator
 from torch import Tensor
 
 from ..errors import InputError
 from ..files import Lines, without_nan, write_atomic
-from ..metrics import ECE_BINS, METRICS, Outcomes, bin_of, risk_curve
+from ..metrics import ECE_BINS, Metric, Outcomes, bin_of, risk_curve
+from ..outcomes import Predictions
 from ..recipe import Recipe
+from .result import read_lines
 
 TAIL = 8192  # bytes, longer than two lines
 MISTAKES = 24  # of the most confident ones, as pictures
 MOST_POINTS = 200  # of a curve
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file; a last line that was cut off is left out."""
-    if not path.is_file():
-        return []
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
 
 
 def last_line(path: Path) -> dict | None:
@@ -69,8 +65,17 @@ def most_confident_mistakes(each: Outcomes, count: int = MISTAKES) -> Tensor:
 class Tracker:
     """Files of a run folder and, where the recipe asks for it, wandb: the same numbers under the same names."""
 
-    def __init__(self, accelerator, recipe: Recipe, run_dir: Path, steps_per_epoch: int, quiet: bool = False):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        metrics: Sequence[Metric],
+        run_dir: Path,
+        steps_per_epoch: int,
+        quiet: bool = False,
+    ):
         self.accelerator, self.run_dir, self.steps_per_epoch = accelerator, run_dir, steps_per_epoch
+        self.metrics = metrics
         self.is_main, self.recipe = accelerator.is_main_process, recipe
         self.files: dict[str, Lines] = {}
         self.uses_wandb = recipe.tracking.wandb != "disabled"
@@ -113,9 +118,12 @@ class Tracker:
 
     def _define_metrics(self):
         self.wandb_run.define_metric("epoch")
-        for name in (*METRICS, "train_loss", "train_error"):
+        for metric in self.metrics:
+            best = "max" if metric.higher_is_better else "min"
+            self.wandb_run.define_metric(metric.name, step_metric="epoch", summary=f"{best},last")
+        for name in ("train_loss", "train_error"):
             self.wandb_run.define_metric(name, step_metric="epoch", summary="min,last")
-        self.wandb_run.define_metric("images_per_second", step_metric="epoch", summary="max,last")
+        self.wandb_run.define_metric("*_per_second", step_metric="epoch", summary="max,last")
 
     def forget_after(self, epoch: int, step: int):
         """Drop lines that a run resumed at (epoch, step) is about to write again."""
@@ -143,21 +151,22 @@ class Tracker:
             shown = {key: value for key, value in without_nan(values).items() if key != "step" and value is not None}
             self.accelerator.log(shown, step=step)
 
-    def log_result(self, values: dict, each: Outcomes, prediction: Tensor, label: Tensor, names, pictures: Callable):
+    def log_result(self, values: dict, predictions: Predictions, examples: Callable[[Tensor], list]):
         """The end of a run, on the main rank: figures, charts, mistakes and, where the recipe asks for it, the weights.
 
-        `values` are result.json's; `prediction` and `label` [N] index the class `names`; `pictures(rows)` gives images
-        uint8 [n, C, H, W].
+        `values` are result.json's; `examples(rows)` gives what samples look like, as uint8 arrays [H, W, C] or texts.
         """
         if not self.uses_wandb:
             return
         import wandb
 
+        each, names = predictions.outcomes, values["class_names"]
         rows = most_confident_mistakes(each)
+        guesses, labels = predictions.probabilities.argmax(dim=1), predictions.labels
         mistakes = wandb.Table(["image", "label", "prediction", "confidence", "sample"])
-        for row, image in zip(rows.tolist(), pictures(rows) if len(rows) else [], strict=True):
-            shown = wandb.Image(image.permute(1, 2, 0).cpu().numpy())
-            mistakes.add_data(shown, names[label[row]], names[prediction[row]], each.confidence[row].item(), row)
+        for row, example in zip(rows.tolist(), examples(rows), strict=True):
+            shown = wandb.Image(example) if isinstance(example, np.ndarray) else example
+            mistakes.add_data(shown, names[labels[row]], names[guesses[row]], each.confidence[row].item(), row)
         bins = wandb.Table(["confidence up to", "confidence", "accuracy", "samples %"], bin_rows(each))
         filled = wandb.Table(["confidence", "accuracy"], [row[1:3] for row in bins.data if row[1] is not None])
         risk = wandb.Table(["coverage %", "error %"], risk_rows(each))

@@ -1,0 +1,23 @@
+"""What `train` would refuse, found out before any run is started."""
+
+from .methods.build import METHODS
+from .optim import make_optimizer
+from .progress import Display
+from .recipe import Recipe
+from .tasks import open_task
+from .teacher import BASELINE, method_settings
+
+
+def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
+    """Raise InputError where `train` would, for each of `methods`; reads the data on the way, so that no run has to wait."""
+    for method in methods:
+        recipe.check_method(method)
+    task = open_task(recipe, display.advance)
+    network = task.network()
+    task.check(network, 1)
+    make_optimizer(network, recipe.optim)
+    for method in methods:
+        of_method = recipe.model_copy(update={"method": method})
+        if of_method.method_section.trained_teacher == BASELINE:
+            continue  # the teacher is trained first, from this very recipe
+        METHODS[method].from_section(method_settings(of_method)).check(network, task.num_classes)

@@ -1,0 +1,248 @@
+"""What a method is without torch: its settings and their defaults, title, colour, what its loss amounts to and costs.
+
+A new method is a file beside this one with one `loss(model, batch)`, its section here, and its line in METHOD_SECTIONS
+(`methods/__init__.py`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from ..effective import EffectiveLoss
+from ..section import Count, Fraction, NonNegative, Positive, Section
+
+ONE_MORE_PASS = "one more forward pass a step, without gradient"
+
+
+class Scale(NamedTuple):
+    """How large a run is: what a method's cost depends on."""
+
+    num_rows: int  # training targets
+    num_classes: int
+    unmixed: float  # part of the batches that mixup and cutmix leave alone
+    network_size: Callable[[], str]  # of the weights once more, for people
+
+
+class MethodSection(Section):
+    """Base of the methods' sections. `implementation` is the method's class, `module:name`, imported when a run begins."""
+
+    title: ClassVar[str]
+    colour: ClassVar[str]  # of Okabe and Ito's palette or told apart from it with any colour vision
+    implementation: ClassVar[str]
+    takes_mixed_inputs: ClassVar[bool] = True  # mixup and cutmix
+    needs_partners: ClassVar[bool] = False  # a second input of the same class for each, which only images have
+
+    @property
+    def trained_teacher(self) -> str | None:
+        """The run whose network teaches, or `baseline` for that of the same recipe; None where no trained one does."""
+        return None
+
+    @property
+    def variant(self) -> str:
+        """Which of a method's published settings these are of, where it has several kinds."""
+        return ""
+
+    def conflict(self, epochs: int) -> str | None:
+        """What does not go with a run of so many epochs, as an error says it."""
+        return None
+
+    def effective_loss(self, num_classes: int, num_epochs: int, epoch: int) -> EffectiveLoss:
+        """What the loss amounts to in `epoch` (0-based)."""
+        return EffectiveLoss(1.0)
+
+    def store_bytes(self, num_rows: int, num_classes: int, world_size: int) -> int | None:
+        """Bytes a rank of the prediction store; None where the method has none."""
+        return None
+
+    def cost_lines(self, scale: Scale) -> list[str]:
+        """What the method costs beside the store, at most a line each."""
+        return []
+
+
+def alpha_at(epoch: int, num_epochs: int, alpha: float, schedule: str = "linear", warmup_epochs: int = 0) -> float:
+    """PS-KD's α in epoch `epoch` (0-based) of E: 0 in the w warm-up epochs; then with t = (epoch + 1 − w)/(E − w)
+
+    `linear` α·t, `cosine` α·(1 − cos πt)/2, `constant` α. The last epoch's is `alpha` with each of them.
+    """
+    done, length = epoch + 1 - warmup_epochs, num_epochs - warmup_epochs
+    if done <= 0:
+        return 0.0
+    if schedule == "linear":
+        return alpha * done / length
+    return alpha if schedule == "constant" else alpha * (1.0 - math.cos(math.pi * done / length)) / 2.0
+
+
+def tfkd_weight(
+    num_classes: int, virtual: bool, alpha: float, temperature: float, multiplier: float | None, reduction: str
+) -> float:
+    """The factor of TF-KD's KL term, summed over classes and averaged over B: α·m·(T² with a trained teacher)/(K with `mean`).
+
+    An m of None gives the term the weight α with the virtual teacher, α·T²/2 with a trained one.
+    """
+    default = 1.0 if virtual else 0.5
+    of_mean = multiplier if multiplier is None or reduction == "batchmean" else multiplier / num_classes
+    weight = alpha * (default if of_mean is None else of_mean)
+    return weight if virtual else weight * temperature**2
+
+
+class Baseline(MethodSection):
+    title = "Baseline"
+    colour = "#000000"
+    implementation = "pskd_timm.methods.baseline:Baseline"
+
+
+class LabelSmoothing(MethodSection):
+    title = "Label smoothing"
+    colour = "#E69F00"
+    implementation = "pskd_timm.methods.label_smoothing:LabelSmoothing"
+
+    epsilon: Fraction = 0.1
+    """ε: the target is (1 − ε)·label + ε/K. Default: PS-KD's authors (their repository, issue 6)."""
+    spread: Literal["all", "others"] = "all"
+    """ε goes to `all` K classes, ε/K each, or, as in TF-KD's repository, to the `others`, ε/(K − 1) each."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        of_all = self.epsilon if self.spread == "all" else self.epsilon * num_classes / (num_classes - 1)
+        return EffectiveLoss(1.0 - of_all, of_all, "uniform", smoothing=of_all)
+
+
+class CSKD(MethodSection):
+    title = "CS-KD"
+    colour = "#56B4E9"
+    implementation = "pskd_timm.methods.cskd:CSKD"
+    takes_mixed_inputs = False
+    needs_partners = True
+
+    weight: NonNegative = 1.0
+    """λ, the weight of the KL term. Default: CS-KD's authors for CIFAR-100 (3 for fine-grained data)."""
+    temperature: Positive = 4.0
+    """T of both softmaxes. Default: CS-KD's authors."""
+    partner_mode: Literal["train", "eval"] = "train"
+    """Mode of the partners' forward: `train` moves running statistics twice a step, as CS-KD's code does; `eval` once."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        return EffectiveLoss(1.0, self.weight * self.temperature**2, "a partner's prediction", self.temperature)
+
+    def cost_lines(self, scale):
+        return [f"partners: {ONE_MORE_PASS}, and as many images again"]
+
+
+class TFKD(MethodSection):
+    title = "TF-KD"
+    colour = "#009E73"
+    implementation = "pskd_timm.methods.tfkd:TFKD"
+
+    teacher: str = "virtual"
+    """`virtual` (hand-made: TF-KD_reg), or trained before (TF-KD_self): a run's folder, or `baseline`: that of this recipe."""
+    alpha: Fraction | None = None
+    """α: cross-entropy weighs 1 − α. Default: TF-KD's released ResNet-18 settings, 0.1 with the virtual teacher, else 0.95."""
+    temperature: Positive | None = None
+    """T. Default: TF-KD's released ResNet-18 settings, 20 with the virtual teacher, else 6."""
+    multiplier: Positive | None = None
+    """m of the KL term. Default: K with the virtual teacher, else K/2 (released for K = 100: 100, 50); 1, 1/2 with batchmean."""
+    reduction: Literal["mean", "batchmean"] = "mean"
+    """KL summed over classes (`batchmean`), or that divided by K (`mean`), as TF-KD's code has it."""
+    temper_student: bool | None = None
+    """Divide the student's logits by T too. Default: TF-KD's code, only with a trained teacher."""
+    true_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.99
+    """The virtual teacher's probability of the true class. Default: TF-KD's released code."""
+
+    @model_validator(mode="after")
+    def _fill_in(self):
+        virtual = self.teacher == "virtual"
+        self.alpha = self.alpha if self.alpha is not None else 0.1 if virtual else 0.95
+        self.temperature = self.temperature if self.temperature is not None else 20.0 if virtual else 6.0
+        self.temper_student = self.temper_student if self.temper_student is not None else not virtual
+        return self
+
+    @property
+    def trained_teacher(self):
+        return None if self.teacher == "virtual" else self.teacher
+
+    @property
+    def variant(self):
+        return "virtual" if self.teacher == "virtual" else "trained"
+
+    def kl_weight(self, num_classes: int) -> float:
+        """The factor of the KL term, summed over classes and averaged over B."""
+        constants = self.alpha, self.temperature, self.multiplier, self.reduction
+        return tfkd_weight(num_classes, self.teacher == "virtual", *constants)
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        kl, cross_entropy = self.kl_weight(num_classes), 1.0 - self.alpha
+        if self.trained_teacher:
+            temperature = self.temperature if self.temper_student else 1.0
+            return EffectiveLoss(cross_entropy, kl, "the teacher's prediction", temperature)
+        # As label smoothing where the student is not tempered: the target has two values, `true` and `other`.
+        gap = self.true_probability - (1 - self.true_probability) / (num_classes - 1)
+        ratio = math.exp(gap / self.temperature)
+        other = 1.0 / (ratio + num_classes - 1)
+        remark = f"the teacher's target: {ratio * other:.4g} for the label, {other:.4g} for each other class"
+        if self.temper_student:
+            return EffectiveLoss(cross_entropy, kl, "virtual teacher", self.temperature, None, [remark])
+        smoothing = num_classes * kl * other / (cross_entropy + kl)
+        return EffectiveLoss(cross_entropy, kl, "virtual teacher", 1.0, smoothing, [remark])
+
+    def cost_lines(self, scale):
+        return [f"trained teacher per rank: {scale.network_size()}; {ONE_MORE_PASS}"] if self.trained_teacher else []
+
+
+class PSKD(MethodSection):
+    title = "PS-KD"
+    colour = "#D55E00"
+    implementation = "pskd_timm.methods.pskd:PSKD"
+
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.8
+    """α_T, the last epoch's weight of a sample's last prediction. Default: the paper's for CIFAR-100 (0.3 for ImageNet)."""
+    alpha_schedule: Literal["linear", "constant", "cosine"] = "linear"
+    """How α grows to α_T after the warm-up: `linear` (the paper), `constant` (there at once), `cosine` (half a cosine)."""
+    alpha_warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the start with α = 0, plain cross-entropy; the schedule runs over the rest."""
+    teacher: Literal["store", "snapshot"] = "store"
+    """`store`: each sample's last prediction, kept in a table; `snapshot`: the network as the last epoch left it, run again."""
+    store_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of the stored predictions; the paper's code keeps float32."""
+    store_format: Literal["full", "topk"] = "full"
+    """`full` predictions, or the `topk` largest probabilities of each with the rest spread evenly over the other classes."""
+    store_topk: Count | None = None
+    """How many probabilities of a prediction `store_format` topk keeps."""
+    store_device: Literal["auto", "cpu"] = "auto"
+    """Where the predictions lie: on the run's device if half of its free memory holds them, or on the CPU."""
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        if (self.store_format == "topk") != (self.store_topk is not None):
+            raise ValueError("store_format topk and store_topk go together: give both or neither")
+        if self.teacher == "snapshot" and self.store_format == "topk":
+            raise ValueError("store_format topk needs teacher store: a snapshot keeps no predictions")
+        return self
+
+    def conflict(self, epochs):
+        if self.alpha_warmup_epochs >= epochs:
+            return f"pskd.alpha_warmup_epochs {self.alpha_warmup_epochs} must be below epochs {epochs}"
+        return None
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        alpha = alpha_at(epoch, num_epochs, self.alpha, self.alpha_schedule, self.alpha_warmup_epochs)
+        warm = f" after {self.alpha_warmup_epochs} epochs of plain cross-entropy" if self.alpha_warmup_epochs else ""
+        target = "its own last prediction" if self.teacher == "store" else "what the last epoch's weights say of it"
+        remark = f"in epoch {epoch + 1} of {num_epochs}; α grows to {self.alpha:g} ({self.alpha_schedule}){warm}"
+        return EffectiveLoss(1.0 - alpha, alpha, target, remarks=[remark])
+
+    def store_bytes(self, num_rows, num_classes, world_size):
+        from ..store import store_bytes  # torch
+
+        if self.teacher == "snapshot":
+            return None
+        return store_bytes(num_rows, num_classes, self.store_dtype, world_size, self.store_topk)
+
+    def cost_lines(self, scale):
+        if self.teacher == "snapshot":
+            first = max(2, self.alpha_warmup_epochs + 1)
+            return [f"snapshot teacher per rank: {scale.network_size()}; {ONE_MORE_PASS} from epoch {first} on"]
+        if scale.unmixed == 1.0:
+            return []
+        renewed = round(scale.unmixed * scale.num_rows)
+        return [f"rows renewed: about {renewed:,} of {scale.num_rows:,} an epoch, those of unmixed batches"]

@@ -1,0 +1,122 @@
+"""A run's folder without torch: its lock, whether it is finished, making, reading and deleting it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from ..errors import InputError
+from ..files import write_atomic
+from ..metrics import METRICS, Metric
+from ..recipe import Recipe
+from ..recipe_files import load_recipe
+from .result import RunResult
+
+LOCK = ".lock"  # file that is locked while a process is at work on the run
+LOG = "run.log"  # what a run prints that `compare` started
+# In place of what result.json did not say in earlier versions.
+EARLIER = {
+    "task": "images",
+    "evaluated_on": "test",
+    "num_holdout": 0,
+    "metrics": [metric._asdict() for metric in METRICS.values()],
+}
+
+
+def read_recipe(run_dir: Path, overrides: dict | None = None) -> Recipe:
+    """The resolved recipe of a run. Raises InputError where the folder holds no run."""
+    if not (run_dir / "recipe.yaml").is_file():
+        raise InputError(f"{run_dir}: no run here (a run folder has a recipe.yaml)")
+    return load_recipe(str(run_dir / "recipe.yaml"), overrides)
+
+
+def read_result(run_dir: Path) -> RunResult:
+    """What a finished run's result.json holds. Raises InputError where there is none, or a damaged one."""
+    path = run_dir / "result.json"
+    if not path.is_file():
+        raise InputError(f"{run_dir}: the run is not finished (no result.json); the same train command resumes it")
+    try:
+        return EARLIER | json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged: {error}; to train the run again from the start: --resume never") from None
+
+
+def read_metrics(result: RunResult) -> list[Metric]:
+    """The metrics of a finished run, the one that chose its best epoch first."""
+    return [Metric(**metric) for metric in result["metrics"]]
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run folder holds this recipe's result. Raises InputError where it holds another recipe's run."""
+    run_dir = recipe.run_dir
+    if recipe.resume == "never" or not (run_dir / "recipe.yaml").is_file():
+        return False
+    there, here = read_recipe(run_dir).identity(), recipe.identity()
+    different = [key for key in here if there.get(key) != here[key]]
+    if different and (checkpoints(run_dir) or (run_dir / "result.json").is_file()):
+        key = different[0]
+        other = f"{run_dir} holds a run with {key} {there.get(key)!r}, not {here[key]!r}"
+        weights = run_dir / "model.safetensors"
+        if different == ["epochs"] and weights.is_file():
+            raise InputError(
+                f"{other}, and a run keeps its length, which learning rate and α follow: choose another --output_dir (with "
+                f"--init_from {weights} to start from its weights), or --resume never to replace it"
+            )
+        raise InputError(f"{other}: choose another --output_dir, or --resume never to replace it")
+    return (run_dir / "result.json").is_file()
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """A run's checkpoints, the newest last; nothing of them is checked."""
+    return sorted((run_dir / "checkpoints").glob("[0-9]*-[0-9]*"))
+
+
+def run_lock(run_dir: Path) -> FileLock:
+    """The lock of the process that is at work on a run, which may take it more than once."""
+    return FileLock(run_dir / LOCK, is_singleton=True)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process is at work on the run in a folder, which may not exist yet."""
+    if not (run_dir / LOCK).is_file():
+        return False
+    try:
+        with FileLock(run_dir / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False  # a folder that cannot be written: the run says so itself
+
+
+def prepare(recipe: Recipe, lock: FileLock):
+    """Make the run folder, lock it for this process and write the resolved recipe into it.
+
+    The lock ends with the process. With `resume: never` the run that is there is deleted.
+    """
+    run_dir = recipe.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=1)  # compare takes it for an instant when it looks whether a run is free
+        if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
+            delete(run_dir)
+        write_atomic(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+    except Timeout:
+        raise InputError(
+            f"{run_dir}: another process is at work on this run: wait for it, or choose another --output_dir"
+        ) from None
+    except OSError as error:
+        raise InputError(f"output_dir: {run_dir} cannot be written: {error}") from None
+
+
+def delete(run_dir: Path):
+    """Delete a run but for its lock and log; result.json goes first and recipe.yaml last, so no part of it looks whole."""
+    (run_dir / "result.json").unlink(missing_ok=True)
+    for path in run_dir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (LOCK, LOG, "recipe.yaml"):
+            path.unlink()
+    (run_dir / "recipe.yaml").unlink()

@@ -1,0 +1,98 @@
+"""What a run leaves when it has finished: predictions of each part and, written last, result.json."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ..files import without_nan, write_atomic
+from ..metrics import Metric
+from ..outcomes import Predictions
+from ..recipe import Recipe
+from ..tasks.base import Task
+from ..teacher import teacher_figures
+from .checkpoint import Progress
+from .result import RunResult
+
+PACKAGES = ("pskd_timm", "torch", "torchvision", "timm", "accelerate", "datasets")
+
+
+def better(metric: Metric, figures: dict, best: dict) -> bool:
+    """Whether `figures` beat `best` by the metric that chooses the best epoch; a tie keeps the earlier one."""
+    one, other = figures[metric.name], best[metric.name]
+    return one > other if metric.higher_is_better else one < other
+
+
+def run_result(
+    recipe: Recipe,
+    task: Task,
+    last: dict[str, Predictions],
+    best: dict[str, Predictions],
+    progress: Progress,
+    world_size: int,
+    device: torch.device,
+) -> RunResult:
+    """What result.json says of a run, from what the `last` and the `best` epoch's weights predict of each part."""
+
+    def figures(part: str) -> dict:
+        of_last, of_best = last[part].score(), best[part].score()
+        return {
+            "last": {"epoch": recipe.epochs, **of_last},
+            "best": {"epoch": progress.best["epoch"], **of_best},
+        }
+
+    scored_on, *others = task.parts
+    scored = figures(scored_on)
+    scored["best"]["chosen_on"] = task.parts[-1]
+    if scored_on == "holdout":
+        others = ["holdout"]
+    values = RunResult(
+        name=recipe.name,
+        task=recipe.task,
+        method=recipe.method,
+        seed=recipe.seed,
+        metrics=[metric._asdict() for metric in task.metrics],
+        evaluated_on=scored_on,
+        **scored,
+        seconds=progress.seconds,
+        num_processes=world_size,
+        **task.describe(),
+        **describe_machine(device),
+        **{part: figures(part) for part in others},
+    )
+    if teacher := teacher_figures(recipe):
+        values["teacher"] = teacher
+    return values
+
+
+def write_predictions(run_dir: Path, last: dict[str, Predictions], best: dict[str, Predictions]):
+    """Write predictions.parquet of the scored part, and <part>.parquet of the others and of the held-out one."""
+    for folder, of_parts in ((run_dir, last), (run_dir / "best", best)):
+        for place, (part, predictions) in enumerate(of_parts.items()):
+            if place == 0:
+                predictions.write(folder / "predictions.parquet")
+            if place > 0 or part == "holdout":
+                predictions.write(folder / f"{part}.parquet")
+
+
+def write_result(run_dir: Path, values: RunResult):
+    """Write result.json, which says that the run is finished."""
+    text = json.dumps(without_nan(values), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(run_dir / "result.json", text)
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Versions of what matters and the hardware, as result.json has them."""
+    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine()
+    hardware = {
+        "device": device.type,
+        "name": name,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    return {"versions": versions, "hardware": hardware}

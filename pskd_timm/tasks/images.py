@@ -1,0 +1,164 @@
+"""Image classification: a data set of labelled images, any timm model, the six metrics."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import metrics, ranks, rng
+from ..data import Loader, Split, eval_batches, eval_part, load_data, pictures
+from ..errors import Diverged, InputError
+from ..losses import at_least_float32
+from ..metrics import METRICS, Outcomes
+from ..models.build import check_name, create_model, load_model, normalisation, save_model
+from ..order import num_batches
+from ..outcomes import Predictions
+from ..recipe import Recipe
+from ..run.launch import autocast
+
+WEIGHTS = 10  # stream of random numbers: initial weights
+
+
+class ImageTask:
+    """A `Task` (see base.py) over the recipe's `data`, `augment` and `model` sections; a target is an image."""
+
+    counts = "images"
+    metrics = tuple(METRICS.values())
+
+    def __init__(self, recipe: Recipe, progress: Callable | None = None):
+        check_name(recipe.model.name)
+        self.recipe = recipe
+        self.data = load_data(recipe.data, recipe.augment, progress)
+        self.num_rows, self.num_classes = len(self.data.train), self.data.num_classes
+        self.labels = self.data.train.labels
+        self.splits = {name: split for name in ("test", "holdout") if (split := getattr(self.data, name))}
+        self.parts = tuple(self.splits)
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(rng.derive_key(self.recipe.seed, WEIGHTS))
+        return create_model(self.recipe.model, self.num_classes, self.data.image_size)
+
+    def check(self, network: nn.Module, world_size: int):
+        recipe = self.recipe
+        if recipe.batch_size < world_size:
+            raise InputError(
+                f"batch_size {recipe.batch_size} is global and must not be below the {world_size} processes"
+            )
+        if num_batches(self.num_rows, recipe.batch_size, world_size) == 0:
+            raise InputError(f"data: {self.num_rows} training samples are fewer than the {world_size} processes")
+        tail = self.num_rows % recipe.batch_size
+        smallest = tail if tail >= world_size else min(recipe.batch_size, self.num_rows)
+        per_rank = smallest // world_size
+        if per_rank < 2 * recipe.grad_accum_steps and not takes_one_sample(network, self.data.image_size):
+            raise InputError(
+                f"model {recipe.model.name} cannot train on a single sample: {self.num_rows} samples with batch_size "
+                f"{recipe.batch_size}, {world_size} processes and grad_accum_steps {recipe.grad_accum_steps} leave one; "
+                "choose another batch_size"
+            )
+
+    def loader(self, network: nn.Module, device, rank: int, world_size: int, partners: bool) -> Loader:
+        recipe = self.recipe
+        return Loader(
+            self.data.train.to(device),
+            self.num_classes,
+            recipe.epochs,
+            recipe.batch_size,
+            recipe.augment,
+            *normalisation(network, recipe),
+            seed=recipe.seed,
+            rank=rank,
+            world_size=world_size,
+            partners=partners,
+        )
+
+    def evaluate(
+        self, network: nn.Module, part: str, keep_probabilities: bool = False, progress: Callable | None = None
+    ) -> Predictions:
+        split = self.splits[part] = self.splits[part].to(next(network.parameters()).device)
+        recipe = self.recipe
+        settings = recipe.batch_size, *normalisation(network, recipe), recipe.mixed_precision
+        return predict(network, split, *settings, keep_probabilities, progress)
+
+    def save(self, network: nn.Module, folder: Path):
+        save_model(network, folder, *normalisation(network, self.recipe), self.data.image_size, self.data.class_names)
+
+    def load(self, folder: Path) -> nn.Module:
+        network = load_model(folder)
+        if network.num_classes != self.num_classes:
+            raise InputError(f"{folder}: the model has {network.num_classes} classes, the data {self.num_classes}")
+        return network
+
+    def describe(self) -> dict:
+        return {
+            "num_train": self.num_rows,
+            "num_test": len(self.splits.get("test", ())),
+            "num_holdout": len(self.splits.get("holdout", ())),
+            "num_classes": self.num_classes,
+            "class_names": self.data.class_names,
+        }
+
+    def examples(self, part: str, rows: Tensor) -> list:
+        images = pictures(self.splits[part], rows) if len(rows) else []
+        return [image.permute(1, 2, 0).cpu().numpy() for image in images]
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    split: Split,
+    batch_size: int,
+    mean: list[float],
+    std: list[float],
+    mixed_precision: str = "no",
+    keep_probabilities: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Predictions:
+    """Outcomes of `split` in eval mode, each rank its slice, gathered on every rank and moved to the CPU.
+
+    `progress` is called with ("evaluating", samples on their way, samples) of this rank.
+    """
+    rank, world_size = ranks.rank_and_world_size()
+    ranks.copy_buffers_from_main(model)
+    model.eval()
+    num_classes = model.num_classes
+    each, kept, done = [], [], 0
+    parts = [eval_part(len(split), batch_size, r, world_size) for r in range(world_size)]
+    for images, labels in eval_batches(split, batch_size, mean, std, parts[rank]):
+        with autocast(images.device, mixed_precision):
+            logits = model(images)
+        logits = at_least_float32(logits)
+        probabilities = logits.softmax(dim=1)
+        # Of the logits, because a float32 probability reaches 0 where its logarithm is still finite.
+        nll = F.cross_entropy(logits, labels, reduction="none").double()
+        each.append(metrics.outcomes(probabilities, labels)._replace(nll=nll))
+        if keep_probabilities:
+            kept.append(probabilities)
+        done += len(labels)
+        if progress:
+            progress("evaluating", done, parts[rank].stop - parts[rank].start)
+    device = split.labels.device
+    empty = Outcomes(
+        *(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64))
+    )
+    columns = [torch.cat(parts) for parts in zip(*(each or [empty]), strict=True)]
+    gathered = Outcomes(*(ranks.gather_rows(column, parts).cpu() for column in columns))
+    if not gathered.nll.isfinite().all():
+        wrong = int((~gathered.nll.isfinite()).sum())
+        raise Diverged(f"the network's outputs are not finite for {wrong} of {len(split)} evaluated samples")
+    mine = torch.cat(kept) if kept else torch.empty(0, num_classes, device=device)
+    probabilities = ranks.gather_rows(mine, parts).cpu() if keep_probabilities else mine.cpu()
+    return Predictions(gathered, split.labels.cpu(), probabilities)
+
+
+def takes_one_sample(model: nn.Module, image_size: tuple[int, int]) -> bool:
+    """Whether a training step works on one image; batch norm on a map of one pixel raises there."""
+    tried = copy.deepcopy(model).train()  # the model's own running statistics stay as they are
+    try:
+        with torch.no_grad():
+            tried(torch.zeros(1, 3, *image_size))
+    except ValueError:
+        return False
+    return True
