@@ -207,7 +207,10 @@ def run_train(arguments, rest):
         )
         return FAILED
     except (OSError, SafetensorError) as error:
-        print(f"pskd-timm: {recipe.run_dir}: {error}; once it is mended, the same command goes on", file=sys.stderr)
+        print(
+            f"pskd-timm: {recipe.run_dir}: {error}; once that is mended, the same command resumes the run",
+            file=sys.stderr,
+        )
         return FAILED
     if is_main_process():
         last, best = result.last, result.best

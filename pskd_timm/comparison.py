@@ -152,7 +152,7 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
                     failed.add(job.recipe.run_dir)
                 _tell(job, display)
     except (KeyboardInterrupt, SystemExit):
-        display.say("stopping: each run saves where it stands; the same command goes on from there")
+        display.say("stopping: each run saves where it stands; the same command resumes them from there")
         _stop(running)
         raise
     finally:

@@ -227,7 +227,7 @@ class RecipeBase(Section):
     init_from: str | None = None
     """File to start from: weights (.pth, .safetensors), or a checkpoint of the PS-KD authors' code, which is continued."""
     resume: Literal["auto", "never"] = "auto"
-    """Go on from the run folder's newest checkpoint where there is one, or start anew and delete what is there."""
+    """`auto`: resume from the run folder's newest checkpoint if it has one; `never`: delete it and start from scratch."""
     data: Data
     augment: Augment = Augment()
     model: Model
@@ -297,7 +297,7 @@ class RecipeBase(Section):
                 f"augment.mixup and augment.cutmix do not go with {method}: it compares two images of one class, "
                 f"and a mixed image has two: leave {method} out of --methods, or set both to 0"
             )
-        if mixes and self.augment.mix_prob == 1 and section.store_bytes(1, 2, 1):
+        if mixes and self.augment.mix_prob == 1 and section.store_settings:
             raise InputError(
                 "augment.mix_prob 1 mixes every batch, and no stored prediction is ever renewed: "
                 f"choose one below 1, or {method}.teacher snapshot"

@@ -84,6 +84,7 @@ def sizes(recipe: Recipe) -> Sizes | None:
 def cost_lines(recipe: Recipe) -> list[str]:
     """Steps, memory of the prediction store, what a teacher costs, and size of the data, a line each."""
     from .order import num_batches
+    from .store import store_bytes
 
     try:
         size = sizes(recipe)
@@ -96,10 +97,11 @@ def cost_lines(recipe: Recipe) -> list[str]:
         f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,}",
     ]
     section = recipe.method_section
-    per_rank = {n: section.store_bytes(size.num_train, size.num_classes, n) for n in (1, 2, 8)}
-    if per_rank[1] is None:
+    if section.store_settings is None:
         lines.append(f"prediction store: none with {recipe.method}")
     else:
+        dtype, topk = section.store_settings
+        per_rank = {n: store_bytes(size.num_train, size.num_classes, dtype, n, topk) for n in (1, 2, 8)}
         parts = [f"{n} rank{'s' * (n > 1)} {readable(count)}" for n, count in per_rank.items()]
         lines.append(f"prediction store per rank: {', '.join(parts)}")
     mixes = recipe.augment.mixup or recipe.augment.cutmix

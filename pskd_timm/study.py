@@ -91,7 +91,7 @@ def search(
 ) -> SearchResult:
     """Train `trials` choices of the settings `over` ("pskd.alpha=0.3:0.9") and rank them by `metric` on the held-out part.
 
-    Everything goes into <output root>/search-<method>; the same call goes on with what is there, unless the recipe says
+    Everything goes into <output root>/search-<method>; the same call resumes what is there, unless the recipe says
     `resume: never`. With `prune`, a trial whose first seed does worse than the median of the earlier ones at the same epoch
     ends there (Optuna's median pruner). A trial that diverges, whose settings do not go together or whose network does not
     fit into memory is told and passed over. Raises InputError for bad input, before anything is trained.
@@ -121,7 +121,7 @@ def search(
         if done:
             display.say(f"{folder}: {len(done)} trials done before")
         for number in range(len(done) + 1, trials + 1):
-            # A draw is a function of the seed, its number and the trials before it: a stopped search goes on as it was.
+            # A draw is a function of the seed, its number and the trials before it: a resumed search draws the same.
             sampler = optuna.samplers.TPESampler(
                 n_startup_trials=RANDOM_TRIALS, seed=rng.derive_key(search_seed, SAMPLER, number) % 2**32
             )
@@ -276,7 +276,7 @@ def _train_trial(base, number, values, folder, seeds, metric, asked, display) ->
     def watch(line: dict):
         if asked is None or results:
             return
-        for earlier in first.history:  # of a run that goes on, what it logged before it was stopped too
+        for earlier in first.history:  # of a resumed run, what it logged before it was stopped too
             if earlier["epoch"] not in reported:
                 asked.report(earlier[metric], earlier["epoch"])
                 reported.add(earlier["epoch"])
@@ -349,7 +349,7 @@ def _trials_of_before(folder: Path, base: Recipe, ranges, seeds, metric, search_
     this = json.loads(json.dumps(this))
     path = folder / "search.json"
     if base.resume == "never" or not path.is_file():
-        _start_anew(folder, json.dumps(this, indent=1, ensure_ascii=False))
+        _start_from_scratch(folder, json.dumps(this, indent=1, ensure_ascii=False))
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
         trials = read_trials(folder)
@@ -365,7 +365,7 @@ def _trials_of_before(folder: Path, base: Recipe, ranges, seeds, metric, search_
     return trials
 
 
-def _start_anew(folder: Path, identity: str):
+def _start_from_scratch(folder: Path, identity: str):
     """Delete a search; the trials go before what says which search they are of."""
     (folder / "trials.jsonl").unlink(missing_ok=True)
     for trial in folder.glob("trial[0-9]*"):

@@ -64,7 +64,7 @@ def train(
     display = (display or Display()) if is_main else Display(quiet=True)
     run_dir = recipe.run_dir
     if ranks.on_main(lambda: folder.is_finished(recipe)):
-        display.say(f"{run_dir}: already finished; --resume never deletes it and trains again")
+        display.say(f"{run_dir}: already finished; --resume never deletes the run and trains it from scratch")
         return Result(run_dir, folder.read_result(run_dir))
 
     # Build. Nothing is written before all of it stands. `network` has the weights, `model` is what a step calls.

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from runs import newest
 from safetensors.torch import load_file, save_file
 
-from pskd_timm.run.checkpoint import damage, newest
+from pskd_timm.run.checkpoint import damage
 from pskd_timm.run.result import read_lines
 
 # ShakeDrop, a moving average, accumulation, crops, and so many saves that many kills fall into one.

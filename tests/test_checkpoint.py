@@ -103,17 +103,19 @@ def test_damage_is_named_and_the_newest_whole_checkpoint_used_instead(finished, 
     out, err = capsys.readouterr()
     print(err.strip())
     assert err.count("\n") == 1 and err.startswith(f"pskd-timm: {folder / '000003-00000000'}: {says}")
-    assert "; going on from 000002-00000000 instead, damaged-000003-00000000 can be deleted" in err
-    assert "going on after epoch 2, step 0" in out
+    assert "; resuming from 000002-00000000 instead; damaged-000003-00000000 can be deleted" in err
+    assert "resuming after epoch 2, step 0" in out
     assert not differences(finished[1], result.run_dir)
 
 
-def test_without_a_whole_checkpoint_the_run_is_refused_in_a_line_and_resume_never_starts_anew(finished, tmp_path):
+def test_without_a_whole_checkpoint_the_run_is_refused_in_a_line_and_resume_never_starts_from_scratch(
+    finished, tmp_path
+):
     recipe = unfinished_copy(finished, tmp_path)
     for path in (recipe.run_dir / "checkpoints").iterdir():
         truncate(path / "optimizer.pt")
     before = sorted(path.name for path in (recipe.run_dir / "checkpoints").iterdir())
-    with pytest.raises(InputError, match="optimizer.pt is not as .*; no other checkpoint is whole: --resume never"):
+    with pytest.raises(InputError, match="optimizer.pt is not as .*; no other checkpoint is whole; --resume never"):
         train(recipe)
     assert sorted(path.name for path in (recipe.run_dir / "checkpoints").iterdir()) == before
     assert not differences(finished[1], train(recipe.model_copy(update={"resume": "never"})).run_dir)
@@ -194,7 +196,7 @@ def test_a_result_that_cannot_be_written_is_a_line_and_the_same_command_goes_on(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "File too large" in err and "the same command goes on" in err
+    assert err.count("\n") == 1 and "File too large" in err and "the same command resumes" in err
     assert main(command) == 0
     assert not differences(finished[1], recipe.run_dir)
 
@@ -262,7 +264,7 @@ def test_a_run_deleted_by_half_never_looks_like_a_run_that_can_go_on(finished, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["pskd_timm.training"].shutil, "rmtree", stop_after_one)
+        patch.setattr(sys.modules["pskd_timm.run.folder"].shutil, "rmtree", stop_after_one)
         with pytest.raises(KeyboardInterrupt):
             train(recipe)
     assert deleted and (recipe.run_dir / "recipe.yaml").is_file()

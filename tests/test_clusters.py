@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import newest
 
 from pskd_timm.recipe_files import SHIPPED
-from pskd_timm.run.checkpoint import newest
 from pskd_timm.run.result import read_lines
 
 SCRIPTS = sorted((SHIPPED / "slurm").glob("*.sh"))
@@ -91,14 +91,14 @@ def test_a_job_that_slurm_ends_saves_asks_to_be_requeued_and_the_next_one_goes_o
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 138, output
-    assert output.count("the same command goes on from there") == 1
+    assert output.count("the same command resumes") == 1
     assert (tmp_path / "scontrol.log").read_text().split() == ["requeue", str(os.getpid())]
     stopped_at = newest(run_dir).name
     job = slurm("multi_node.sh", *settings, SLURM_JOB_NODELIST="node[1-2]")
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 0, output
     epoch, step = map(int, stopped_at.split("-"))
-    assert f"going on after epoch {epoch}, step {step} of 5" in output
+    assert f"resuming after epoch {epoch}, step {step} of 5" in output
     assert [line["epoch"] for line in read_lines(run_dir / "metrics.jsonl")] == list(range(1, 41))
     assert json.loads((run_dir / "result.json").read_text())["num_processes"] == 2
     assert (tmp_path / "scontrol.log").read_text().splitlines()[1:] == ["show hostnames node[1-2]"]

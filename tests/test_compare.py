@@ -56,7 +56,7 @@ def test_a_second_compare_retrains_nothing_and_prints_the_same_table(compared):
     folder, first = compared
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     again = cli("compare", "digits", *QUICK, "--output_dir", folder, "--seeds", "0", "1")
-    assert "10 finished before" in again.stdout
+    assert "10 already finished" in again.stdout
     assert again.stdout[again.stdout.index("┏") :] == first.stdout[first.stdout.index("┏") :]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")} == before
 
@@ -302,18 +302,18 @@ def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for
     run = child_of(tmp_path)
     os.kill(run, signal.SIGSTOP)  # or it might be done before the other one has started
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert "1 runs, 0 finished before" in other.stdout.readline()
+    assert "1 runs, 0 already finished" in other.stdout.readline()
     assert "another process is at work on this run; waiting for it" in other.stdout.readline()
     first = lines.parent.joinpath("run.log").read_text().splitlines()[0]
     assert "epoch 1/100" in first  # the other one has left the log alone
     os.kill(process.pid, signal.SIGINT)
-    told = next(line for line in process.stdout if "the same command goes on from there" in line)
+    told = next(line for line in process.stdout if "the same command resumes" in line)
     os.kill(run, signal.SIGCONT)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 130 and "Traceback" not in told + output
     other.communicate(timeout=200)
     assert other.returncode == 0
-    assert "going on after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
+    assert "resuming after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
     assert lines.read_text().count("\n") == 100
 
 

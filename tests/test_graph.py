@@ -6,8 +6,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pskd_timm import METHODS, PSKD, Batch, InputError
-from pskd_timm.run.graph import WARMUP, StepGraph
-from pskd_timm.training import check_recording
+from pskd_timm.run.graph import WARMUP, StepGraph, check_recordable
 
 N, K, EPOCHS = 23, 4, 3
 
@@ -80,5 +79,5 @@ def test_a_recorded_step_gives_the_losses_of_the_plain_one_through_tails_and_epo
 def test_a_step_with_a_store_on_the_cpu_is_not_recorded():
     known = {"num_samples": 4, "num_classes": 2, "num_epochs": 1, "device": "cpu"}
     with pytest.raises(InputError, match="graphs needs the prediction store on the GPU"):
-        check_recording(PSKD().setup(**known))
-    check_recording(PSKD(teacher="snapshot").setup(**known))
+        check_recordable(PSKD().setup(**known))
+    check_recordable(PSKD(teacher="snapshot").setup(**known))

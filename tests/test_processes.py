@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from kills import one_rank_without_disk, score, start
+from runs import newest
 from safetensors.torch import load_file
 
 from pskd_timm import METHODS
-from pskd_timm.run.checkpoint import damage, newest
+from pskd_timm.run.checkpoint import damage
 from pskd_timm.run.result import read_lines
 
 WORKERS = Path(__file__).parent / "workers.py"
@@ -207,7 +208,7 @@ def test_when_a_rank_dies_or_hangs_the_other_ends_with_one_line_in_bounded_time(
     said = [line for line in (tmp_path / "rank0.log").read_text().splitlines() if line.startswith("pskd-timm:")]
     assert said == [
         f"pskd-timm: {run_dir}: rank 0 lost another, which died or did not answer for 0.1 minutes; "
-        "the same command goes on from the last checkpoint"
+        "the same command resumes from the last checkpoint"
     ]
     assert "Traceback" not in (tmp_path / "rank0.log").read_text()
     assert newest(run_dir) and damage(newest(run_dir)) is None

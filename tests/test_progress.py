@@ -31,7 +31,7 @@ def test_a_terminal_shows_where_the_run_is_and_a_table_that_grows_by_a_row_an_ep
     drawn = []
     draw = display.bars.update
     display.bars.update = lambda task, **told: (drawn.append((told, display.bars.below)), draw(task, **told))
-    result = train(tiny(data__holdout_fraction=0.2), display)
+    result = train(tiny(data__holdout_fraction=0.2), display=display)
     shown = plain(terminal.getvalue())
 
     rows = [line for line in shown.splitlines() if "│" in line]
@@ -67,7 +67,7 @@ def test_without_a_terminal_an_epoch_is_a_line_with_the_same_facts(tiny, capsys)
 
 def test_quiet_says_nothing_at_all_and_neither_does_wandb(tiny, monkeypatch, capsys):
     terminal = fake_terminal(monkeypatch)
-    result = train(tiny(seed=4, tracking__wandb="offline"), Display(quiet=True))
+    result = train(tiny(seed=4, tracking__wandb="offline"), display=Display(quiet=True))
     assert terminal.getvalue() == capsys.readouterr().err == ""
     assert list(result.run_dir.glob("wandb/offline-run-*"))
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from runs import newest
 from test_convert import OldPreActBlock, OldResNet
 from torch import nn
 
 from pskd_timm import InputError, convert_checkpoint, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
-from pskd_timm.run.checkpoint import newest
 from pskd_timm.run.released import read_file
 
 N = 60

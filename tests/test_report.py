@@ -52,7 +52,7 @@ SETTINGS = {
 
 def trained(folder, **overrides):
     given = {key.replace("__", "."): value for key, value in overrides.items()}
-    return train(load_recipe("digits", SETTINGS | {"output_dir": str(folder)} | given), Display(quiet=True))
+    return train(load_recipe("digits", SETTINGS | {"output_dir": str(folder)} | given), display=Display(quiet=True))
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def test_a_search_stopped_in_mid_trial_and_continued_equals_the_uninterrupted_on
     seen = []
     monkeypatch.setattr(Display, "say", lambda self, text: seen.append(text))
     found = search(elsewhere, **options)
-    assert any("going on after epoch 1" in text for text in seen)
+    assert any("resuming after epoch 1" in text for text in seen)
     for one, other in zip(whole.trials, found.trials, strict=True):
         assert (one.settings, one.figures, one.by_epoch) == (other.settings, other.figures, other.by_epoch)
     assert len({trial.settings["pskd.alpha"] for trial in found.trials}) == 3

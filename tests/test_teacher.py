@@ -50,9 +50,9 @@ def test_compare_trains_each_seeds_baseline_before_its_student_and_records_it_be
 def test_a_run_alone_uses_the_finished_baseline_and_says_what_to_run_where_there_is_none(compared, tmp_path):
     recipe, _ = compared
     again = recipe.model_copy(update={"resume": "never"})
-    assert train(again, QUIET).values["teacher"]["nll"] == result(recipe, "baseline")["last"]["nll"]
+    assert train(again, display=QUIET).values["teacher"]["nll"] == result(recipe, "baseline")["last"]["nll"]
     with pytest.raises(InputError, match="seed0 is not finished: run the same command with --method baseline first"):
-        train(recipe.model_copy(update={"output_dir": str(tmp_path)}), QUIET)
+        train(recipe.model_copy(update={"output_dir": str(tmp_path)}), display=QUIET)
     assert not list(tmp_path.iterdir())
 
 
@@ -69,7 +69,7 @@ def test_a_teacher_of_another_architecture_or_other_data_is_refused_in_two_lines
     teacher = Path(compared[0].output_dir) / "baseline" / "seed0"
     settings = SETTINGS | {"tfkd.teacher": str(teacher), "output_dir": str(tmp_path / "runs")} | change
     with pytest.raises(InputError, match=says) as error:
-        train(load_recipe("digits", settings), QUIET)
+        train(load_recipe("digits", settings), display=QUIET)
     assert str(error.value).count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
@@ -77,7 +77,7 @@ def test_another_baseline_in_the_output_folder_is_no_teacher(compared):
     recipe = load_recipe("digits", SETTINGS | {"output_dir": compared[0].output_dir, "optim.lr": 0.01, "seed": 1})
     (recipe.run_dir / "result.json").rename(recipe.run_dir / "aside.json")
     with pytest.raises(InputError, match="optim.lr 0.1, not 0.01|optim.lr 0.1, this run has 0.01"):
-        train(recipe, QUIET)
+        train(recipe, display=QUIET)
     (recipe.run_dir / "aside.json").rename(recipe.run_dir / "result.json")
 
 

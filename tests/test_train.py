@@ -16,6 +16,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from runs import newest
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -23,12 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 from pskd_timm import METHODS, InputError, evaluate, load_recipe, score, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
+from pskd_timm.errors import Diverged
 from pskd_timm.metrics import METRICS
 from pskd_timm.optim import lr_at, make_optimizer
 from pskd_timm.recipe import Optim
-from pskd_timm.run.checkpoint import newest
 from pskd_timm.run.result import read_lines
-from pskd_timm.training import Diverged
 
 GOLDEN = Path(__file__).parent / "golden.json"
 
@@ -284,7 +284,7 @@ def test_pskds_alpha_and_the_learning_rate_are_in_the_epochs_lines(finished):
 
 def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused_its_folder(tiny, monkeypatch):
     first = train(tiny(epochs=1))
-    monkeypatch.setattr(sys.modules["pskd_timm.training"], "load_data", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sys.modules["pskd_timm.training"], "open_task", lambda *_: pytest.fail("trained again"))
     assert train(tiny(epochs=1)).values == first.values
     with pytest.raises(
         InputError, match=r"holds a run with optim.lr 0.05, not 0.2: choose another --output_dir, or --resume never"
@@ -458,5 +458,5 @@ def test_a_signal_ends_the_program_with_a_checkpoint_a_line_and_its_code(tmp_pat
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "the same command goes on from there" in output
+    assert "the same command resumes" in output
     assert newest(run_dir)

@@ -110,8 +110,9 @@ def check_snapshot(rank: int):
 
 def train_all(folder: Path):
     """All five methods, and PS-KD with both its teachers, on however many processes there are and without batch norm."""
+    from runs import newest
+
     from pskd_timm import METHODS, load_recipe, train
-    from pskd_timm.run.checkpoint import newest
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     settings = json.loads((folder / "settings.json").read_text())

@@ -52,8 +52,9 @@ class MethodSection(Section):
         """What the loss amounts to in `epoch` (0-based)."""
         return EffectiveLoss(1.0)
 
-    def store_bytes(self, num_rows: int, num_classes: int, world_size: int) -> int | None:
-        """Bytes a rank of the prediction store; None where the method has none."""
+    @property
+    def store_settings(self) -> tuple[str, int | None] | None:
+        """`dtype` and `topk` of the method's prediction store; None where it has none."""
         return None
 
     def cost_lines(self, scale: Scale) -> list[str]:
@@ -231,12 +232,9 @@ class PSKD(MethodSection):
         remark = f"in epoch {epoch + 1} of {num_epochs}; α grows to {self.alpha:g} ({self.alpha_schedule}){warm}"
         return EffectiveLoss(1.0 - alpha, alpha, target, remarks=[remark])
 
-    def store_bytes(self, num_rows, num_classes, world_size):
-        from ..store import store_bytes  # torch
-
-        if self.teacher == "snapshot":
-            return None
-        return store_bytes(num_rows, num_classes, self.store_dtype, world_size, self.store_topk)
+    @property
+    def store_settings(self):
+        return (self.store_dtype, self.store_topk) if self.teacher == "store" else None
 
     def cost_lines(self, scale):
         if self.teacher == "snapshot":

@@ -199,11 +199,13 @@ def _look_for_whole(run_dir: Path) -> Path | None:
             aside = bad.with_name(f"damaged-{bad.name}")
             shutil.rmtree(aside, ignore_errors=True)
             bad.rename(aside)
-            warn(f"{bad}: {problem}; going on from {path.name} instead, {aside.name} can be deleted")
+            warn(f"{bad}: {problem}; resuming from {path.name} instead; {aside.name} can be deleted")
         return path
     if damaged:
         path, problem = next(iter(damaged.items()))
-        raise InputError(f"{path}: {problem}; no other checkpoint is whole: --resume never starts anew")
+        raise InputError(
+            f"{path}: {problem}; no other checkpoint is whole; --resume never deletes the run and starts from scratch"
+        )
     return None
 
 

@@ -40,7 +40,9 @@ def read_result(run_dir: Path) -> RunResult:
     try:
         return EARLIER | json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged: {error}; to train the run again from the start: --resume never") from None
+        raise InputError(
+            f"{path}: damaged: {error}; --resume never deletes the run and trains it from scratch"
+        ) from None
 
 
 def read_metrics(result: RunResult) -> list[Metric]:

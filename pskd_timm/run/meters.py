@@ -32,7 +32,7 @@ class RunningMeans:
         return sums
 
     def read(self, progress: Progress, where: str) -> dict[str, float]:
-        """Add the sums over all ranks to `progress` and start anew (all ranks call it together).
+        """Add the sums over all ranks to `progress` and reset them (all ranks call it together).
 
         Returns the mean `loss`, the `error` in % and the mean of each part.
         """
