@@ -104,7 +104,7 @@ def train(
     lock = folder.run_lock(run_dir)
     ranks.on_main(lambda: folder.prepare(recipe, lock))
     try:
-        tracker = Tracker(accelerator, recipe, task.metrics, run_dir, loader.steps, display.quiet)
+        tracker = Tracker(accelerator, recipe, task, loader.steps, display.quiet)
     except InputError:
         lock.release()  # a notebook keeps what an error has seen, the lock among it
         raise
@@ -224,7 +224,7 @@ def train(
         clock.update(progress)
         if is_main:
             task.save(state.eval_network, run_dir / "best")
-            values = run_result(recipe, task, last, best, progress, world_size, device)
+            values = run_result(recipe, task, network, last, best, progress, world_size, device)
             tracker.log_result(values, last[scored_on], lambda rows: task.examples(scored_on, rows))
             write_predictions(run_dir, last, best)
             write_result(run_dir, values)

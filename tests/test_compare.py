@@ -88,7 +88,7 @@ def test_the_processes_of_a_comparison_do_not_run_its_script_again(tmp_path, mon
 
 def test_what_python_hands_over_wrongly_is_told_in_a_line(tiny):
     for call, says in (
-        (lambda: compare("digits"), "a recipe is wanted, as load_recipe gives it, got 'digits'"),
+        (lambda: compare(3), "a recipe, a recipe's file or name is wanted, got 3"),
         (lambda: compare(tiny(), "pskd"), r"methods should be a list: methods=\['pskd'\]"),
         (lambda: compare(tiny(), ["pskd"], 3), r"seeds should be a list: seeds=\[3\]"),
         (lambda: compare(tiny(), ["pskd"], [-1]), "no seed below 0"),

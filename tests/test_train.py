@@ -406,7 +406,7 @@ def test_other_ways_to_train_learn_too(tiny, settings):
 
 
 def test_a_gpu_without_memory_left_is_a_line_that_says_what_helps(monkeypatch, tmp_path, capsys):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
     monkeypatch.setattr(sys.modules["pskd_timm.training"], "train", full)

@@ -113,4 +113,4 @@ def trials_table(trials: list[Trial]) -> pd.DataFrame:
 
 def searched(table: pd.DataFrame) -> list[str]:
     """The settings of a `trials_table`: the columns between `state` and the figures."""
-    return list(table.columns[2 : list(table.columns).index(METRICS[0])])
+    return list(table.columns[2 : list(table.columns).index(next(iter(METRICS)))])

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..files import without_nan, write_atomic
 from ..metrics import Metric
@@ -29,6 +30,7 @@ def better(metric: Metric, figures: dict, best: dict) -> bool:
 def run_result(
     recipe: Recipe,
     task: Task,
+    network: nn.Module,
     last: dict[str, Predictions],
     best: dict[str, Predictions],
     progress: Progress,
@@ -58,8 +60,9 @@ def run_result(
         evaluated_on=scored_on,
         **scored,
         seconds=progress.seconds,
-        num_processes=world_size,
         **task.describe(),
+        num_parameters=sum(weights.numel() for weights in network.parameters()),
+        num_processes=world_size,
         **describe_machine(device),
         **{part: figures(part) for part in others},
     )

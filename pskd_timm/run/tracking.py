@@ -4,7 +4,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import Lines, without_nan, write_atomic
-from ..metrics import ECE_BINS, Metric, Outcomes, bin_of, risk_curve
+from ..metrics import ECE_BINS, Outcomes, bin_of, risk_curve
 from ..outcomes import Predictions
 from ..recipe import Recipe
+from ..tasks.base import Task
 from .result import read_lines
 
 TAIL = 8192  # bytes, longer than two lines
@@ -69,13 +70,12 @@ class Tracker:
         self,
         accelerator: Accelerator,
         recipe: Recipe,
-        metrics: Sequence[Metric],
-        run_dir: Path,
+        task: Task,
         steps_per_epoch: int,
         quiet: bool = False,
     ):
-        self.accelerator, self.run_dir, self.steps_per_epoch = accelerator, run_dir, steps_per_epoch
-        self.metrics = metrics
+        self.accelerator, self.steps_per_epoch, self.task = accelerator, steps_per_epoch, task
+        self.run_dir = recipe.run_dir
         self.is_main, self.recipe = accelerator.is_main_process, recipe
         self.files: dict[str, Lines] = {}
         self.uses_wandb = recipe.tracking.wandb != "disabled"
@@ -118,12 +118,12 @@ class Tracker:
 
     def _define_metrics(self):
         self.wandb_run.define_metric("epoch")
-        for metric in self.metrics:
+        for metric in self.task.metrics:
             best = "max" if metric.higher_is_better else "min"
             self.wandb_run.define_metric(metric.name, step_metric="epoch", summary=f"{best},last")
         for name in ("train_loss", "train_error"):
             self.wandb_run.define_metric(name, step_metric="epoch", summary="min,last")
-        self.wandb_run.define_metric("*_per_second", step_metric="epoch", summary="max,last")
+        self.wandb_run.define_metric(f"{self.task.counts}_per_second", step_metric="epoch", summary="max,last")
 
     def forget_after(self, epoch: int, step: int):
         """Drop lines that a run resumed at (epoch, step) is about to write again."""
