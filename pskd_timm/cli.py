@@ -213,9 +213,12 @@ def run_train(arguments, rest):
         )
         return FAILED
     if is_main_process():
-        last, best = result.last, result.best
-        print(f"last epoch {last['epoch']}: {figures(last)}")
-        print(f"best epoch {best['epoch']} (best on {best['chosen_on']}): {figures(best)}")
+        from .metrics import format_metrics
+        from .run.folder import read_metrics
+
+        last, best, metrics = result.last, result.best, read_metrics(result.values)
+        print(f"last epoch {last['epoch']}: {format_metrics(last, metrics)}")
+        print(f"best epoch {best['epoch']} (best on {best['chosen_on']}): {format_metrics(best, metrics)}")
         print(f"wrote {result.run_dir}")
     if distributed.is_initialized():  # NCCL warns where a process leaves without
         distributed.destroy_process_group()
@@ -256,15 +259,17 @@ def tell(comparison):
 
 def run_search(arguments, rest):
     recipe = load(arguments, rest)
+    from .metrics import format_metrics
     from .progress import Display
     from .study import search
+    from .tasks import task_class
 
     options = (arguments.trials, arguments.seeds, arguments.metric, arguments.prune, arguments.search_seed)
     with Display(arguments.quiet) as display:
         found = search(recipe, arguments.over, *options, display)
     chosen = ", ".join(f"{key} {value}" for key, value in found.best.settings.items())
     print(f"chosen: trial {found.best.number} of {len(found.trials)}: {chosen}")
-    print(f"on the held-out part: {figures(found.best.figures)}")
+    print(f"on the held-out part: {format_metrics(found.best.figures, task_class(recipe.task).metrics)}")
     print("wrote " + ", ".join(map(str, found.paths)))
     return DONE
 
@@ -282,6 +287,7 @@ def run_show(arguments, rest):
 
 
 def run_evaluate(arguments, rest):
+    from .metrics import format_metrics
     from .progress import Display
 
     given = overrides(arguments, rest)
@@ -289,21 +295,26 @@ def run_evaluate(arguments, rest):
         name = arguments.run_or_recipe
         recipe = load_recipe(name, given) if name else with_overrides({"epochs": 1}, given, "command line", "evaluate")
         from .evaluation import evaluate_checkpoint
+        from .tasks import task_class
 
         with Display() as display:
             found = evaluate_checkpoint(arguments.checkpoint, recipe, display.advance)
-        print(figures(found))
+        print(format_metrics(found, task_class(recipe.task).metrics))
         return DONE
     if not arguments.run_or_recipe:
         raise InputError("evaluate needs a finished run's folder, or --checkpoint FILE")
     from .evaluation import evaluate
+    from .run.folder import read_metrics, read_result
 
     with Display() as display:
         scores = evaluate(arguments.run_or_recipe, given, display.advance)
+    metrics = read_metrics(read_result(Path(arguments.run_or_recipe)))
     for which, found in scores.items():
         recorded = found.pop("recorded")
-        agrees = "equal to result.json" if recorded == found else f"result.json has: {figures(recorded)}"
-        print(f"{which}: {figures(found)} ({agrees})")
+        agrees = (
+            "equal to result.json" if recorded == found else f"result.json has: {format_metrics(recorded, metrics)}"
+        )
+        print(f"{which}: {format_metrics(found, metrics)} ({agrees})")
     return DONE
 
 
@@ -411,14 +422,6 @@ def run_bench(arguments, rest):
     if arguments.json:
         write_atomic(Path(arguments.json), json.dumps(found, indent=1))
     return DONE
-
-
-def figures(values: dict) -> str:
-    """The six figures in a line."""
-    return (
-        f"top-1 error {values['top1_error']:.2f} %  top-5 error {values['top5_error']:.2f} %  nll {values['nll']:.4f}  "
-        f"ece {values['ece']:.2f} %  aurc {values['aurc']:.2f}  eaurc {values['eaurc']:.2f}"
-    )
 
 
 def is_main_process() -> bool:

@@ -18,13 +18,14 @@ from filelock import FileLock, Timeout
 from .checks import check_recipe
 from .errors import InputError
 from .methods import METHOD_SECTIONS
+from .metrics import format_metrics
 from .progress import Display, Row, duration
 from .recipe import Recipe
 from .recipe_files import as_recipe
 from .reports.build import Comparison, report
-from .reports.tables import short
-from .run.folder import is_finished, is_locked, read_result, run_lock
+from .run.folder import is_finished, is_locked, read_metrics, read_result, run_lock
 from .run.tracking import last_line
+from .tasks import task_class
 from .teacher import BASELINE, teacher_folder
 from .training import train
 
@@ -60,7 +61,7 @@ class Job:
         """How many epochs the run has done, and what it logged last."""
         step, epoch = (last_line(self.recipe.run_dir / name) for name in ("steps.jsonl", "metrics.jsonl"))
         if epoch:
-            return epoch["epoch"], f"error {epoch['top1_error']:.1f} %  nll {epoch['nll']:.3f}"
+            return epoch["epoch"], format_metrics(epoch, task_class(self.recipe.task).metrics[:3], brief=True)
         return 0, f"loss {step['loss']:.3f}" if step else ""
 
 
@@ -209,7 +210,8 @@ def _tell(job: Job, display: Display):
     code = job.process.exitcode
     if code == 0:
         result = read_result(job.recipe.run_dir)
-        display.say(f"{job.name:<{NAME_WIDTH}} {short(result['last'])}  {duration(result['seconds'])}")
+        figures = format_metrics(result["last"], read_metrics(result), brief=True)
+        display.say(f"{job.name:<{NAME_WIDTH}} {figures}  {duration(result['seconds'])}")
         return
     why = f"exit code {code}" if code > 0 else f"ended by signal {-code}"
     if code == 1:  # it has said why

@@ -1,5 +1,6 @@
 """The six figures of the paper's tables, in its units: error and ECE in %, NLL in nats, AURC and E-AURC × 10³."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,29 +11,46 @@ from .errors import InputError
 
 
 class Metric(NamedTuple):
-    """How a metric is shown: its key in result.json, title, unit, decimals, and which direction is better."""
+    """How a metric is shown: its key in result.json, title, unit, decimals, which direction is better, and whether also
+    in lines with room for few."""
 
     name: str
     title: str
     unit: str = ""
     digits: int = 2
     higher_is_better: bool = False
+    in_brief: bool = True
+
+    @property
+    def header(self) -> str:
+        """Title and unit, as over a column."""
+        return f"{self.title} {self.unit}".rstrip()
+
+    def format(self, value: float) -> str:
+        """`value` with its decimals, one more where there is no unit: such values (nats) are small."""
+        return f"{value:.{self.digits if self.unit else self.digits + 1}f}"
 
 
 METRICS = {
     metric.name: metric
     for metric in (
         Metric("top1_error", "top-1 error", "%"),
-        Metric("top5_error", "top-5 error", "%"),
+        Metric("top5_error", "top-5 error", "%", in_brief=False),
         Metric("nll", "NLL"),
         Metric("ece", "ECE", "%"),
         Metric("aurc", "AURC", "×10³"),
-        Metric("eaurc", "E-AURC", "×10³"),
+        Metric("eaurc", "E-AURC", "×10³", in_brief=False),
     )
 }
 ECE_BINS = 10
 ROW_SUM_TOLERANCE = 0.02  # what rows of float16 or bfloat16 may be off
 ROWS_AT_ONCE = 1024  # looked at together: they and what is made of them fit into a processor's cache
+
+
+def format_metrics(values: dict[str, float], metrics: Iterable[Metric], brief: bool = False) -> str:
+    """The `values` of `metrics` in a line: `top-1 error 23.12 %  NLL 1.012`; `brief` leaves out those not `in_brief`."""
+    shown = [metric for metric in metrics if metric.in_brief or not brief]
+    return "  ".join(f"{metric.title} {metric.format(values[metric.name])} {metric.unit}".rstrip() for metric in shown)
 
 
 class Outcomes(NamedTuple):

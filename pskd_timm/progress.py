@@ -2,12 +2,15 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
+
+from .metrics import Metric, format_metrics
 
 LINE_EVERY = 10.0  # seconds between two lines about the same work where there is no terminal
 
@@ -45,20 +48,20 @@ class Display:
         left = self.left(what, done, total)
         self.show([Row(what, done, total, f"{done:,}/{total:,} {left}")], f"{what}: {done:,}/{total:,} {left}")
 
-    def begin(self, name: str, epochs: int, steps: int, done: int):
-        """What `step` and `epoch` tell is of the run `name`: so many epochs of so many steps, of which `done` are done."""
-        self.training = _Training(name, epochs, steps)
+    def begin(self, name: str, epochs: int, steps: int, done: int, metrics: Sequence[Metric], counts: str):
+        """Show the run `name` of so many epochs of so many steps, `done` of them done; `counts` is what is trained on."""
+        self.training = _Training(name, epochs, steps, [metric for metric in metrics if metric.in_brief], counts)
         self.began[name] = (time.monotonic(), done)
 
-    def step(self, epoch: int, step: int, images: float, values: dict):
-        """Step `step` of epoch `epoch` (both from 1) is done; `images` of the epoch were seen; `values` is the line logged."""
+    def step(self, epoch: int, step: int, num_seen: float, values: dict):
+        """Step `step` of epoch `epoch` (both from 1) is done, `num_seen` targets of it seen; `values` is the line logged."""
         run = self.training
         total = run.epochs * run.steps
         done = (epoch - 1) * run.steps + step
         left = self.left(run.name, done, total)
         facts = [f"loss {values['loss']:.3f}", f"error {values['error']:.1f} %"]
         facts += [f"α {values['alpha']:.2f}"] if "alpha" in values else []
-        facts += [f"lr {values['lr']:.3g}", f"{run.images_per_second(epoch, images):,.0f} images/s"]
+        facts += [f"lr {values['lr']:.3g}", f"{run.per_second(epoch, num_seen):,.0f} {run.counts}/s"]
         count = f"step {step}/{run.steps} {left}"
         name = f"{run.name}, epoch {epoch}/{run.epochs}"
         self.show([Row(name, done, total, count)], f"{name}, {count}: {'  '.join(facts)}", "  ".join(facts))
@@ -74,7 +77,7 @@ class Display:
             self.console.print(run.header(line), style="bold", markup=False)
             run.headed = True
         self.say(run.row(line))
-        run.images_per_second(line["epoch"] + 1, 0)  # the time of the evaluation is not the next steps'
+        run.per_second(line["epoch"] + 1, 0)  # the time of the evaluation is not the next steps'
 
     def show(self, rows: list[Row], line: str, below: str = ""):
         """`rows` as bars with `below` under them, or without a terminal `line` every ten seconds."""
@@ -132,17 +135,17 @@ class _Bars(Bars):
 class _Training:
     """The run that is trained: how long it is, and how its epochs look."""
 
-    def __init__(self, name: str, epochs: int, steps: int):
-        self.name, self.epochs, self.steps = name, epochs, steps
+    def __init__(self, name: str, epochs: int, steps: int, metrics: list[Metric], counts: str):
+        self.name, self.epochs, self.steps, self.metrics, self.counts = name, epochs, steps, metrics, counts
         self.headed = False
         self.at, self.seen = time.monotonic(), (1, 0.0)
 
-    def images_per_second(self, epoch: int, images: float) -> float:
+    def per_second(self, epoch: int, num_seen: float) -> float:
         """The pace since this was asked last, or since the epoch began."""
         now = time.monotonic()
-        new = images - (self.seen[1] if self.seen[0] == epoch else 0.0)
+        new = num_seen - (self.seen[1] if self.seen[0] == epoch else 0.0)
         pace = new / max(now - self.at, 1e-9)
-        self.at, self.seen = now, (epoch, images)
+        self.at, self.seen = now, (epoch, num_seen)
         return pace
 
     def words(self, line: dict, left: str) -> str:
@@ -150,28 +153,31 @@ class _Training:
         alpha = f"  alpha {line['alpha']:.3f}" if "alpha" in line else ""
         return (
             f"{self.name}  epoch {line['epoch']}/{self.epochs}  loss {line['train_loss']:.3f}  "
-            f"error {line['train_error']:.2f} %{alpha}  {line['evaluated_on']}: error {line['top1_error']:.2f} %  "
-            f"nll {line['nll']:.3f}  ece {line['ece']:.2f} %  aurc {line['aurc']:.1f}  "
-            f"{line['images_per_second']:,.0f} images/s  {left}"
+            f"error {line['train_error']:.2f} %{alpha}  {line['evaluated_on']}: {format_metrics(line, self.metrics)}  "
+            f"{line[f'{self.counts}_per_second']:,.0f} {self.counts}/s  {left}"
         ).rstrip()
 
     def header(self, line: dict) -> str:
-        """The head of the table of epochs; it fits 80 columns."""
-        alpha = f"{'α':>6}" if "alpha" in line else ""
-        error = f"{line['evaluated_on']} error %"
-        return (
-            f"{'epoch':>7}{'loss':>7}{'error %':>9}{alpha} │ {error}{'NLL':>7}{'ECE %':>7}{'AURC':>7} │ {'images/s':>8}"
-        )
+        """The head of the table of epochs; with an image's metrics it fits 80 columns."""
+        alpha = f"{'α':>5}" if "alpha" in line else ""
+        pace = f"{self.counts}/s"
+        return f"{'epoch':>6}{'loss':>7}{'error %':>8}{alpha} │ {' '.join(self._heads(line))} │ {pace:>8}"
 
     def row(self, line: dict) -> str:
         """A row of the table of epochs."""
-        alpha = f"{line['alpha']:>6.2f}" if "alpha" in line else ""
-        width = len(line["evaluated_on"]) + 8
+        alpha = f"{line['alpha']:>5.2f}" if "alpha" in line else ""
+        values = [
+            f"{metric.format(line[metric.name]):>{len(head)}}"
+            for metric, head in zip(self.metrics, self._heads(line), strict=True)
+        ]
         return (
-            f"{line['epoch']:>7}{line['train_loss']:>7.3f}{line['train_error']:>9.2f}{alpha} │ "
-            f"{line['top1_error']:>{width}.2f}{line['nll']:>7.3f}{line['ece']:>7.2f}{line['aurc']:>7.1f} │ "
-            f"{line['images_per_second']:>8,.0f}"
+            f"{line['epoch']:>6}{line['train_loss']:>7.3f}{line['train_error']:>8.2f}{alpha} │ {' '.join(values)} │ "
+            f"{line[f'{self.counts}_per_second']:>8,.0f}"
         )
+
+    def _heads(self, line: dict) -> list[str]:
+        first, *others = (metric.title for metric in self.metrics)
+        return [f"{line['evaluated_on']} {first}", *(f"{title:>6}" for title in others)]
 
 
 def duration(seconds: float) -> str:

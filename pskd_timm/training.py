@@ -123,7 +123,9 @@ def train(
         tracker.forget_after(progress.epoch, progress.step)
         first_epoch = progress.epoch
         done = progress.epoch * loader.steps + progress.step
-        display.begin(f"{recipe.method} seed {recipe.seed}", recipe.epochs, loader.steps, done)
+        display.begin(
+            f"{recipe.method} seed {recipe.seed}", recipe.epochs, loader.steps, done, task.metrics, task.counts
+        )
         if description := method.describe():
             display.say(description)
 

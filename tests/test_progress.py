@@ -35,12 +35,12 @@ def test_a_terminal_shows_where_the_run_is_and_a_table_that_grows_by_a_row_an_ep
     shown = plain(terminal.getvalue())
 
     rows = [line for line in shown.splitlines() if "│" in line]
-    assert " ".join(rows[0].split()) == "epoch loss error % α │ holdout error % NLL ECE % AURC │ images/s"
+    assert " ".join(rows[0].split()) == "epoch loss error % α │ holdout top-1 error NLL ECE AURC │ images/s"
     assert len(rows) == 3 and all(len(row) <= 80 for row in rows)
     for row, line in zip(rows[1:], result.history, strict=True):
         cells = row.replace("│", " ").replace(",", "").split()
         decimals = {"epoch": 0, "train_loss": 3, "train_error": 2, "alpha": 2, "top1_error": 2, "nll": 3, "ece": 2}
-        decimals |= {"aurc": 1, "images_per_second": 0}
+        decimals |= {"aurc": 2, "images_per_second": 0}
         assert cells == [f"{line[name]:.{places}f}" for name, places in decimals.items()]
 
     told, below = drawn[[told["description"] for told, _ in drawn].index("pskd seed 0, epoch 2/2")]
@@ -59,8 +59,8 @@ def test_without_a_terminal_an_epoch_is_a_line_with_the_same_facts(tiny, capsys)
     last = result.history[-1]
     for fact in (
         "pskd seed 3  epoch 2/2  loss ",
-        f"  error {last['train_error']:.2f} %  alpha 0.800  test: error {last['top1_error']:.2f} %  nll ",
-        f"  ece {last['ece']:.2f} %  aurc {last['aurc']:.1f}  {last['images_per_second']:,.0f} images/s  0:00 left",
+        f"  error {last['train_error']:.2f} %  alpha 0.800  test: top-1 error {last['top1_error']:.2f} %  NLL ",
+        f"  ECE {last['ece']:.2f} %  AURC {last['aurc']:.2f} ×10³  {last['images_per_second']:,.0f} images/s  0:00 left",
     ):
         assert fact in lines[-1]
 
@@ -76,7 +76,7 @@ def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("pskd_timm.progress.time.monotonic", lambda: now[0])
     display = Display()
-    display.begin("a run", epochs=10, steps=10, done=20)  # continued after two epochs
+    display.begin("a run", epochs=10, steps=10, done=20, metrics=[], counts="images")  # continued after two epochs
     now[0] += 30
     assert display.left("a run", 30, 100) == "3:30 left"
     assert display.left("evaluating", 1, 5) == ""
@@ -112,10 +112,10 @@ def test_compare_shows_every_run_and_what_is_left(tiny, tmp_path):
     shown = []
     display = Display()
     display.show = lambda *told: shown.append(told)
-    _show(jobs, jobs[1:3], jobs[3:], 9, display)  # three of nine were finished before, one is since
+    _show(jobs, jobs[1:3], jobs[3:], 9, display)  # three of nine had finished, one has since
     expected = [
         Row("all", 4 + 3, 24, "4 of 9 runs"),
-        Row("baseline seed 1", 3, 4, "epoch 3/4  error 33.3 %  nll 1.500"),
+        Row("baseline seed 1", 3, 4, "epoch 3/4  top-1 error 33.33 %  NLL 1.500"),
         Row("cskd seed 0", 0, 4, "epoch 0/4  loss 2.250"),
     ]
     waiting = "waiting: cskd 1, pskd 0 1"

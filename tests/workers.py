@@ -29,7 +29,7 @@ def exchange(folder: Path):
     """A store over all ranks against a plain full table that every rank keeps, over random tables, orders and halves."""
     from pskd_timm import InputError, PredictionStore
     from pskd_timm import store as room
-    from pskd_timm.order import share
+    from pskd_timm.order import even_slice
 
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -61,7 +61,7 @@ def exchange(folder: Path):
         for _ in range(data.draw(st.integers(1, 3))):
             order = torch.randperm(n, generator=generator)[: data.draw(st.integers(0, n))]
             new = torch.rand(n, k, generator=generator, dtype=torch.float64).softmax(1)
-            mine = order[share(len(order), rank, world_size)]
+            mine = order[even_slice(len(order), rank, world_size)]
             middle = data.draw(st.booleans())
             store.checkout(mine)
             if len(mine):
@@ -108,11 +108,19 @@ def check_snapshot(rank: int):
     assert teacher.frozen.running_mean.tolist() == [0.0] * 3 and network.running_mean.tolist() == [float(rank)] * 3
 
 
+def train_sequences(folder: Path):
+    """The second task of the tests."""
+    import sequences  # noqa: F401 (which registers it)
+
+    from pskd_timm import load_recipe, train
+
+    train(load_recipe("digits", json.loads((folder / "settings.json").read_text())))
+
+
 def train_all(folder: Path):
     """All five methods, and PS-KD with both its teachers, on however many processes there are and without batch norm."""
-    from runs import newest
-
     from pskd_timm import METHODS, load_recipe, train
+    from runs import newest
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     settings = json.loads((folder / "settings.json").read_text())
