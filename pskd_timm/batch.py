@@ -13,6 +13,9 @@ class Batch:
 
     `partner_inputs`, like `inputs`, holds another sample of each one's class, for the methods that ask for partners.
     In a mixed batch (mixup, cutmix) input i is `lam` [] (λ) parts sample i and 1 − λ parts sample `permutation[i]` [B].
+
+    Example:
+        >>> batch = Batch(images, labels, index)  # [128, 3, 32, 32], [128], [128]
     """
 
     inputs: Any

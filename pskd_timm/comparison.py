@@ -77,6 +77,9 @@ def compare(
     A failed run is a row that says so; the others go on. Finished runs are not repeated; one that another process is at
     work on, as a second comparison in the same folder may be, is waited for. With `tfkd.teacher: baseline` the baselines
     are trained before TF-KD, also where `methods` does not name them.
+
+    Example:
+        >>> compare("digits", methods=["baseline", "pskd"], seeds=[0, 1, 2], jobs=2).frame
     """
     recipe = as_recipe(recipe, methods=methods, seeds=seeds)
     if jobs < 1:

@@ -129,6 +129,13 @@ class PredictionStore:
     `labels` [N], where they are known, fill the one-hot rows of samples never seen in `gather()`; `read` is given them.
     `topk`, where it is set, keeps only so many probabilities of each row. Tensors given and returned lie on their own
     device; with the store on the CPU and the run on a GPU each step therefore waits for the device.
+
+    Example:
+        >>> store = PredictionStore(num_samples=50_000, num_classes=100, device="cuda")
+        >>> store.checkout(order)  # once an epoch, the sample ids [n] of this rank
+        >>> last = store.read(index, labels)  # [B, K], one-hot where a sample was never seen
+        >>> store.write(index, logits.softmax(1))
+        >>> store.checkin()
     """
 
     def __init__(

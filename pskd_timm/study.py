@@ -94,7 +94,10 @@ def search(
     Everything goes into <output root>/search-<method>; the same call resumes what is there, unless the recipe says
     `resume: never`. With `prune`, a trial whose first seed does worse than the median of the earlier ones at the same epoch
     ends there (Optuna's median pruner). A trial that diverges, whose settings do not go together or whose network does not
-    fit into memory is told and passed over. Raises InputError for bad input, before anything is trained.
+    fit into memory is named and passed over. Raises InputError for bad input, before anything is trained.
+
+    Example:
+        >>> search("digits", over=["pskd.alpha=0.3:0.9"], trials=8).best.settings
     """
     recipe = as_recipe(recipe, over=over, seeds=seeds)
     optuna = _optuna()

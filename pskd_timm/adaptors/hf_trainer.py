@@ -55,8 +55,8 @@ class MethodCallback(TrainerCallback):
             return
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
         if not path.is_file():
-            raise InputError(f"{path}: not there, and without it the training cannot go on from that checkpoint")
-        self.method.store.home.copy_(load_file(path)["predictions"])
+            raise InputError(f"{path}: not there, and without it the training cannot resume from that checkpoint")
+        self.method.load_state_dict(load_file(path))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         store = self.method.store
@@ -69,4 +69,4 @@ class MethodCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.method.store is not None:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
-            save_file({"predictions": self.method.store.shard().contiguous()}, path)
+            save_file(self.method.state_dict(include_store=True), path)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from .. import ranks
 from ..batch import Batch
 from ..errors import InputError
 from ..methods.base import Method
@@ -29,7 +28,7 @@ class MethodTask(ClassificationTask):
             raise InputError(
                 f"{type(method).__name__} needs a partner for each sample, which timm's loaders do not bring"
             )
-        self.method = method
+        self.method, self._state = method, {}
         if snapshot := getattr(method, "snapshot", None):
             snapshot.watch(model)
 
@@ -55,24 +54,14 @@ class MethodTask(ClassificationTask):
     def end_epoch(self):
         """After an epoch's last step; all ranks together."""
         self.method.end_epoch()
-        if store := self.method.store:
-            # Of all ranks, since timm's saver asks one of them alone.
-            self._rows = ranks.gather_rows(store.shard(), store.parts)
+        # Here, where all ranks are, since timm's saver asks one of them alone.
+        self._state = self.method.state_dict(include_store=True)
 
     def get_task_state(self, module=None, ema: bool = False) -> dict:
         """What the method remembered at the last epoch's end."""
-        table = {"predictions": self._rows} if hasattr(self, "_rows") else {}
-        return {} if ema else table | {"method": self.method.state_dict()}
+        return {} if ema else self._state
 
     def load_task_state(self, state, strict: bool = True, module=None, ema: bool = False):
         """Take over what `get_task_state` gave. Raises InputError if its table is of another size."""
-        if ema or not state:
-            return
-        if state["method"]:
-            self.method.load_state_dict(state["method"])
-        store, rows = self.method.store, state.get("predictions")
-        if store is None or rows is None:
-            return
-        if rows.shape[1:] != store.home.shape[1:] or len(rows) != store.num_samples or rows.dtype != store.home.dtype:
-            raise InputError(f"the checkpoint's predictions are {list(rows.shape)}, not of this method and data set")
-        store.home.copy_(rows[store.own])
+        if state and not ema:
+            self.method.load_state_dict(state)

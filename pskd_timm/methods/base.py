@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..batch import Batch
+from ..errors import InputError
 from ..store import PredictionStore
 
 
@@ -87,9 +89,22 @@ class Method:
         """What the method has to report of the current epoch, by name."""
         return {}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the method beside its store."""
-        return {}
+    def state_dict(self, include_store: bool = False) -> dict[str, Tensor]:
+        """What the method remembers, for a checkpoint.
+
+        With `include_store` the whole table of predictions too, as `predictions`, on every rank (all ranks call it together);
+        `pskd-timm train` leaves it out, since there each rank saves its own rows.
+        """
+        if not include_store or self.store is None:
+            return {}
+        return {"predictions": ranks.gather_rows(self.store.shard(), self.store.parts)}
 
     def load_state_dict(self, state: dict[str, Tensor]):
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave, on any number of ranks. Raises InputError for a table of another size or format."""
+        rows = state.get("predictions")
+        if rows is None or self.store is None:
+            return
+        home = self.store.home
+        if len(rows) != self.store.num_samples or rows.shape[1:] != home.shape[1:] or rows.dtype != home.dtype:
+            raise InputError(f"the saved predictions are {list(rows.shape)}, not of this method and data set")
+        home.copy_(rows[self.store.own])

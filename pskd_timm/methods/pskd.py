@@ -21,6 +21,12 @@ class PSKD(Method):
     With `teacher` store a sample's last prediction is that of its last training step, kept in `store_dtype` on
     `store_device` (`auto` or `cpu`), in full or with `store_format` topk the `store_topk` largest of each. With `teacher`
     snapshot the network as the last epoch left it sees the current images too, in eval mode, and nothing is stored.
+
+    Example:
+        >>> pskd = PSKD(alpha=0.8).setup(num_samples=50_000, num_classes=100, num_epochs=300, device="cuda")
+        >>> pskd.begin_epoch(epoch, order)  # the sample ids that this rank will visit
+        >>> loss, logits = pskd.loss(model, Batch(images, labels, index))
+        >>> pskd.end_epoch()
     """
 
     part_names = ("cross_entropy", "last_cross_entropy")
@@ -125,8 +131,11 @@ class PSKD(Method):
     def values(self):
         return {"alpha": self.alpha_now}
 
-    def state_dict(self):
-        return self.snapshot.state_dict() if self.snapshot else {}
+    def state_dict(self, include_store=False):
+        return self.snapshot.state_dict() if self.snapshot else super().state_dict(include_store)
 
     def load_state_dict(self, state):
-        self.snapshot.load_state_dict(state)
+        if self.snapshot:
+            self.snapshot.load_state_dict(state)
+        else:
+            super().load_state_dict(state)
