@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .errors import Diverged, InputError, nearest
+from .errors import Diverged, InputError, RankError, nearest
 from .methods import METHOD_SECTIONS
 from .recipe import Recipe, settings
 from .recipe_files import load_recipe, shipped_recipes, with_overrides
@@ -201,14 +201,15 @@ def run_train(arguments, rest):
     except RuntimeError as error:
         if not tells_of_a_lost_rank(error):
             raise
-        lost = f"rank {os.environ['RANK']} lost another, which died or did not answer for {recipe.timeout_minutes:g} minutes"
+        lost = f"rank {os.environ['RANK']} lost another, which failed or did not answer for {recipe.timeout_minutes:g} minutes"
         print(
-            f"pskd-timm: {recipe.run_dir}: {lost}; the same command resumes from the last checkpoint", file=sys.stderr
+            f"pskd-timm: {recipe.run_dir}: {lost}; unless a line of that rank says why, the same command {resumes(recipe)}",
+            file=sys.stderr,
         )
         return FAILED
     except (OSError, SafetensorError) as error:
         print(
-            f"pskd-timm: {recipe.run_dir}: {error}; once that is mended, the same command resumes the run",
+            f"pskd-timm: {recipe.run_dir}: {error}; once that is mended, the same command {resumes(recipe)}",
             file=sys.stderr,
         )
         return FAILED
@@ -223,6 +224,14 @@ def run_train(arguments, rest):
     if distributed.is_initialized():  # NCCL warns where a process leaves without
         distributed.destroy_process_group()
     return DONE
+
+
+def resumes(recipe: Recipe) -> str:
+    """What the same command will do after a failure."""
+    from .run.folder import checkpoints
+
+    newest = checkpoints(recipe.run_dir)[-1:]
+    return f"resumes from {newest[0].name}" if newest else "starts from scratch: there is no checkpoint yet"
 
 
 def run_compare(arguments, rest):
@@ -436,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"unknown option {rest[0]}")
         return arguments.run(arguments, rest)
     except InputError as error:
-        if is_main_process():
+        if is_main_process() or isinstance(error, RankError):
             print(f"pskd-timm: {error}", file=sys.stderr)
         return BAD_INPUT
     except Diverged as error:

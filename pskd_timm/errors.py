@@ -6,6 +6,12 @@ import difflib
 class InputError(ValueError):
     """Bad input from the user, in one or two lines: what is wrong, where, and what would be right."""
 
+    on_every_rank = False  # whether all ranks raise this very error together
+
+
+class RankError(InputError):
+    """Bad input that one rank of several met in its share of the data; the others only notice that it is gone."""
+
 
 class Diverged(RuntimeError):
     """The loss, or what the network says of some image, is no longer a number."""

@@ -1,12 +1,13 @@
 """The processes of a run, seen through torch's default process group; one process where there is none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import InputError, RankError
 
 # How torch and gloo word the loss of a peer; NCCL's errors have a class of their own.
 LOSS_WORDS = ("gloo", "closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "nccl")
@@ -56,8 +57,21 @@ def on_main(work: Callable):
             outcome = error
     outcome = all_gather_objects(outcome)[0]
     if isinstance(outcome, InputError):
+        outcome.on_every_rank = True
         raise outcome
     return outcome
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """An InputError that this rank alone meets, in its share of the data, becomes a RankError, which names the rank."""
+    try:
+        yield
+    except InputError as error:
+        rank, world_size = rank_and_world_size()
+        if world_size == 1 or error.on_every_rank:
+            raise
+        raise RankError(f"rank {rank}: {error}") from None
 
 
 def largest(values: list[float]) -> list[float]:

@@ -247,7 +247,10 @@ class RecipeBase(Section):
         if self.augment.auto_augment and self.data.loading != "streaming":
             raise ValueError("augment.auto_augment needs data.loading streaming, where workers hold single images")
         if self.optim.warmup_epochs >= self.epochs:
-            raise ValueError(f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}")
+            raise ValueError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs:g} must be below epochs {self.epochs}: "
+                f"for so short a run --optim.warmup_epochs {self.epochs / 10:g}, or 0"
+            )
         for name in METHOD_SECTIONS:
             if conflict := getattr(self, name).conflict(self.epochs):
                 raise ValueError(conflict)

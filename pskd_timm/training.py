@@ -101,16 +101,12 @@ def train(
         checkpoint.save(run_dir, progress, state, recipe.checkpoint.keep, before_commit=tracker.sync)
         schedule.saved_at = time.monotonic()
 
-    lock = folder.run_lock(run_dir)
-    ranks.on_main(lambda: folder.prepare(recipe, lock))
-    try:
-        tracker = Tracker(accelerator, recipe, task, loader.steps, display.quiet)
-    except InputError:
-        lock.release()  # a notebook keeps what an error has seen, the lock among it
-        raise
     schedule = SaveSchedule(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
-    try:
+    lock = folder.run_lock(run_dir)
+    ranks.on_main(lambda: folder.prepare(recipe, lock))
+    tracker = Tracker(accelerator, recipe, task, loader.steps, display.quiet)
+    with folder.released(lock), ranks.named_errors(), tracker, display:
         # Resume.
         if newest := checkpoint.newest_whole(run_dir):
             progress = checkpoint.load(newest, state)
@@ -231,8 +227,4 @@ def train(
             write_predictions(run_dir, last, best)
             write_result(run_dir, values)
         accelerator.wait_for_everyone()
-    finally:
-        tracker.finish()
-        display.close()
-        lock.release()
     return Result(run_dir, folder.read_result(run_dir))

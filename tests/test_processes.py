@@ -9,15 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kills import one_rank_without_disk, score, start
-from runs import newest
+from PIL import Image
 from safetensors.torch import load_file
 
 from pskd_timm import METHODS
 from pskd_timm.run.checkpoint import damage
 from pskd_timm.run.result import read_lines
+from runs import newest
 
 WORKERS = Path(__file__).parent / "workers.py"
 
@@ -207,8 +209,8 @@ def test_when_a_rank_dies_or_hangs_the_other_ends_with_one_line_in_bounded_time(
             process.kill()
     said = [line for line in (tmp_path / "rank0.log").read_text().splitlines() if line.startswith("pskd-timm:")]
     assert said == [
-        f"pskd-timm: {run_dir}: rank 0 lost another, which died or did not answer for 0.1 minutes; "
-        "the same command resumes from the last checkpoint"
+        f"pskd-timm: {run_dir}: rank 0 lost another, which failed or did not answer for 0.1 minutes; "
+        f"unless a line of that rank says why, the same command resumes from {newest(run_dir).name}"
     ]
     assert "Traceback" not in (tmp_path / "rank0.log").read_text()
     assert newest(run_dir) and damage(newest(run_dir)) is None
@@ -278,3 +280,24 @@ def test_a_run_stopped_before_a_batch_that_two_processes_leave_out_goes_on_with_
     wandb_id = (recipe.run_dir / "wandb_id").read_text()
     assert len(list(recipe.run_dir.glob("wandb/offline-run-*"))) == 2
     assert len(list(recipe.run_dir.glob(f"wandb/offline-run-*/run-{wandb_id}.wandb"))) == 2
+
+
+def test_the_rank_that_meets_a_damaged_picture_says_which_and_the_other_does_not_promise_that_the_run_resumes(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 2)):
+        for name in ("one", "two"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).save(tmp_path / split / name / f"{i}.png")
+    (tmp_path / "train" / "two" / "5.png").write_bytes(b"no picture")
+    options = ["--data.path", tmp_path, "--data.loading", "streaming", "--data.workers", 0, "--data.image_size", 12]
+    options += ["--model.name", "cifar_preact_resnet_tiny", "--model.kwargs", "{width: 4}", "--batch_size", 4]
+    options += ["--output_dir", tmp_path / "runs", "--epochs", 2, "--timeout_minutes", 0.2, "--augment.crop_padding", 1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", str(free_port()), "-m", "pskd_timm", "train", "custom", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    said = [line for line in done.stderr.splitlines() if line.startswith("pskd-timm:")]
+    (named,) = (line for line in said if "cannot be decoded" in line)
+    assert named.startswith(("pskd-timm: rank 0: data: image 13", "pskd-timm: rank 1: data: image 13"))
+    assert "two/5.png" in named and done.returncode != 0
+    assert not any("resumes" in line for line in said)

@@ -273,7 +273,9 @@ def test_a_number_that_is_none_is_null_in_the_files_and_a_gap_in_wandb(tiny, tmp
         def log(self, values, step):
             self.logged.append((step, values))
 
-    tracker = Tracker(Sink(), tiny(), tmp_path, steps_per_epoch=7)
+    recipe = tiny(output_dir=str(tmp_path))
+    recipe.run_dir.mkdir(parents=True)
+    tracker = Tracker(Sink(), recipe, task=None, steps_per_epoch=7)
     tracker.uses_wandb = True
     tracker.forget_after(0, 0)
     tracker.log_step(3, {"epoch": 1, "loss": 0.5, "grad_norm": math.inf, "parts": [1.0, math.nan]})
@@ -281,7 +283,7 @@ def test_a_number_that_is_none_is_null_in_the_files_and_a_gap_in_wandb(tiny, tmp
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
-    line = json.loads((tmp_path / "steps.jsonl").read_text(), parse_constant=refuse)
+    line = json.loads((recipe.run_dir / "steps.jsonl").read_text(), parse_constant=refuse)
     assert line == {"step": 3, "epoch": 1, "loss": 0.5, "grad_norm": None, "parts": [1.0, None]}
     assert Sink.logged == [(3, {"epoch": 1, "loss": 0.5, "parts": [1.0, None]})]
 

@@ -222,7 +222,7 @@ class PSKD(MethodSection):
 
     def conflict(self, epochs):
         if self.alpha_warmup_epochs >= epochs:
-            return f"pskd.alpha_warmup_epochs {self.alpha_warmup_epochs} must be below epochs {epochs}"
+            return f"pskd.alpha_warmup_epochs {self.alpha_warmup_epochs} must be below epochs {epochs}: set it to 0"
         return None
 
     def effective_loss(self, num_classes, num_epochs, epoch):

@@ -12,24 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..methods import METHOD_SECTIONS
 from ..metrics import ECE_BINS, bin_of, risk_curve
 from .trials import DONE, STOPPED, searched
 
-# Okabe and Ito's colours, told apart with any colour vision; one a method everywhere.
-COLOURS = {
-    "baseline": "#000000",
-    "label_smoothing": "#E69F00",
-    "cskd": "#56B4E9",
-    "tfkd": "#009E73",
-    "pskd": "#D55E00",
-}
-TITLES = {
-    "baseline": "Baseline",
-    "label_smoothing": "Label smoothing",
-    "cskd": "CS-KD",
-    "tfkd": "TF-KD",
-    "pskd": "PS-KD",
-}
+COLOURS = {name: section.colour for name, section in METHOD_SECTIONS.items()}
+TITLES = {name: section.title for name, section in METHOD_SECTIONS.items()}
 # Never colour alone: a dash and a marker a method, more of them for a method that ran with several settings.
 DASHES = [
     "solid",

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -78,6 +80,15 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def run_lock(run_dir: Path) -> FileLock:
     """The lock of the process that is at work on a run, which may take it more than once."""
     return FileLock(run_dir / LOCK, is_singleton=True)
+
+
+@contextmanager
+def released(lock: FileLock) -> Iterator[None]:
+    """Releases `lock` at the end: a notebook keeps what an error has seen, the lock among it."""
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_locked(run_dir: Path) -> bool:

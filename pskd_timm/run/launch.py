@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
@@ -31,6 +31,9 @@ def connect(recipe: Recipe) -> Accelerator:
         "launch several processes with `accelerate launch --multi_gpu --num_processes N -m pskd_timm train …`, "
         "also without a GPU"
     )
+    for backend in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{backend}", "").lower() == "true":
+            raise InputError(f"this launch asks for {backend}, and training here is data-parallel (DDP) only: {right}")
     if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise InputError(f"this launch asks for several processes but starts one: {right}")
     if recipe.mixed_precision == "fp16" and not torch.cuda.is_available():
@@ -59,6 +62,10 @@ def connect(recipe: Recipe) -> Accelerator:
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise InputError(
             f"this launch starts {os.environ['WORLD_SIZE']} copies that know nothing of each other: {right}"
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise InputError(
+            f"{accelerator.distributed_type.value} is not supported, CPUs and CUDA GPUs with DDP are: {right}"
         )
     return accelerator
 

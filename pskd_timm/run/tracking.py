@@ -78,12 +78,15 @@ class Tracker:
         self.run_dir = recipe.run_dir
         self.is_main, self.recipe = accelerator.is_main_process, recipe
         self.files: dict[str, Lines] = {}
-        self.uses_wandb = recipe.tracking.wandb != "disabled"
+        self.uses_wandb, self.quiet = recipe.tracking.wandb != "disabled", quiet
+
+    def __enter__(self):
         if self.uses_wandb:
-            self._start_wandb(recipe, quiet)
+            self._start_wandb(self.recipe, self.quiet)
         if self.uses_wandb and self.is_main:
-            self.wandb_run = accelerator.get_tracker("wandb", unwrap=True)
+            self.wandb_run = self.accelerator.get_tracker("wandb", unwrap=True)
             self._define_metrics()
+        return self
 
     def _start_wandb(self, recipe: Recipe, quiet: bool):
         options = {
@@ -195,7 +198,7 @@ class Tracker:
         for file in self.files.values():
             file.sync()
 
-    def finish(self):
+    def __exit__(self, *_):
         # Accelerate's end_training would part the processes too, which may have another run before them.
         for tracker in self.accelerator.trackers:
             tracker.finish()
