@@ -1,4 +1,4 @@
-"""What a method is given at every step."""
+"""A training batch, as methods take it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Batch:
     lam: Tensor | None = None
 
     def mixed(self, rows: Tensor) -> Tensor:
-        """What `rows` [B, …] say of the samples, said of the images: mixed as they are."""
+        """`rows` [B, …] of the samples, mixed as the inputs are; unchanged in a batch that is not mixed."""
         return rows if self.permutation is None else self.lam * rows + (1.0 - self.lam) * rows[self.permutation]
 
     def label_loss(self, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """`loss(labels)` [], weighted over the labels of the two samples that mixed images show."""
+        """`loss(labels)` [], in a mixed batch λ·loss(labels) + (1 − λ)·loss(labels[permutation])."""
         if self.permutation is None:
             return loss(self.labels)
         return self.lam * loss(self.labels) + (1.0 - self.lam) * loss(self.labels[self.permutation])

@@ -57,9 +57,8 @@ def make_parser() -> Parser:
     compare.add_argument(
         "--jobs",
         type=int,
-        default=1,
         metavar="N",
-        help="runs at once, each with its share of cores or its own GPU (default: 1)",
+        help="runs at once, each with its share of cores or its own GPU (default: one a GPU, else as many as `threads` allows)",
     )
     compare.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
     add_settings(compare, without=("method", "seed"))

@@ -69,11 +69,12 @@ def compare(
     recipe: Recipe | str | Path,
     methods: Iterable[str] = tuple(METHOD_SECTIONS),
     seeds: Iterable[int] = (0,),
-    jobs: int = 1,
+    jobs: int | None = None,
     display: Display | None = None,
 ) -> Comparison:
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
+    `jobs` is by default one for each GPU, and on a machine without as many as leave each run the recipe's `threads`.
     A failed run is a row that says so; the others go on. Finished runs are not repeated; one that another process is at
     work on, as a second comparison in the same folder may be, is waited for. With `tfkd.teacher: baseline` the baselines
     are trained before TF-KD, also where `methods` does not name them.
@@ -82,7 +83,7 @@ def compare(
         >>> compare("digits", methods=["baseline", "pskd"], seeds=[0, 1, 2], jobs=2).frame
     """
     recipe = as_recipe(recipe, methods=methods, seeds=seeds)
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {jobs}")
     # A seed or method given twice is one run.
     methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
@@ -108,7 +109,7 @@ def compare(
         raise InputError(f"output_dir: {root} cannot be written: {error}") from None
     display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} already finished")
     try:
-        _work_off(waiting, len(all_jobs), jobs, display)
+        _run_all(waiting, len(all_jobs), jobs or default_jobs(recipe), display)
     finally:
         display.close()
     try:
@@ -118,7 +119,15 @@ def compare(
         raise InputError(f"{root}: the report cannot be written: {error}") from None
 
 
-def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
+def default_jobs(recipe: Recipe) -> int:
+    """How many runs at once: one a GPU, else as many as the cores allow with the recipe's threads each (all cores: one)."""
+    import torch
+
+    cores = os.cpu_count() or 1
+    return torch.cuda.device_count() or max(1, cores // (recipe.threads or cores))
+
+
+def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
     """Run all jobs, `jobs` at a time; one that fails says why in the last line of its log."""
     # Each run is a process of its own, forked from one that has the slow imports done but has trained nothing.
     context = multiprocessing.get_context("forkserver")
@@ -154,7 +163,7 @@ def _work_off(waiting: list[Job], total: int, jobs: int, display: Display):
                     continue
                 if job.process.exitcode != 0:
                     failed.add(job.recipe.run_dir)
-                _tell(job, display)
+                _print_outcome(job, display)
     except (KeyboardInterrupt, SystemExit):
         display.say("stopping: each run saves where it stands; the same command resumes them from there")
         _stop(running)
@@ -209,7 +218,7 @@ def _waiting(left: list[Job]) -> str:
     return f"waiting: {words}" if words else ""
 
 
-def _tell(job: Job, display: Display):
+def _print_outcome(job: Job, display: Display):
     code = job.process.exitcode
     if code == 0:
         result = read_result(job.recipe.run_dir)
@@ -224,7 +233,7 @@ def _tell(job: Job, display: Display):
 
 
 def _held_elsewhere(job: Job, display: Display) -> bool:
-    """Whether another process is at work on a job that waits; told once."""
+    """Whether another process is at work on a job that waits; says so once."""
     held = is_locked(job.recipe.run_dir)
     if held and not job.awaited:
         display.say(f"{job.name}: another process is at work on this run; waiting for it")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-UNEQUAL = 1.5  # a mixture's gradient scale outside 1/UNEQUAL … UNEQUAL is told as a change of the learning rate
-INERT = 0.02  # a regulariser with less than this part of the gradient is told to do nothing
+UNEQUAL = 1.5  # a mixture's gradient scale outside 1/UNEQUAL … UNEQUAL is reported as a change of the learning rate
+INERT = 0.02  # a regulariser with less than this part of the gradient is reported as inert
 
 
 @dataclass(frozen=True)

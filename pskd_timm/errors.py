@@ -1,4 +1,4 @@
-"""What goes wrong, told to people: bad input and runs that diverge, in one or two lines."""
+"""Errors for users: bad input and runs that diverge, in one or two lines."""
 
 import difflib
 

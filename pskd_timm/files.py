@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def warn(text: str):
-    """A line that must be said, also by a quiet run."""
+    """Print a warning to stderr, also in a quiet run."""
     print(f"pskd-timm: {text}", file=sys.stderr, flush=True)
 
 

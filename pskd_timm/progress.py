@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 class Display:
-    """Shows one run, or one comparison; `quiet` shows nothing but what must be said."""
+    """Shows one run, or one comparison; `quiet` shows nothing."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet

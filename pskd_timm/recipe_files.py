@@ -134,7 +134,7 @@ def default_name(path: Path) -> str:
 def differing(recipe: Recipe) -> dict:
     """The settings that differ from the defaults, as the mapping of a recipe file that gives the same run.
 
-    A preset is left out: its values are among them, and would fill in anew where one was set back to the default.
+    A preset is left out: its values are among them, and would fill in again where one was set back to the default.
     """
     return recipe.model_dump(exclude_defaults=True, exclude={"preset", "preset_of"})
 

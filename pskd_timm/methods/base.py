@@ -83,7 +83,7 @@ class Method:
         return None
 
     def describe(self) -> str | None:
-        """A line on what the method holds, told at the start and, if it changed, after the first epoch; all ranks together."""
+        """A line on what the method keeps, printed at the start and, if it changed, after the first epoch; all ranks together."""
 
     def values(self) -> dict[str, float]:
         """What the method has to report of the current epoch, by name."""

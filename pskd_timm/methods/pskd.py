@@ -1,4 +1,4 @@
-"""PS-KD (Kim et al., ICCV 2021, arXiv 2006.12000): soften the label with what the network said of the sample an epoch ago."""
+"""PS-KD (Kim et al., ICCV 2021, arXiv 2006.12000): the label is mixed with the network's own prediction of an epoch ago."""
 
 from functools import partial
 
@@ -102,7 +102,7 @@ class PSKD(Method):
         return (1.0 - alpha) * cross_entropy + alpha * last_cross_entropy, logits
 
     def last_prediction(self, model, batch):
-        """What was last said, probabilities [B, K]; one-hot labels where nothing was, or a snapshot would not count.
+        """The last predictions, probabilities [B, K]; one-hot labels where there is none yet, or a snapshot would not count.
 
         The store's is of the samples, mixed as a mixed batch's images are; the snapshot looks at the mixed images themselves.
         """

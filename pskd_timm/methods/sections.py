@@ -29,7 +29,7 @@ class MethodSection(Section):
     """Base of the methods' sections. `implementation` is the method's class, `module:name`, imported when a run begins."""
 
     title: ClassVar[str]
-    colour: ClassVar[str]  # of Okabe and Ito's palette or told apart from it with any colour vision
+    colour: ClassVar[str]  # of Okabe and Ito's palette, or distinct from it with any colour vision
     implementation: ClassVar[str]
     takes_mixed_inputs: ClassVar[bool] = True  # mixup and cutmix
     needs_partners: ClassVar[bool] = False  # a second input of the same class for each, which only images have

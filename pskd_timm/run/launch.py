@@ -72,7 +72,7 @@ def connect(recipe: Recipe) -> Accelerator:
 
 def set_backends(mixed_precision: str):
     """Have GPUs round the factors of float32 products to TF32 or not, and look for the fastest convolutions."""
-    # torch rounds those of convolutions unless it is told not to.
+    # torch rounds those of convolutions unless this is off.
     torch.set_float32_matmul_precision("highest" if mixed_precision == "no" else "high")
     torch.backends.cudnn.allow_tf32 = mixed_precision != "no"
     torch.backends.cudnn.benchmark = True  # shapes stay the same but for the tail batch
