@@ -261,7 +261,7 @@ def _check(base: Recipe, ranges: dict[str, Range], folder: Path, display: Displa
 
 
 def _train_trial(base, number, values, folder, seeds, metric, asked, display) -> Trial:
-    """Train one choice of settings with every seed; `asked`, Optuna's trial where trials are pruned, gets the first one's epochs."""
+    """Train one choice of settings with every seed; `asked`, if pruning, is Optuna's trial."""
     import optuna
 
     trial = Trial(number, DONE, values)
