@@ -1,9 +1,12 @@
-"""Optimizer, and the learning rate as a function of the step."""
+"""Optimizer, its parameter groups, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Iterable
+from fractions import Fraction
+from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import InputError, nearest
 from .recipe import Optim as OptimSection
@@ -11,15 +14,12 @@ from .recipe import Optim as OptimSection
 
 def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optimizer:
     """torch's SGD, or any of timm's optimizers by name."""
-    from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+    from timm.optim import create_optimizer_v2, list_optimizers
 
     if section.name == "sgd":
-        groups = model.parameters()
-        if not section.decay_norm_and_bias:
-            groups = param_groups_weight_decay(model, section.weight_decay)
         fused = next(model.parameters()).is_cuda  # one kernel for all weights
         return torch.optim.SGD(
-            groups,
+            param_groups(model, section),
             section.lr,
             section.momentum,
             nesterov=section.nesterov and section.momentum > 0,
@@ -46,15 +46,45 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
     return optimizer
 
 
+def param_groups(model: nn.Module, section: OptimSection) -> list[dict]:
+    """The model's parameters with and without weight decay, in its order; only the former where all decay.
+
+    What `model.no_weight_decay()` names (a ViT's position embedding and class token, Swin's bias tables) never decays: that
+    belongs to the architecture. Whether norm weights and biases do belongs to the recipe: `decay_norm_and_bias`.
+    """
+    spared = getattr(model, "no_weight_decay", set)()
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        is_norm_or_bias = parameter.ndim <= 1 or name.endswith(".bias")
+        exempt = name in spared or (is_norm_or_bias and not section.decay_norm_and_bias)
+        (others if exempt else decayed).append(parameter)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": section.weight_decay}]
+    return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm [] of all gradients as one vector; they stay as they are, also where it is not finite."""
+    return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+
+
 def lr_at(step: int, steps_per_epoch: int, epochs: int, section: OptimSection) -> float:
     """Learning rate of global step `step` (0-based)."""
     epoch = step / steps_per_epoch
-    if epoch < section.warmup_epochs:
+    if step < first_step(section.warmup_epochs, steps_per_epoch):
         return section.lr * (step + 1) / (section.warmup_epochs * steps_per_epoch + 1)
     if section.schedule == "step":
-        drops = sum(epoch >= (at if at >= 1 else at * epochs) for at in section.milestones)
+        # A milestone below 1 is a part of the run, from 1 on an epoch.
+        at = [first_step(when, steps_per_epoch * (1 if when >= 1 else epochs)) for when in section.milestones]
+        drops = sum(step >= first for first in at)
         return section.lr * section.decay_rate**drops
     if section.schedule == "cosine":
         part = (epoch - section.warmup_epochs) / (epochs - section.warmup_epochs)
         return section.min_lr + (section.lr - section.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
     return section.lr
+
+
+@cache
+def first_step(duration: float, steps: int) -> int:
+    """The first step from `duration` · `steps` on, for the decimal number as it is written: 0.07 · 100 is 7, not 7 + 1e-15."""
+    return math.ceil(Fraction(str(duration)) * steps)

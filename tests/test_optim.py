@@ -1,0 +1,82 @@
+"""Parameter groups, the steps at which the learning rate falls, and the gradient's norm."""
+
+from fractions import Fraction
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from pskd_timm.optim import grad_norm, lr_at, make_optimizer
+from pskd_timm.recipe import Optim
+
+SMALL = {
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 56,
+        "depths": (1, 1, 1, 1),
+        "embed_dim": 24,
+        "num_heads": (1, 1, 1, 1),
+    },
+    "cifar_preact_resnet_tiny": {"width": 8},
+}
+
+
+def decays(model, section):
+    optimizer = make_optimizer(model, section)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("decay_norm_and_bias", [True, False])
+def test_what_a_model_exempts_from_weight_decay_never_decays_and_norms_and_biases_by_the_setting(
+    name, optimizer, decay_norm_and_bias
+):
+    model = timm.create_model(name, num_classes=5, **SMALL[name])
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    assert any("pos_embed" in each or "bias_table" in each for each in exempt) == (not name.startswith("cifar"))
+    section = Optim(name=optimizer, weight_decay=0.1, decay_norm_and_bias=decay_norm_and_bias)
+    for parameter, decay in decays(model, section).items():
+        of_norm_or_bias = model.get_parameter(parameter).ndim <= 1 or parameter.endswith(".bias")
+        assert decay == (0.0 if parameter in exempt or (of_norm_or_bias and not decay_norm_and_bias) else 0.1), (
+            parameter
+        )
+
+
+def test_a_model_that_exempts_nothing_keeps_the_papers_one_group_in_the_models_order():
+    model = timm.create_model("cifar_preact_resnet_tiny", num_classes=5, width=8)
+    (group,) = make_optimizer(model, Optim()).param_groups
+    assert all(a is b for a, b in zip(group["params"], model.parameters(), strict=True))
+
+
+def test_the_learning_rate_drops_at_the_first_step_of_the_part_that_the_milestone_is_as_it_is_written():
+    late = 0
+    for hundredths in range(1, 100):
+        for epochs, steps_per_epoch in ((100, 1), (100, 391), (50, 2), (30, 3)):
+            section = Optim(lr=1.0, milestones=[hundredths / 100], decay_rate=0.5)
+            exact = Fraction(hundredths, 100) * epochs * steps_per_epoch
+            first = -(-exact.numerator // exact.denominator)
+            assert lr_at(first - 1, steps_per_epoch, epochs, section) == 1.0
+            assert lr_at(first, steps_per_epoch, epochs, section) == 0.5
+            late += (first / steps_per_epoch) < hundredths / 100 * epochs
+    assert late > 10  # so often rounding alone would miss the step
+
+
+def test_a_milestone_from_one_on_is_an_epoch_and_a_warm_up_ends_at_its_exact_step():
+    section = Optim(lr=1.0, milestones=[1, 2.5], decay_rate=0.5)
+    assert [lr_at(step, 4, 10, section) for step in (3, 4, 9, 10)] == [1.0, 0.5, 0.5, 0.25]
+    # 0.07 of 100 steps are 7: the eighth step is the first at the peak.
+    warm = Optim(lr=1.0, schedule="constant", warmup_epochs=0.07)
+    assert [lr_at(step, 100, 10, warm) for step in (6, 7)] == [pytest.approx(7 / 8), 1.0]
+
+
+@pytest.mark.parametrize("value", [3.0, float("inf"), float("nan")])
+def test_measuring_the_gradients_norm_leaves_the_gradients_as_they_are(value):
+    layer = nn.Linear(2, 3)
+    layer.weight.grad = torch.tensor([[value, 4.0], [0.0, 0.0], [0.0, 12.0]])
+    before = layer.weight.grad.clone()
+    found = grad_norm(layer.parameters())  # the bias has no gradient
+    assert found.item() == pytest.approx((value**2 + 160) ** 0.5, nan_ok=True)
+    assert torch.equal(before.nan_to_num(-1), layer.weight.grad.nan_to_num(-1))
