@@ -1,6 +1,6 @@
 """Which samples, when, on which rank: pure functions of (seed, epoch).
 
-A global batch is a slice of the epoch's order, a rank's share a slice of that: the same batches on any number of ranks,
+A global batch is a slice of the epoch's order, a rank's part a slice of that: the same batches on any number of ranks,
 no sample repeated, none dropped, no pair parted that may be mixed (but in a batch of fewer than two samples a rank). Left
 out is only a last batch with fewer samples than ranks.
 """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .calibration import fit_temperature, with_temperature
 from .data.augmentation import normalize
 from .data.decode import fit, open_image
-from .data.sources import PICTURE_SUFFIXES
+from .data.sources import PICTURE_SUFFIXES, image_files
 from .errors import InputError
 from .losses import at_least_float32
 from .models.build import load_model, normalisation
@@ -101,15 +101,11 @@ def find_images(names: list[str]) -> list[Path]:
         matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
             raise InputError(f"{name}: no such image, folder or pattern")
-        files = [file for match in matches for file in (_pictures(match) if match.is_dir() else [match])]
+        files = [file for match in matches for file in (image_files(match) if match.is_dir() else [match])]
         if not files:
             raise InputError(f"{name}: no images in this folder ({' '.join(PICTURE_SUFFIXES)})")
         found += files
     return list(dict.fromkeys(found))
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES and not file.is_dir())
 
 
 def _name(path: Path) -> str:

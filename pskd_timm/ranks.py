@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import InputError, RankError
+from .files import warn
 
 # How torch and gloo word the loss of a peer; NCCL's errors have a class of their own.
 LOSS_WORDS = ("gloo", "closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "nccl")
@@ -18,6 +19,12 @@ def rank_and_world_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def warn_on_main(text: str):
+    """A line on stderr from the main rank alone, for what every rank sees."""
+    if rank_and_world_size()[0] == 0:
+        warn(text)
 
 
 def exchange_device() -> torch.device:

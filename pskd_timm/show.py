@@ -74,7 +74,7 @@ def sizes(recipe: Recipe) -> Sizes | None:
     known = known_sizes(recipe.data)
     if known is None:
         train, test = open_tables(recipe.data)
-        known = Sizes(len(train.dataset), len(test.dataset) if test else 0, len(train.class_names), None)
+        known = Sizes(len(train), len(test) if test else 0, len(train.class_names), None)
     num_train = min(known.num_train, recipe.data.limit_train or known.num_train)
     num_train -= round(num_train * recipe.data.holdout_fraction)
     num_test = min(known.num_test, recipe.data.limit_test or known.num_test)

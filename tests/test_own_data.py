@@ -117,6 +117,9 @@ def test_unreadable_images_are_named_and_the_others_predicted(run, folder, tmp_p
     Path("some/broken.jpg").write_bytes(b"no picture")
     Path("some/phone.HEIC").write_bytes(b"no picture")  # what Pillow cannot read is named too
     Path("some/folder.jpg").mkdir()
+    for hidden in ("some/.ipynb_checkpoints/0.png", "some/__MACOSX/0.png", "some/._bild 0.png"):
+        Path(hidden).parent.mkdir(exist_ok=True)
+        Path(hidden).write_bytes(b"no picture")
     command = ["predict", str(run), "some", "some/三角/*0.png", "--json", "out.json", "--top", "2"]
     assert main(command) == 1
     said = capsys.readouterr()

@@ -51,20 +51,20 @@ def test_an_epochs_order_is_a_permutation_and_differs_between_epochs_and_seeds()
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 5), st.integers(0, 3))
-def test_ranks_share_each_global_batch_and_miss_only_a_tail_smaller_than_the_ranks(n, batch_size, world_size, epoch):
+def test_ranks_split_each_global_batch_and_miss_only_a_tail_smaller_than_the_ranks(n, batch_size, world_size, epoch):
     batch_size = max(batch_size, world_size)
     ids = order.epoch_order(n, 0, epoch)
     alone = order.rank_batches(ids, batch_size, 0, 1)
-    shares = [order.rank_batches(ids, batch_size, rank, world_size) for rank in range(world_size)]
+    parts_of_ranks = [order.rank_batches(ids, batch_size, rank, world_size) for rank in range(world_size)]
     missing = n % batch_size if n % batch_size < world_size else 0
-    assert len({len(share) for share in shares}) == 1
-    for parts, whole in zip(zip(*shares, strict=True), alone, strict=False):
+    assert len({len(part) for part in parts_of_ranks}) == 1
+    for parts, whole in zip(zip(*parts_of_ranks, strict=True), alone, strict=False):
         assert torch.equal(torch.cat(parts), whole)
         lengths = [len(part) for part in parts]
         # Pairs stay together, so an even number may be one more or less than the fair one.
         assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 2
         assert len(whole) < 2 * world_size or all(length % 2 == 0 for length in lengths[:-1])
-    visited = torch.cat([torch.cat(share) for share in shares if share]) if shares[0] else torch.empty(0)
+    visited = torch.cat([torch.cat(part) for part in parts_of_ranks if part]) if parts_of_ranks[0] else torch.empty(0)
     assert len(visited) == len(visited.unique()) == n - missing
 
 
@@ -83,7 +83,7 @@ def test_partners_are_uniform_over_the_anchors_class_and_a_function_of_the_ancho
 
 
 @pytest.mark.parametrize("parts", [1, 3, 4])
-def test_shares_are_numpys_array_split(parts):
+def test_even_slices_are_numpys_array_split(parts):
     for length in range(12):
         expected = [list(part) for part in np.array_split(np.arange(length), parts)]
         assert [list(range(length))[order.even_slice(length, part, parts)] for part in range(parts)] == expected

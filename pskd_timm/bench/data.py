@@ -36,7 +36,7 @@ def measure(say, images: str | None = None) -> list[dict]:
 
 
 class _Small(Dataset):
-    """Small images in memory, each made a PIL picture and transformed for itself, as torchvision's CIFAR100 does."""
+    """Small images in memory, each made a PIL image and transformed for itself, as torchvision's CIFAR100 does."""
 
     def __init__(self, pixels: np.ndarray):
         self.pixels = pixels
@@ -188,7 +188,7 @@ def _rows(found: dict, what: str, count: int, usual: str, say) -> list[dict]:
 
 
 def _photographs(folder: Path, images: str | None) -> str:
-    """A folder train/<class>/*.jpg, test/<class>/*.jpg: links to the JPEGs under `images`, or random pictures."""
+    """A folder train/<class>/*.jpg, test/<class>/*.jpg: links to the JPEGs under `images`, or random images."""
     found = sorted(Path(images).rglob("*.[jJ][pP]*[gG]"))[: 4 * LARGE_COUNT] if images else []
     if images and len(found) < 2 * LARGE_BATCH:
         raise InputError(f"--images: {images} holds {len(found)} JPEG files; {2 * LARGE_BATCH} are needed at least")

@@ -4,25 +4,50 @@ import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..cpus import num_cpus
 from ..errors import InputError
 from ..files import warn
+from ..fingerprint import digest
+from ..ranks import warn_on_main
 from .sources import Table
 
-VERSION = 3  # of what a cached file holds; a change makes old files be decoded anew
+VERSION = 4  # of what a cached file holds; a change makes old files be decoded anew
 CHUNK = 512
 SKIPS = "--data.damaged skip leaves such training images out"
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
+UPRIGHT = {  # what turns an image of each orientation upright (EXIF 2.32, table of tag 0x0112)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+DEPTHS = (8, 12, 16)  # bits that cameras and scanners fill in files of 16 bits a pixel
+SAMPLED_BYTES = 2**28  # that are read of a streamed data set to fingerprint it
+
+
+class Decoded(NamedTuple):
+    """Images uint8 [N, 3, H, W], the rows [N] of the table's data set that they are, and a digest of what they came from."""
+
+    images: Tensor
+    rows: Tensor
+    contents: str
 
 
 class DamagedImage(InputError):
@@ -36,15 +61,15 @@ def cache_folder(setting: str | None) -> Path:
 
 def decoded(
     table: Table, image_size: int | None, crop_pct: float, folder: Path, skip_damaged: bool = False, progress=None
-) -> tuple[Tensor, Tensor]:
-    """The images of `table` as uint8 [N, 3, H, W] and their rows [N], from `folder` where they were decoded before.
+) -> Decoded:
+    """The images of `table`, from `folder` where they were decoded before. See `fit` for their size.
 
-    See `fit` for their size. All rows, unless `skip_damaged` leaves out those that cannot be decoded, which is told.
-    `progress(done, total)` is called now and then while decoding.
+    All rows, unless `skip_damaged` leaves out those that cannot be decoded, which is said. `progress(done, total)` is
+    called now and then while decoding.
     """
-    key = f"{VERSION} {table.dataset._fingerprint} {table.image_column} {image_size} {crop_pct} {skip_damaged}"
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-    tensors = None
+    settings = f"{table.image_column} {image_size} {crop_pct} {skip_damaged}"
+    path = folder / f"{digest([f'{VERSION} {table.selected._fingerprint} {settings}'.encode()])}.safetensors"
+    found = None
     if not path.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,48 +79,40 @@ def decoded(
                     _save(_decode(table, image_size, crop_pct, skip_damaged, progress), path)
         except OSError as error:
             warn(f"decoded images cannot be kept for the next run: {error}")
-            tensors = _decode(table, image_size, crop_pct, skip_damaged, progress)
-    if tensors is None:
+            found = _decode(table, image_size, crop_pct, skip_damaged, progress)
+    if found is None:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-    images, rows = tensors["images"], tensors["rows"]
-    if missing := len(table.dataset) - len(rows):
-        warn(f"data: {missing} of {len(table.dataset)} training images are damaged and left out")
-    return images, rows
+            found = Decoded(file.get_tensor("images"), file.get_tensor("rows"), file.metadata()["contents"])
+    if missing := len(table) - len(found.rows):
+        warn_on_main(f"data: {missing} of {len(table)} training images are damaged and left out")
+    return found
 
 
-def _save(tensors: dict[str, Tensor], path: Path):
+def _save(found: Decoded, path: Path):
     """Write whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        save_file(tensors, Path(temporary) / path.name)
+        tensors = {"images": found.images, "rows": found.rows}
+        save_file(tensors, Path(temporary) / path.name, {"contents": found.contents})
         os.replace(Path(temporary) / path.name, path)
 
 
-def undecoded(table: Table):
-    """The table's images as an HF `Dataset` of one column that gives them encoded."""
-    from datasets import Image as ImageFeature
-
-    dataset = table.dataset.select_columns([table.image_column])
-    if isinstance(dataset.features[table.image_column], ImageFeature):
-        dataset = dataset.cast_column(table.image_column, ImageFeature(decode=False))
-    return dataset
-
-
-def _decode(table: Table, image_size: int | None, crop_pct: float, skip_damaged: bool, progress) -> dict[str, Tensor]:
-    column = undecoded(table)
-    total = len(column)
-    if total == 0:
+def _decode(table: Table, image_size: int | None, crop_pct: float, skip_damaged: bool, progress) -> Decoded:
+    if len(table) == 0:
         raise InputError("data: a split has no images")
-    images, kept = None, []
+    images, kept, stamps = None, [], []
+    column = table.encoded_images
+    one = partial(_one, image_size=image_size, crop_pct=crop_pct, skip_damaged=skip_damaged)
     # PIL decodes outside the interpreter lock, so threads help.
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, total, CHUNK):
-            rows = enumerate(column[start : start + CHUNK][table.image_column], start)
-            for row, image in pool.map(lambda item: _one(*item, image_size, crop_pct, skip_damaged), rows):
+    with ThreadPoolExecutor(num_cpus()) as pool:
+        for rows in table.rows.split(CHUNK):
+            rows = rows.tolist()
+            stored = column[rows][table.image_column]
+            for row, (image, stamp) in zip(rows, pool.map(one, rows, stored), strict=True):
+                stamps.append(stamp)
                 if image is None:
                     continue
                 if images is None:
-                    images = np.empty((total, *image.shape), np.uint8)
+                    images = np.empty((len(table), *image.shape), np.uint8)
                 if image.shape != images.shape[1:]:
                     first, this = ("×".join(map(str, s[:2])) for s in (images.shape[1:], image.shape))
                     raise InputError(
@@ -104,24 +121,71 @@ def _decode(table: Table, image_size: int | None, crop_pct: float, skip_damaged:
                 images[len(kept)] = image
                 kept.append(row)
             if progress:
-                progress(min(start + CHUNK, total), total)
+                progress(len(stamps), len(table))
     if not kept:
         raise InputError("data: every image of a split is damaged")
     images = torch.from_numpy(images[: len(kept)]).permute(0, 3, 1, 2).contiguous()
-    return {"images": images, "rows": torch.tensor(kept)}
+    sizes, hashes = zip(*stamps, strict=True)
+    return Decoded(images, torch.tensor(kept), _contents(np.array(sizes, np.int64), hashes))
 
 
 def _one(
     row: int, stored, image_size: int | None, crop_pct: float, skip_damaged: bool
-) -> tuple[int, np.ndarray | None]:
+) -> tuple[np.ndarray | None, tuple[int, bytes]]:
+    """A stored image, None where it is damaged and left out, with its bytes and their hash."""
+    stamp = _stamp(stored)
     try:
         image = open_image(stored, row)[0]
     except InputError as error:
         if not skip_damaged:
             raise
         warn(f"{error}; left out")
-        return row, None
-    return row, np.asarray(image if image_size is None else fit(image, image_size, crop_pct))
+        return None, stamp
+    return np.asarray(image if image_size is None else fit(image, image_size, crop_pct)), stamp
+
+
+def sampled_contents(table: Table) -> str:
+    """A digest of what the images of a table hold, which reads no more than SAMPLED_BYTES of them.
+
+    Of a larger table it takes every image's size in bytes, and whole images spread evenly over it. Neither the files' times
+    nor their place count: data may be copied to a disk nearby. For a small one it is `Decoded.contents`.
+    """
+    sizes = _encoded_sizes(table)
+    count = max(1, int(len(table) * min(1.0, SAMPLED_BYTES / max(1, sizes.sum()))))
+    rows = table.rows[torch.linspace(0, len(table) - 1, count).long()]
+    column, hashes = table.encoded_images, []
+    for chunk in rows.split(CHUNK):
+        hashes += [_stamp(stored)[1] for stored in column[chunk.tolist()][table.image_column]]
+    return _contents(sizes, hashes)
+
+
+def _contents(sizes: np.ndarray, hashes: Sequence[bytes]) -> str:
+    return digest([sizes.tobytes(), *hashes])
+
+
+def _encoded_sizes(table: Table) -> np.ndarray:
+    """Bytes int64 [N] that each image of a table takes."""
+    import datasets
+    import pyarrow.compute as arrow
+
+    if table.folder is not None:
+        sizes = arrow.fill_null(table.dataset.data.column("bytes"), 0)
+    elif isinstance(table.dataset.features[table.image_column], datasets.Image):
+        stored = arrow.struct_field(table.dataset.data.column(table.image_column), "bytes")
+        sizes = arrow.fill_null(arrow.binary_length(stored), 0)
+    else:
+        first = table.encoded_images[table.rows[:1].tolist()][table.image_column][0]
+        return np.full(len(table), _stamp(first)[0], np.int64)
+    return np.asarray(sizes, np.int64)[table.rows.numpy()]
+
+
+def _stamp(stored) -> tuple[int, bytes]:
+    """Bytes of a stored image and their SHA-256; of nothing where there is none."""
+    try:
+        encoded = _encoded(stored) if isinstance(stored, dict | bytes) else _pixels(stored).tobytes()
+    except (OSError, ValueError, TypeError):  # a damaged image, which is named where it is decoded
+        encoded = b""
+    return len(encoded), hashlib.sha256(encoded).digest()
 
 
 def open_image(stored, position: int, crop=None) -> tuple[Image.Image, tuple | None]:
@@ -131,29 +195,42 @@ def open_image(stored, position: int, crop=None) -> tuple[Image.Image, tuple | N
     that it is resized to. The box is then returned too; a JPEG is decoded at the smallest scale that has the pixels for it.
     """
     try:
-        if not isinstance(stored, dict | bytes):
-            return Image.fromarray(_pixels(stored)).convert("RGB"), None
-        image = Image.open(_file(stored))
+        is_file = isinstance(stored, dict | bytes)
+        image = Image.open(_file(stored)) if is_file else Image.fromarray(_pixels(stored))
         size = image.size
-        # A turned picture's box lies in the turned frame, where no reduced decoding is to be had.
-        turned = image.getexif().get(ORIENTATION, 1) != 1
-        if crop is None or turned:
-            image = _rgb(ImageOps.exif_transpose(image) if turned else image)
+        # A turned image's box lies in the turned frame, where no reduced decoding is to be had.
+        turn = UPRIGHT.get(_orientation(image))
+        if crop is None or turn is not None or not is_file:
+            image = _rgb(image) if turn is None else _rgb(image).transpose(turn)
             return image, crop(image.size)[0] if crop else None
         box, side = crop(size)
         smaller = max(1, min(box[2] - box[0], box[3] - box[1]) // side)
         image.draft("RGB", (size[0] // smaller, size[1] // smaller))
         scale = image.size[0] / size[0], image.size[1] / size[1]
         return _rgb(image), tuple(edge * scale[i % 2] for i, edge in enumerate(box))
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of Pillow's readers raises what it likes
         name = f" ({stored['path']})" if isinstance(stored, dict) and stored.get("path") else ""
-        raise DamagedImage(f"data: image {position}{name} cannot be decoded: {str(error)[:200]}") from None
+        why = str(error)[:200] or type(error).__name__
+        raise DamagedImage(f"data: image {position}{name} cannot be decoded: {why}") from None
+
+
+def _orientation(image: Image.Image):
+    """EXIF's orientation of an image, 1 to 8; 1 where there is none to be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a broken block, for which Pillow raises what it likes: the pixels may be sound
+        return 1
+
+
+def _encoded(stored: dict | bytes) -> bytes:
+    if isinstance(stored, bytes):
+        return stored
+    return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
 
 
 def _file(stored: dict | bytes):
-    if isinstance(stored, bytes):
-        return io.BytesIO(stored)
-    return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
+    is_path = isinstance(stored, dict) and stored["bytes"] is None
+    return stored["path"] if is_path else io.BytesIO(_encoded(stored))
 
 
 def _pixels(stored) -> np.ndarray:
@@ -170,12 +247,21 @@ def _pixels(stored) -> np.ndarray:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut off at 255
-        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns where a palette loses its transparency at once
     return image.convert("RGB")
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """uint8 of `pixels` of 16 bits, of which those of an image may fill 8 or 12 only: the fewest that hold its largest."""
+    largest = pixels.max()
+    depth = next((bits for bits in DEPTHS if largest < 2**bits), None)
+    if depth is None:
+        raise ValueError(f"its pixels of up to {largest} do not fit into 16 bits")
+    return (pixels.clip(0).astype(np.int64) * 255 // (2**depth - 1)).astype(np.uint8)
 
 
 def fit(image: Image.Image, size: int, crop_pct: float) -> Image.Image:

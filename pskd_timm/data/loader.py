@@ -1,8 +1,9 @@
-"""A split as batches: which samples when is order.py's, how they look is augment.py's, both on the device."""
+"""A split as batches: which samples when is order.py's, how they look is augmentation.py's, both on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from .. import order, rng
 from ..batch import Batch
 from ..recipe import Augment
-from .augmentation import Mix, augment, cutmix, drawn_mix, mixup, normalize
-from .split import Job, Split
+from .augmentation import Draws, Mix, augment, cutmix, draw, draw_mix, mixup, normalize_, pixel_scale
+from .split import Split
+from .streaming import Job, StreamedSplit
 
 # Streams of augmentation draws: a partner's view is its own even where it is the anchor.
 ANCHOR, PARTNER, MIXING = 2, 3, 4
@@ -22,7 +24,7 @@ class Loader:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | StreamedSplit,
         num_classes: int,
         num_epochs: int,
         batch_size: int,
@@ -37,7 +39,7 @@ class Loader:
         self.split, self.num_epochs, self.batch_size = split, num_epochs, batch_size
         self.section, self.seed, self.rank, self.world_size = section, seed, rank, world_size
         device = split.labels.device
-        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.mean, self.std = pixel_scale(mean, std, device)
         self.partners = order.Partners(split.labels.cpu(), num_classes) if partners else None
         self._stream, self._stream_epoch = iter(()), None
         # Asked for by the run and, ahead of it, by the stream.
@@ -70,21 +72,25 @@ class Loader:
         if epoch != self._stream_epoch:
             self._stream = self.split.stream(self._jobs(ids, epoch))
         self._stream_epoch = None
-        for number in range(self.steps - len(ids), self.steps):
+        numbers = range(self.steps - len(ids), self.steps)
+        for number, batch_ids, known in zip(numbers, ids, self._known(ids, epoch), strict=True):
             index, views = next(self._stream)
-            parts = [order.even_slice_of_pairs(len(index), part, grad_accum_steps) for part in range(grad_accum_steps)]
+            if len(index) < len(batch_ids):  # damaged images are left out
+                kept = torch.isin(batch_ids, index.cpu()).nonzero().squeeze(1).to(index.device)
+                known = known.each(lambda column, kept=kept: column[kept])
             mix = self.mix(epoch, number)
             start = order.even_slice_of_pairs(self.global_size(epoch, number), self.rank, self.world_size).start
+            parts = [order.even_slice_of_pairs(len(index), part, grad_accum_steps) for part in range(grad_accum_steps)]
             yield [
-                self._batch(index[part], [view[part] for view in views], epoch, mix, start + part.start)
+                self._batch(index, views, known, mix, part, start + part.start)
                 for part in parts
-                if len(index[part])
+                if part.stop > part.start
             ]
         self._stream_epoch = epoch + 1
 
     def mix(self, epoch: int, number: int) -> Mix | None:
         """How global batch `number` of the epoch is mixed, if it is."""
-        return drawn_mix(self.section, rng.derive_key(self.seed, epoch, MIXING, number))
+        return draw_mix(self.section, rng.derive_key(self.seed, epoch, MIXING, number))
 
     def rows_renewed(self, epoch: int) -> int:
         """Samples that the epoch shows unmixed, over all ranks."""
@@ -108,13 +114,35 @@ class Loader:
                 return
             ids = upcoming
 
-    def _batch(self, index: Tensor, views: list[Tensor], epoch: int, mix: Mix | None, start: int) -> Batch:
-        keys = [rng.derive_key(self.seed, epoch, stream) for stream in (ANCHOR, PARTNER)]
+    def _known(self, ids: list[Tensor], epoch: int) -> list["_Known"]:
+        index, lengths = torch.cat(ids).to(self.split.labels.device), [len(batch) for batch in ids]
+        keys = [rng.derive_key(self.seed, epoch, stream) for stream in (ANCHOR, PARTNER)[: 1 + bool(self.partners)]]
+        settings = self.split.size, not self.split.crops_itself
+        draws = [draw(self.section, index, key, *settings).split(lengths) for key in keys]
+        labels = self.split.labels[index].split(lengths)
+        return [_Known(*known) for known in zip(labels, zip(*draws, strict=True), strict=True)]
+
+    def _batch(
+        self, index: Tensor, views: list[Tensor], known: "_Known", mix: Mix | None, part: slice, start: int
+    ) -> Batch:
+        if part != slice(0, len(index)):
+            index, views, known = index[part], [view[part] for view in views], known.each(lambda column: column[part])
+        padding = self.section.crop_padding
         images = [
-            augment(view, index, key, self.section, self.mean, self.std) for view, key in zip(views, keys, strict=False)
+            augment(view, draws, padding, self.mean, self.std) for view, draws in zip(views, known.draws, strict=True)
         ]
-        batch = Batch(images[0], self.split.labels[index], index, *images[1:])
+        batch = Batch(images[0], known.labels, index, *images[1:])
         return _mixed(batch, mix, order.mix_permutation(start, len(index), index.device)) if mix else batch
+
+
+class _Known(NamedTuple):
+    """What is worked out for a whole epoch at once, of one batch: its labels [B] and what each of its views draws."""
+
+    labels: Tensor
+    draws: tuple[Draws, ...]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "_Known":
+        return _Known(change(self.labels), tuple(draws.each(change) for draws in self.draws))
 
 
 def _mixed(batch: Batch, mix: Mix, permutation: Tensor) -> Batch:
@@ -125,8 +153,8 @@ def _mixed(batch: Batch, mix: Mix, permutation: Tensor) -> Batch:
     return replace(batch, inputs=images, permutation=permutation, lam=torch.full((), lam, device=permutation.device))
 
 
-def pictures(split: Split, rows: Tensor) -> Tensor:
-    """The images uint8 [n, C, H, W] of `rows` [n] as evaluation sees them, before they are normalised."""
+def read_images(split: Split | StreamedSplit, rows: Tensor) -> Tensor:
+    """The images uint8 [n, C, H, W] of `rows` [n] of a split as evaluation sees them, before they are normalised."""
     ids = rows.to(split.ids_device)
     return next(iter(split.stream([(ids, [(ids, None)])])))[1][0]
 
@@ -140,8 +168,8 @@ def eval_part(length: int, batch_size: int, rank: int, world_size: int) -> slice
 def eval_batches(split: Split, batch_size: int, mean, std, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
     """The `part` of `split` in order, as normalised images and labels; no padding, no repeats."""
     device = split.labels.device
-    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    mean, std = pixel_scale(mean, std, device)
     ids = torch.arange(part.start, part.stop, device=split.ids_device)
     jobs = ((index, [(index, None)]) for index in ids.split(batch_size) if len(index))
     for index, (images,) in split.stream(jobs):
-        yield normalize(images, mean, std), split.labels[index]
+        yield normalize_(images, mean, std), split.labels[index]

@@ -1,5 +1,9 @@
 """Where images come from: each source opens as tables of encoded images and labels, nothing decoded yet."""
 
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, nearest
+from ..ranks import warn_on_main
 from ..recipe import Data as DataSection
-from .parts import part_off
+from .subsets import name_some, stratified_split
 
 
 class Source(NamedTuple):
@@ -33,6 +38,8 @@ TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 PICTURE_SUFFIXES += (".avif", ".heic", ".heif")  # which Pillow may not read: named then, not passed over
 TEST_SPLITS = ("test", "validation", "val")
+ARCHIVE_CLUTTER = "__MACOSX"  # what macOS adds to its archives
+FOLDER_COLUMNS = ["image", "label", "bytes", "stamp"]  # of a folder of images as a table
 
 
 class Sizes(NamedTuple):
@@ -44,22 +51,51 @@ class Sizes(NamedTuple):
     image_size: int | None
 
 
-class Table(NamedTuple):
-    """One split: an HF `Dataset` and the names of its image and label columns."""
+@dataclass(frozen=True)
+class Table:
+    """The samples in the `rows` [N] (int64) of an HF `Dataset`, with the names of its image and label columns.
+
+    `folder` is the one that the images' files lie under, None where they are no files.
+    """
 
     dataset: object
+    rows: Tensor
     image_column: str
     label_column: str
+    folder: Path | None = None
+
+    def __len__(self):
+        return len(self.rows)
+
+    @property
+    def selected(self):
+        """The rows as an HF `Dataset`."""
+        return self.dataset if len(self) == len(self.dataset) else self.dataset.select(self.rows)
+
+    @property
+    def encoded_images(self):
+        """All images of the `Dataset` as one of a single column that gives them encoded."""
+        from datasets import Image
+
+        column = self.dataset.select_columns([self.image_column])
+        if isinstance(column.features[self.image_column], Image):
+            column = column.cast_column(self.image_column, Image(decode=False))
+        return column
 
     @property
     def class_names(self) -> list[str]:
         """The names that the labels 0 … K − 1 stand for, or the sorted distinct labels where they are not numbered."""
-        names = getattr(self.dataset.features[self.label_column], "names", None)
-        return names or [str(label) for label in sorted(set(self._values()))]
+        return self._numbered_names() or [str(label) for label in sorted(set(self._label_values()))]
 
     def labels(self, split: str, class_names: list[str]) -> Tensor:
         """The label numbers int64 [N]; InputError, which calls the table the `split` split, where they are none."""
-        values, names = self._values(), getattr(self.dataset.features[self.label_column], "names", None)
+        values, names = self._label_values(), self._numbered_names()
+        if not values:
+            raise InputError(f"data: the {split} split has no samples")
+        if names is not None and (unlabelled := values.count(-1)):  # the way of HF's test splits without labels
+            raise InputError(
+                f"data: {unlabelled} of {len(values)} samples of the {split} split have the label −1, which stands for none"
+            )
         if names != class_names:  # a test split may number its classes in its own way, or lack some
             class_of = {
                 value: names[value] if value in range(len(names or ())) else str(value) for value in set(values)
@@ -71,19 +107,41 @@ class Table(NamedTuple):
             number = {name: i for i, name in enumerate(class_names)}
             values = [number[class_of[value]] for value in values]
         labels = torch.tensor(values)
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(class_names):
-            raise InputError(f"data: the {split} split must have samples, labelled 0 … {len(class_names) - 1}")
+        if labels.min() < 0 or labels.max() >= len(class_names):
+            raise InputError(f"data: the {split} split must be labelled 0 … {len(class_names) - 1}")
         return labels
 
-    def _values(self) -> list:
-        values = list(self.dataset[self.label_column])
+    def paths(self, rows: Tensor) -> list[str] | None:
+        """The files of `rows` of the `Dataset`, relative to `folder`; None where there is no folder."""
+        if self.folder is None:
+            return None
+        import pyarrow.compute as arrow
+
+        paths = arrow.struct_field(self.dataset.data.column(self.image_column), "path").take(rows.numpy())
+        return [path.removeprefix(f"{self.folder}/") for path in paths.to_pylist()]
+
+    def _numbered_names(self) -> list[str] | None:
+        return getattr(self.dataset.features[self.label_column], "names", None)
+
+    def _label_values(self) -> list:
+        values = list(self.selected[self.label_column])
         kinds = {type(value) for value in values}
         if not (kinds <= {int} or kinds <= {str} or kinds <= {bool}):
-            example = next(value for value in values if type(value) not in (int, str) or len(kinds) > 1)
-            raise InputError(
-                f"data.label_column: {self.label_column} should hold a number or a word a sample, it holds {str(example)[:40]}"
-            )
+            raise InputError(f"data.label_column: {self.label_column} {_wrong_labels(values)}")
         return values
+
+
+def _wrong_labels(values: list) -> str:
+    """What is wrong with labels that are neither whole numbers nor words."""
+    missing = [row for row, value in enumerate(values) if value is None or value != value]
+    if missing:
+        return f"is empty for {len(missing)} of {len(values)} samples, first for sample {missing[0]}: leave these out"
+    others = [value for value in values if not isinstance(value, int | str)]
+    if not others:
+        return "holds numbers and words, mixed: a class is one or the other"
+    if isinstance(others[0], float):
+        return f"holds decimal numbers ({others[0]}), as for a regression: a class is a whole number or a word"
+    return f"holds {str(others[0])[:40]}: it should hold one class a sample, a whole number or a word"
 
 
 def known_sizes(section: DataSection) -> Sizes | None:
@@ -97,15 +155,20 @@ def known_sizes(section: DataSection) -> Sizes | None:
 def open_tables(section: DataSection) -> tuple[Table, Table | None]:
     """The training and the test table (None without `test`) of a recipe's data. Raises InputError where one is missing."""
     splits = _digits() if section.source == "digits" else _open(section)
-    train = _take(splits, section.train_split, "data.train_split")
+    train = _table(splits, section.train_split, "data.train_split", section)
+    test = None
     if section.test_fraction:
-        table = _checked(train, section)
-        labels = table.labels("train", table.class_names)
-        parts = part_off("test_fraction", section, labels, table.class_names)
-        train, test = (train.select(rows) for rows in parts)
+        if unused := [name for name in TEST_SPLITS if name in splits and name != section.train_split]:
+            warn_on_main(
+                f"data.test_fraction: the test part comes from {section.train_split}, {unused[0]} stays unused"
+            )
+        names = train.class_names
+        kept, taken = stratified_split("test_fraction", section, train.labels("train", names), names)
+        train, test = replace(train, rows=kept), replace(train, rows=taken)
     elif section.test:
-        test = _take(splits, section.test_split or _test_split(splits, section), "data.test_split")
-    return _checked(train, section), _checked(test, section) if section.test else None
+        name = section.test_split or _test_split(splits, section)
+        test = _table(splits, name, "data.test_split", section)
+    return train, test if section.test else None
 
 
 def _digits() -> dict:
@@ -144,11 +207,11 @@ def _open(section: DataSection) -> dict:
                 return {section.train_split: datasets.load_from_disk(str(folder / section.train_split))}
             saved = datasets.load_from_disk(str(folder))
             return saved if isinstance(saved, dict) else {"train": saved}
-        if any(path.suffix.lower() in TABLE_SUFFIXES for path in folder.rglob("*")):
-            return _load(str(folder.resolve()), section)
+        is_table = any(path.name.lower().endswith(TABLE_SUFFIXES) for path in _files(folder))
+        splits = _load(str(folder.resolve()), section) if is_table else {}
     except Exception as error:  # the library raises whatever its readers raise
         raise InputError(f"data.path: {folder} cannot be read as a data set: {_first_line(error)}") from None
-    return _image_folders(folder, section)
+    return _with_own_class_names(splits, folder, section) if is_table else _image_folders(folder, section)
 
 
 def _load(name: str, section: DataSection) -> dict:
@@ -161,6 +224,45 @@ def _load(name: str, section: DataSection) -> dict:
     files = {str(split): paths for split, paths in builder.config.data_files.items()}
     training = {section.train_split: files[section.train_split]} if section.train_split in files else files
     return datasets.load_dataset(builder.name, data_files=training, features=builder.info.features)
+
+
+def _with_own_class_names(splits: dict, folder: Path, section: DataSection) -> dict:
+    """`splits` with the class names that stand in each one's own files: the library takes the first file's for all."""
+    import datasets
+
+    column = _column_names(section)[1]
+    files = datasets.load_dataset_builder(str(folder.resolve())).config.data_files
+    names = {split: _class_names_in(paths, column, split) for split, paths in files.items() if split in splits}
+    if len({tuple(each) for each in names.values() if each}) < 2:
+        return splits
+    features = {split: datasets.ClassLabel(names=each) for split, each in names.items() if each}
+    return {**splits, **{split: splits[split].cast_column(column, feature) for split, feature in features.items()}}
+
+
+def _class_names_in(files: list[str], column: str, split: str) -> list[str] | None:
+    """The class names of `column` that local Parquet and Arrow files hold in their schema; None where they hold none."""
+    found = {tuple(names): file for file in files if os.path.isfile(file) and (names := _names_in(file, column))}
+    if len(found) > 1:
+        raise InputError(
+            f"data: the files of the {split} split number its classes differently: {', '.join(list(found.values())[:2])}"
+        )
+    return list(next(iter(found))) if found else None
+
+
+def _names_in(file: str, column: str) -> list[str] | None:
+    import pyarrow
+    from pyarrow import parquet
+
+    if file.endswith(".parquet"):
+        schema = parquet.read_schema(file)
+    elif file.endswith(".arrow"):
+        with pyarrow.memory_map(file) as source:
+            schema = pyarrow.ipc.open_stream(source).schema
+    else:
+        return None
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = about.get("info", {}).get("features", {}).get(column, {})
+    return feature.get("names") if isinstance(feature, dict) else None
 
 
 def _image_folders(folder: Path, section: DataSection) -> dict:
@@ -177,25 +279,57 @@ def _image_folders(folder: Path, section: DataSection) -> dict:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in one, by name; hidden ones (.ipynb_checkpoints) are none of the user's."""
-    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    """The folders in one, by name, without those that are none of the user's."""
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and not is_clutter(path.name)]
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is one that programs leave behind: .ipynb_checkpoints, .Trash, ._x.jpg, __MACOSX."""
+    return name.startswith(".") or name == ARCHIVE_CLUTTER
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files at any depth below `folder`, sorted; by their suffix, clutter left out."""
+    return sorted(path for path in _files(folder) if path.name.lower().endswith(PICTURE_SUFFIXES))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError):
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}")
+
+    for path, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not is_clutter(name)]
+        yield from (Path(path, name) for name in files if not is_clutter(name))
 
 
 def _image_folder(folder: Path):
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
-    classes = _folders(folder)
-    rows = {"image": [], "label": [], "stamp": []}
-    for label, path in enumerate(classes):
-        for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in PICTURE_SUFFIXES:
-                rows["image"].append(str(file))
-                rows["label"].append(label)
-                rows["stamp"].append(file.stat().st_mtime_ns)  # part of the fingerprint: a changed file is decoded anew
-    if not rows["image"]:
+    files = {path.name: image_files(path) for path in _folders(folder)}
+    classes = [name for name in files if files[name]]
+    ignored = [name for name in files if not files[name]]
+    ignored += [ARCHIVE_CLUTTER] * (folder / ARCHIVE_CLUTTER).is_dir()
+    if not classes:
         raise InputError(f"data.path: {folder} has no folders of images: it should hold one for each class")
-    names = ClassLabel(names=[path.name for path in classes])
-    return Dataset.from_dict(rows, features=Features({"image": Image(), "label": names, "stamp": Value("int64")}))
+    if ignored:
+        warn_on_main(f"data: {folder} has folders without images, which are no classes: {name_some(ignored)}")
+    columns = {"image": Image(), "label": ClassLabel(names=classes), "bytes": Value("int64"), "stamp": Value("int64")}
+    rows = [(str(file), label, *_stamp(file)) for label, name in enumerate(classes) for file in files[name]]
+    try:
+        return Dataset.from_dict(dict(zip(columns, zip(*rows, strict=True), strict=True)), features=Features(columns))
+    except UnicodeEncodeError:
+        odd = next(path for path, *_ in rows if not path.isprintable())
+        shown = os.fsencode(odd).decode(errors="replace")
+        raise InputError(f"data.path: {shown}: its name is no UTF-8 text: rename it") from None
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Bytes of a file and when it was changed last, which no program can set back: a changed file is decoded anew."""
+    try:
+        status = file.stat()
+    except OSError:  # a link to nowhere: a damaged image
+        return 0, 0
+    return status.st_size, status.st_ctime_ns
 
 
 def _from_hub(hub_id: str, section: DataSection) -> dict:
@@ -213,26 +347,39 @@ def _first_line(error: Exception) -> str:
 
 
 def _test_split(splits: dict, section: DataSection) -> str:
-    if name := next((name for name in TEST_SPLITS if name in splits), None):
-        return name
-    raise InputError(
-        f"data: no test split among {', '.join(splits)}: name one with data.test_split, "
-        "or take part of the training split with data.test_fraction 0.2"
+    name, *others = [name for name in TEST_SPLITS if name in splits] or [None]
+    if name is None:
+        raise InputError(
+            f"data: no test split among {', '.join(splits)}: name one with data.test_split, "
+            "or take part of the training split with data.test_fraction 0.2"
+        )
+    if others:
+        warn_on_main(f"data: tests on {name}; {' and '.join(others)} stays unused (data.test_split chooses another)")
+    return name
+
+
+def _table(splits: dict, name: str, setting: str, section: DataSection) -> Table:
+    if name not in splits:
+        raise InputError(f"{setting}: no split {name!r} in the data, it has {', '.join(splits)}")
+    dataset, (image_column, label_column) = splits[name], _column_names(section)
+    for kind, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in dataset.column_names:
+            there, hint = ", ".join(dataset.column_names), nearest(column, dataset.column_names)
+            raise InputError(f"data.{kind}: no column {column!r} in the data, it has {there}{hint}")
+    is_folder = dataset.column_names == FOLDER_COLUMNS
+    return Table(
+        dataset,
+        torch.arange(len(dataset)),
+        image_column,
+        label_column,
+        Path(section.path).expanduser() if is_folder else None,
     )
 
 
-def _take(splits: dict, name: str, setting: str):
-    if name not in splits:
-        raise InputError(f"{setting}: no split {name!r} in the data, it has {', '.join(splits)}")
-    return splits[name]
-
-
-def _checked(dataset, section: DataSection) -> Table:
+def _column_names(section: DataSection) -> tuple[str, str]:
+    """Those of the images and of the labels."""
     source = SOURCES.get(section.source or "")
-    image_column = section.image_column or (source.image_column if source else "image")
-    label_column = section.label_column or (source.label_column if source else "label")
-    for setting, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in dataset.column_names:
-            there, hint = ", ".join(dataset.column_names), nearest(column, dataset.column_names)
-            raise InputError(f"data.{setting}: no column {column!r} in the data, it has {there}{hint}")
-    return Table(dataset, image_column, label_column)
+    return (
+        section.image_column or (source.image_column if source else "image"),
+        section.label_column or (source.label_column if source else "label"),
+    )

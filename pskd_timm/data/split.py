@@ -1,41 +1,42 @@
 """A data set as tensors: training, held-out and test parts."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .. import rng
+from ..cpus import num_cpus
 from ..errors import InputError
+from ..fingerprint import digest
 from ..recipe import Augment as AugmentSection
 from ..recipe import Data as DataSection
-from .augmentation import resized_crop, resized_crop_boxes
 from .decode import SKIPS, DamagedImage, cache_folder, decoded
-from .parts import class_balanced, part_off
 from .sources import Table, open_tables
-from .streaming import StreamedSplit, policy
+from .streaming import Job, StreamedSplit, policy
+from .subsets import balanced_subset, stratified_split
 
-FLIPPED, NEW_LABEL, NOISE = 2, 3, 4  # streams of data.seed beside those of parts.py
+FLIPPED, NEW_LABEL, NOISE = 2, 3, 4  # streams of data.seed beside those of subsets.py
 MOST_WORKERS = 8  # processes that decode for one rank, where the recipe does not say
 NOISE_ROWS = 1024  # images that get their noise at once: bounds memory
 
 
-Job = tuple[Tensor, list[tuple[Tensor, int | None]]]  # ids [B]; for each view the samples [B] and the key of its draws
-
-
 @dataclass
 class Split:
-    """Images uint8 [N, C, H, W], labels int64 [N] and the ids [N] that the samples had in the source's split.
+    """Images uint8 [N, C, H, W], labels int64 [N] and the rows [N] that the samples have in the source's split.
 
-    `scale` is the range of a random resized crop's area in training, None for none.
+    `table` is the one that the images were decoded from, None where they come from none, and `contents` a digest of it.
     """
 
     images: Tensor
     labels: Tensor
     source_id: Tensor
-    scale: tuple[float, float] | None = None
+    table: Table | None = None
+    contents: str = ""
+
+    crops_itself = False  # a random resized crop is taken from whole images, after the stream
 
     def __len__(self):
         return len(self.labels)
@@ -44,6 +45,11 @@ class Split:
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
         return tuple(self.images.shape[-2:])
+
+    @property
+    def paths(self) -> list[str] | None:
+        """The images' files, relative to data.path; None where they come from no folder of images."""
+        return self.table.paths(self.source_id) if self.table else None
 
     @property
     def ids_device(self) -> torch.device:
@@ -59,12 +65,7 @@ class Split:
     def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each job its ids and each view's images, uint8 [B, C, H, W]."""
         for index, views in jobs:
-            yield index, [self._view(samples, index, key) for samples, key in views]
-
-    def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> Tensor:
-        if key is None or not self.scale:
-            return self.images[samples]
-        return resized_crop(self.images[samples], resized_crop_boxes(drawn_for, key, self.scale, *self.size))
+            yield index, [self.images.index_select(0, samples) for samples, _ in views]
 
 
 @dataclass
@@ -84,6 +85,18 @@ class Data:
     def image_size(self) -> tuple[int, int]:
         """Height and width."""
         return self.train.size
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the class names and of all parts' samples, labels and contents, for `fingerprint.changed`."""
+        parts = [part for part in (self.train, self.holdout, self.test) if part]
+        samples = ("\n".join(part.paths or ()).encode() for part in parts)
+        return {
+            "class_names": digest(f"{name}\n".encode() for name in self.class_names),
+            "samples": digest([*(part.source_id.numpy().tobytes() for part in parts), *samples]),
+            "labels": digest(part.labels.cpu().numpy().tobytes() for part in parts),
+            "contents": digest(part.contents.encode() for part in (self.train, self.test) if part),
+        }
 
 
 def load_data(section: DataSection, augment: AugmentSection, progress=None) -> Data:
@@ -116,10 +129,11 @@ def _resident(name: str, table: Table, class_names, section: DataSection, augmen
     skip_damaged = name == "train" and section.damaged == "skip"
     folder = cache_folder(section.cache_dir)
     try:
-        images, rows = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
+        images, rows, contents = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
     except DamagedImage as error:
         raise InputError(f"{error}; {SKIPS if name == 'train' else 'a test image is never left out'}") from None
-    return Split(images, labels[rows], rows, augment.random_resized_crop if name == "train" else None)
+    # `rows` are some of the table's, in the same order.
+    return Split(images, labels[torch.searchsorted(table.rows, rows)], rows, table, contents)
 
 
 def _streamed(
@@ -127,13 +141,13 @@ def _streamed(
 ) -> StreamedSplit:
     labels = table.labels(name, class_names)
     scale = augment.random_resized_crop if name == "train" else None
-    workers = min(os.cpu_count() or 1, MOST_WORKERS) if section.workers is None else section.workers
-    size, ids = section.image_size, torch.arange(len(labels))
+    workers = min(num_cpus(), MOST_WORKERS) if section.workers is None else section.workers
+    size = section.image_size
     auto_augment = augment.auto_augment if name == "train" else None
     if auto_augment:
         policy(auto_augment, size)  # refused here, not in a worker
     skip_damaged = name == "train" and section.damaged == "skip"
-    return StreamedSplit(table, size, labels, ids, workers, scale, section.crop_pct, auto_augment, skip_damaged)
+    return StreamedSplit(table, size, labels, table.rows, workers, scale, section.crop_pct, auto_augment, skip_damaged)
 
 
 def flip_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:
@@ -158,7 +172,7 @@ def gaussian_noise(images: Tensor, ids: Tensor, sigma: float, key: int) -> Tenso
 
 
 def _limited(split: Split, count: int | None, seed: int) -> Split:
-    return split if count is None or count >= len(split) else split.take(class_balanced(split.labels, count, seed))
+    return split if count is None or count >= len(split) else split.take(balanced_subset(split.labels, count, seed))
 
 
 def _with_noise(split: Split, section: DataSection, part: int) -> Split:
@@ -171,5 +185,5 @@ def _with_noise(split: Split, section: DataSection, part: int) -> Split:
 def _held_out(train: Split, section: DataSection, class_names: list[str]) -> tuple[Split, Split | None]:
     if not section.holdout_fraction:
         return train, None
-    kept, held = part_off("holdout_fraction", section, train.labels, class_names)
-    return train.take(kept), train.take(held)
+    kept, taken = stratified_split("holdout_fraction", section, train.labels, class_names)
+    return train.take(kept), train.take(taken)

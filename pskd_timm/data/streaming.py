@@ -15,21 +15,24 @@ from .. import rng
 from ..errors import InputError
 from ..files import warn
 from .augmentation import AUTO_AUGMENT, RATIO, RESIZED_CROP, TRIES
-from .decode import SKIPS, DamagedImage, fit, open_image, undecoded
+from .decode import SKIPS, DamagedImage, fit, open_image, sampled_contents
+from .sources import Table
 
 PREFETCH = 4  # batches that each worker has ready
+
+Job = tuple[Tensor, list[tuple[Tensor, int | None]]]  # ids [B]; for each view the samples [B] and the key of its draws
 
 
 @dataclass
 class StreamedSplit:
-    """Labels int64 [N], the ids [N] that the samples have in the table, and how their images are shown.
+    """Labels int64 [N], the rows [N] that the samples have in the source's split, and how their images are shown.
 
     `scale` is the range of a random resized crop's area, None for the centre. `crop_pct` is, in evaluation, the part of
     the shorter side that is kept. `auto_augment` names a policy of timm's. A training image that cannot be decoded is an
-    error, unless `skip_damaged` leaves it out of its batch, which is told.
+    error, unless `skip_damaged` leaves it out of its batch, which is said.
     """
 
-    table: object
+    table: Table
     image_size: int
     labels: Tensor
     source_id: Tensor
@@ -39,6 +42,8 @@ class StreamedSplit:
     auto_augment: str | None = None
     skip_damaged: bool = False
 
+    crops_itself = True  # a random resized crop is taken while decoding
+
     def __len__(self):
         return len(self.labels)
 
@@ -46,6 +51,16 @@ class StreamedSplit:
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
         return self.image_size, self.image_size
+
+    @property
+    def paths(self) -> list[str] | None:
+        """The images' files, relative to data.path; None where they come from no folder of images."""
+        return self.table.paths(self.source_id)
+
+    @property
+    def contents(self) -> str:
+        """A digest of what the table's images hold."""
+        return sampled_contents(self.table)
 
     @property
     def ids_device(self) -> torch.device:
@@ -58,11 +73,11 @@ class StreamedSplit:
     def to(self, device) -> "StreamedSplit":
         return replace(self, labels=self.labels.to(device))
 
-    def stream(self, jobs: Iterable) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def stream(self, jobs: Iterable[Job]) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each job (ids [B], views) the ids and each view's images, uint8 [B, 3, H, W], on the labels' device."""
         device = self.labels.device
         loader = DataLoader(
-            _Pictures(self.to("cpu")),  # labels on a GPU would make each worker that is not forked start CUDA
+            _Decoding(self.to("cpu")),  # labels on a GPU would make each worker that is not forked start CUDA
             batch_size=None,
             sampler=jobs,
             num_workers=self.workers,
@@ -71,13 +86,13 @@ class StreamedSplit:
             # Of its own: the global generator, which the training step seeds, is not to be drawn from.
             generator=torch.Generator(),
         )
-        told = set()
+        warned = set()
         for index, views, damage in _ahead(loader, device):
             if damage and not views:
                 raise DamagedImage(damage[0])
-            for line in set(damage) - told:
+            for line in set(damage) - warned:
                 warn(f"{line}; left out")
-            told.update(damage)
+            warned.update(damage)
             yield index, views
 
 
@@ -105,20 +120,20 @@ def _arrived(batch: tuple, stream) -> tuple:
     return batch
 
 
-class _Pictures(Dataset):
+class _Decoding(Dataset):
     """What a worker does: a job in, its decoded images out. An error travels as text, since a raised one grows a traceback."""
 
     def __init__(self, split: StreamedSplit):
-        self.split, self.column = split, undecoded(split.table)
+        self.split, self.column = split, split.table.encoded_images
         self.policy = policy(split.auto_augment, split.image_size) if split.auto_augment else None
 
     def __getitem__(self, job):
         index, views = job
         seen = [self._view(samples, index, key) for samples, key in views]
-        damage = [str(picture) for view in seen for picture in view if isinstance(picture, InputError)]
+        damage = [str(image) for view in seen for image in view if isinstance(image, InputError)]
         if not damage:
             return index, [_stack(view) for view in seen], []
-        whole = [i for i, row in enumerate(zip(*seen, strict=True)) if not any(isinstance(p, InputError) for p in row)]
+        whole = [i for i, row in enumerate(zip(*seen, strict=True)) if not any(isinstance(i, InputError) for i in row)]
         if views[0][1] is None:
             return index, [], [f"{damage[0]}; an image that is evaluated is never left out"]
         if not self.split.skip_damaged:
@@ -128,7 +143,7 @@ class _Pictures(Dataset):
         return index[whole], [_stack([view[i] for i in whole]) for view in seen], damage
 
     def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> list[np.ndarray | InputError]:
-        """The pictures uint8 [H, W, 3] of the samples; the error instead of one that cannot be decoded."""
+        """The images uint8 [H, W, 3] of the samples; the error instead of one that cannot be decoded."""
         rows = self.split.source_id[samples].tolist()
         stored = self.column[rows][self.split.table.image_column]
         draws, seeds = [None] * len(rows), [None] * len(rows)
@@ -138,19 +153,19 @@ class _Pictures(Dataset):
         if key is not None and self.policy:
             seeds = rng.integers(rng.derive_key(key, AUTO_AUGMENT), drawn_for, 2**31).tolist()
         crop_pct = self.split.crop_pct if key is None else 1.0
-        return [self._picture(*item, crop_pct) for item in zip(stored, rows, draws, seeds, strict=True)]
+        return [self._image(*item, crop_pct) for item in zip(stored, rows, draws, seeds, strict=True)]
 
-    def _picture(
+    def _image(
         self, stored, row: int, draws: list | None, seed: int | None, crop_pct: float
     ) -> np.ndarray | InputError:
         try:
             if draws is None:
-                picture = fit(open_image(stored, row)[0], self.split.image_size, crop_pct)
+                image = fit(open_image(stored, row)[0], self.split.image_size, crop_pct)
             else:
-                picture = self._crop(stored, row, draws)
+                image = self._crop(stored, row, draws)
         except InputError as error:
             return error
-        return np.asarray(picture if seed is None else _seeded(seed, self.policy, picture))
+        return np.asarray(image if seed is None else _seeded(seed, self.policy, image))
 
     def _crop(self, stored, row: int, draws: list) -> Image.Image:
         side = self.split.image_size
@@ -158,19 +173,19 @@ class _Pictures(Dataset):
         return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
 
 
-def _stack(pictures: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+def _stack(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def policy(name: str, image_size: int) -> Callable:
-    """timm's augmentation policy `name` (`rand-m9-mstd0.5`, `augmix-m3`, `original`, …): a picture in, a picture out."""
+    """timm's augmentation policy `name` (`rand-m9-mstd0.5`, `augmix-m3`, `original`, …): an image in, an image out."""
     from timm.data import auto_augment as timms
 
-    # timm passes over parts that have no number.
-    mute = [part for part in name.split("-")[1:] if not (any(c.isdigit() for c in part) or part.startswith("t"))]
+    # timm ignores parts that have no number.
+    ignored = [part for part in name.split("-")[1:] if not (any(c.isdigit() for c in part) or part.startswith("t"))]
     make = {"rand": timms.rand_augment_transform, "augmix": timms.augment_and_mix_transform}
     try:
-        assert not mute
+        assert not ignored
         return make.get(name.split("-")[0], timms.auto_augment_transform)(
             name, {"translate_const": int(0.45 * image_size)}
         )
@@ -180,13 +195,13 @@ def policy(name: str, image_size: int) -> Callable:
         ) from None
 
 
-def _seeded(seed: int, transform: Callable, picture: Image.Image) -> Image.Image:
+def _seeded(seed: int, transform: Callable, image: Image.Image) -> Image.Image:
     # timm's policies draw from Python's and numpy's global generators, which are put back as they were.
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
     try:
-        return transform(picture)
+        return transform(image)
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import metrics, ranks, rng
-from ..data import Loader, Split, eval_batches, eval_part, load_data, pictures
+from ..data import Loader, Split, eval_batches, eval_part, load_data, read_images
 from ..errors import Diverged, InputError
 from ..losses import at_least_float32
 from ..metrics import METRICS, Outcomes
@@ -101,7 +101,7 @@ class ImageTask:
         }
 
     def examples(self, part: str, rows: Tensor) -> list:
-        images = pictures(self.splits[part], rows) if len(rows) else []
+        images = read_images(self.splits[part], rows) if len(rows) else []
         return [image.permute(1, 2, 0).cpu().numpy() for image in images]
 
 

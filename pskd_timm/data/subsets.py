@@ -5,31 +5,46 @@ from torch import Tensor
 
 from .. import rng
 from ..errors import InputError
-from ..files import warn
+from ..ranks import warn_on_main
 from ..recipe import Data as DataSection
 
 LIMIT, HOLDOUT, TEST = 0, 1, 5  # streams of data.seed; split.py has the others
 STREAMS = {"holdout_fraction": HOLDOUT, "test_fraction": TEST}
-NAMED = 5  # classes that a message names
 
 
-def part_off(setting: str, section: DataSection, labels: Tensor, class_names: list[str]) -> tuple[Tensor, Tensor]:
-    """Positions (sorted) of the samples [N] that stay and of those that the section's `setting` takes away.
+def stratified_split(
+    setting: str, section: DataSection, labels: Tensor, class_names: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Positions (sorted) of the samples [N] that are kept and of those that the section's `setting` takes.
 
-    A class with too few images for both is named. Raises InputError where that is every class.
+    Classes too small for the fraction are named. Raises InputError where no class has two images.
     """
     fraction, sizes = getattr(section, setting), labels.bincount(minlength=len(class_names))
-    away = stratified(labels, fraction, section.seed, STREAMS[setting])
-    if len(away) == 0:
+    taken = stratified(labels, fraction, section.seed, STREAMS[setting])
+    if len(taken) == 0:
         raise InputError(f"data.{setting} {fraction:g} has nothing to take: no class has two images")
-    if single := [class_names[k] for k in (sizes == 1).nonzero().squeeze(1).tolist()]:
-        more = f" and {len(single) - NAMED} more" * (len(single) > NAMED)
-        warn(f"data.{setting}: left alone, since they have one image each: {', '.join(single[:NAMED])}{more}")
-    stays = torch.ones(len(labels), dtype=torch.bool).index_fill(0, away, False)
-    return stays.nonzero().squeeze(1), away
+    small = (sizes > 1) & (fraction * sizes.double() <= 0.5)
+    if few := _named(small, class_names, sizes):
+        warn_on_main(f"data.{setting} {fraction:g} takes one image, which is more than its part, of: {few}")
+    if single := _named(sizes == 1, class_names):
+        warn_on_main(f"data.{setting}: left alone, since they have one image each: {single}")
+    kept = torch.ones(len(labels), dtype=torch.bool).index_fill(0, taken, False)
+    return kept.nonzero().squeeze(1), taken
 
 
-def class_balanced(labels: Tensor, count: int, seed: int) -> Tensor:
+def _named(chosen: Tensor, class_names: list[str], sizes: Tensor | None = None) -> str:
+    """The names of the `chosen` [K] classes for a message, with their `sizes`."""
+    numbers = chosen.nonzero().squeeze(1).tolist()
+    return name_some([class_names[k] + (f" (of {sizes[k]})" if sizes is not None else "") for k in numbers])
+
+
+def name_some(names: list[str], count: int = 5) -> str:
+    """The first `count` of `names` and how many more there are."""
+    more = f" and {len(names) - count} more" * (len(names) > count)
+    return f"{', '.join(names[:count])}{more}"
+
+
+def balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     """`count` positions (sorted) taken from all classes as evenly as their sizes allow, as a function of `seed`."""
     by_class, turn = _shuffled(labels, seed, LIMIT)
     # The n-th sample of every class comes before the (n + 1)-th of any.

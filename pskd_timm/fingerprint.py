@@ -1,0 +1,29 @@
+"""What tells one data set from another: short digests by which a run notices that its data have changed."""
+
+import hashlib
+from collections.abc import Iterable
+
+# The digests of a data set, the most telling ones first, and how a message calls what they are of.
+KINDS = {
+    "class_names": "class names",
+    "samples": "samples (some were added, removed, renamed or moved between the parts)",
+    "labels": "labels",
+    "contents": "contents of the images",
+}
+
+
+def digest(chunks: Iterable[bytes]) -> str:
+    """The first 64 bits of the SHA-256 of `chunks`, one after the other, as hexadecimal digits."""
+    sha = hashlib.sha256()
+    for chunk in chunks:
+        sha.update(chunk)
+    return sha.hexdigest()[:16]
+
+
+def changed(before: dict[str, str], now: dict[str, str]) -> str | None:
+    """A line that names what differs between the fingerprints `before` and `now`; None where nothing does.
+
+    Digests that one of them lacks, as an earlier version may, are not compared.
+    """
+    different = [name for kind, name in KINDS.items() if kind in before and kind in now and before[kind] != now[kind]]
+    return f"the data have changed since the run began: other {', '.join(different)}" if different else None
