@@ -16,6 +16,7 @@ from types import ModuleType
 from filelock import FileLock, Timeout
 
 from .checks import check_recipe
+from .cpus import num_cpus
 from .errors import InputError
 from .methods import METHOD_SECTIONS
 from .metrics import format_metrics
@@ -123,7 +124,7 @@ def default_jobs(recipe: Recipe) -> int:
     """How many runs at once: one a GPU, else as many as the cores allow with the recipe's threads each (all cores: one)."""
     import torch
 
-    cores = os.cpu_count() or 1
+    cores = num_cpus()
     return torch.cuda.device_count() or max(1, cores // (recipe.threads or cores))
 
 
@@ -273,7 +274,7 @@ def _run(recipe: Recipe, seat: int, seats: int, log: str):
 
     if (count := torch.cuda.device_count()) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(seat, count, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    threads = recipe.threads or max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // seats))
+    threads = recipe.threads or max(1, min(torch.get_num_threads(), num_cpus() // seats))
     recipe.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         held = run_lock(recipe.run_dir).acquire(timeout=1)  # from now on: train takes it only when all is built

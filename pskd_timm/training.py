@@ -1,6 +1,5 @@
 """One run, from top to bottom: build, resume, epochs of batches, evaluate, log, save."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from . import ranks, rng
 from .batch import Batch
 from .errors import InputError
 from .methods.build import build_method
-from .optim import lr_at, make_optimizer
+from .optim import grad_norm, lr_at, make_optimizer
 from .progress import Display
 from .recipe import Recipe
 from .recipe_files import as_recipe
@@ -72,7 +71,7 @@ def train(
     network = task.network()
     task.check(network, world_size)
     network = place_network(network, recipe.model, device)
-    ema = ModelEmaV3(network, decay=recipe.ema_decay) if recipe.ema_decay else None
+    ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     method = build_method(recipe, task, network, device)
     loader = task.loader(network, device, rank, world_size, method.needs_partners)
     optimizer = make_optimizer(network, recipe.optim)
@@ -81,7 +80,9 @@ def train(
     model.broadcast_buffers = False
     means = RunningMeans(accelerator, method.part_names)
     progress = Progress()
-    state = TrainState(network, ema, optimizer, accelerator.scaler, method.store, means.sums, method=method)
+    state = TrainState(
+        network, ema, optimizer, accelerator.scaler, method.store, means.sums, task.fingerprint, method=method
+    )
     scored_on, chosen_on = task.parts[0], task.parts[-1]
 
     def forward_backward(batch: Batch, weight: float):
@@ -145,19 +146,21 @@ def train(
                         with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
                             forward_backward(batch, weight)
                     to_log = (step + 1) % recipe.tracking.log_every == 0
-                    if recipe.optim.clip_grad_norm or to_log:
-                        longest = recipe.optim.clip_grad_norm or math.inf
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), longest)
+                    if recipe.optim.clip_grad_norm:
+                        norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad_norm)
+                    elif to_log:
+                        accelerator.unscale_gradients(optimizer)
+                        norm = grad_norm(model.parameters())
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=not recorded)  # a recording adds to the tensors it has seen
                     if ema:
-                        ema.update(network)
+                        ema.update(network, step=step)
                     progress.step += 1
                     if profile:
                         profile.step()
                     if to_log:
                         now = means.read(progress, f"epoch {epoch + 1}, step {progress.step}")
-                        line = {"epoch": epoch + 1, **now, "lr": lr, "grad_norm": grad_norm.item(), **method.values()}
+                        line = {"epoch": epoch + 1, **now, "lr": lr, "grad_norm": norm.item(), **method.values()}
                         tracker.log_step(step + 1, line)
                         display.step(epoch + 1, progress.step, progress.num_seen, line)
                     if progress.step < loader.steps:

@@ -73,6 +73,7 @@ class SequenceTask:
     metrics = (Metric("token_accuracy", "token accuracy", "%", 1, higher_is_better=True), METRICS["nll"])
     parts = ("test",)
     num_classes = NUM_CLASSES
+    fingerprint = {"contents": "0"}
 
     def __init__(self, recipe, progress=None):
         self.seed = recipe.seed

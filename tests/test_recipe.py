@@ -192,6 +192,8 @@ LAYERS = [
         "batch",
         "losses",
         "files",
+        "fingerprint",
+        "cpus",
         "progress",
         "metrics",
     },

@@ -16,7 +16,6 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-from runs import newest
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -28,7 +27,9 @@ from pskd_timm.errors import Diverged
 from pskd_timm.metrics import METRICS
 from pskd_timm.optim import lr_at, make_optimizer
 from pskd_timm.recipe import Optim
+from pskd_timm.run.folder import checkpoints
 from pskd_timm.run.result import read_lines
+from runs import newest
 
 GOLDEN = Path(__file__).parent / "golden.json"
 
@@ -60,6 +61,47 @@ def test_the_loss_curve_of_twenty_steps_is_the_golden_one(tiny, method):
     result = train(tiny(method=method, epochs=4))
     assert len(losses(result.run_dir)) == 20
     assert losses(result.run_dir) == pytest.approx(json.loads(GOLDEN.read_text())[method], rel=1e-3)
+
+
+def test_the_moving_average_of_a_short_run_follows_its_weights(tiny):
+    # timm's warm-up: without it 0.9999 would keep 99.9 % of the initial weights after ten steps.
+    result = train(tiny(ema_decay=0.9999, epochs=3, checkpoint__every_steps=1, checkpoint__keep=100))
+    weights = [load_file(path / "model.safetensors") for path in checkpoints(result.run_dir)]
+    average = weights[0]
+    for step, now in enumerate(weights[1:], start=1):
+        decay = min(0.9999, max(0.0, 1.0 - (1.0 + max(0, step - 1)) ** (-2 / 3))) if step > 1 else 0.0
+        average = {n: decay * average[n].double() + (1 - decay) * now[n].double() for n in now}
+    for name, found in load_file(result.run_dir / "model.safetensors").items():
+        if found.is_floating_point():
+            torch.testing.assert_close(found.double(), average[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_run_is_not_resumed_on_data_that_have_changed(tiny, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(line):
+        raise Stop
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("one", "two"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(6):
+                pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    changes = {"data__source": None, "data__path": str(tmp_path / "images"), "data__limit_train": None}
+    recipe = tiny(**changes, data__limit_test=None, data__gaussian_noise=0.0, batch_size=4)
+    with pytest.raises(Stop):
+        train(recipe, callbacks=[stop])
+    (tmp_path / "images" / "train" / "one").rename(tmp_path / "images" / "train" / "zero")
+    (tmp_path / "images" / "test" / "one").rename(tmp_path / "images" / "test" / "zero")
+    with pytest.raises(
+        InputError, match="the data have changed since the run began: other class names.*--resume never"
+    ):
+        train(recipe)
+    assert checkpoints(recipe.run_dir)
+    assert train(recipe.model_copy(update={"resume": "never"})).values["data_fingerprint"]["class_names"]
 
 
 def test_two_equal_runs_are_bitwise_equal_and_another_seed_is_not(tiny, tmp_path):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..errors import InputError
 from ..files import checksum, flush_to_disk, rename_atomic, warn
+from ..fingerprint import changed
 from ..methods.base import Method
 from ..models.build import contiguous_state
 from ..store import PredictionStore, home_rows
@@ -61,6 +62,7 @@ class TrainState:
     scaler: torch.amp.GradScaler | None
     store: PredictionStore | None
     sums: Tensor  # this rank's running sums that are not in Progress yet
+    fingerprint: dict[str, str]  # of the data; a checkpoint of other data is refused
     best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best epoch so far, on the CPU
     method: Method = field(default_factory=Method)  # its state_dict, where it has one
 
@@ -96,7 +98,7 @@ def save(
     def finish():
         if rank == 0:
             before_commit()
-            _write_state(partial, progress, train_state.scaler, checksums, sums)
+            _write_state(partial, progress, train_state, checksums, sums)
             rename_atomic(partial, folder / name)
 
     try:
@@ -158,14 +160,15 @@ def _write(
     return {path.name: checksum(path) for path in mine}, train_state.sums.tolist()
 
 
-def _write_state(partial: Path, progress: Progress, scaler, checksums: dict, sums: list):
+def _write_state(partial: Path, progress: Progress, train_state: TrainState, checksums: dict, sums: list):
     state = {
         "format": FORMAT,
         "version": VERSION,
         "world_size": len(sums),
         "progress": asdict(progress),
         "sums": sums,
-        "scaler": scaler.state_dict() if scaler else {},
+        "scaler": train_state.scaler.state_dict() if train_state.scaler else {},
+        "fingerprint": train_state.fingerprint,
         "checksums": checksums,
     }
     path = partial / "state.json"
@@ -235,9 +238,16 @@ def damage(path: Path) -> str | None:
 
 
 def load(path: Path, train_state: TrainState) -> Progress:
-    """Put a checkpoint's contents into place on this rank and return where the run stood."""
+    """Put a checkpoint's contents into place on this rank and return where the run stood.
+
+    Raises InputError where it is of another network, optimizer or store, or of data that have changed since.
+    """
     rank, world_size = ranks.rank_and_world_size()
     state = json.loads((path / "state.json").read_bytes())
+    if change := changed(state.get("fingerprint", {}), train_state.fingerprint):
+        raise InputError(
+            f"{path}: {change}: put them back as they were, or train on these with --resume never or another --output_dir"
+        )
     try:
         train_state.network.load_state_dict(load_file(path / "model.safetensors"))
         if train_state.ema is not None:

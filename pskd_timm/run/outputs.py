@@ -1,7 +1,6 @@
 """What a run leaves when it has finished: predictions of each part and, written last, result.json."""
 
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..cpus import num_cpus
 from ..files import without_nan, write_atomic
 from ..metrics import Metric
 from ..outcomes import Predictions
@@ -94,7 +94,7 @@ def describe_machine(device: torch.device) -> dict:
     hardware = {
         "device": device.type,
         "name": name,
-        "cpu_count": os.cpu_count(),
+        "cpu_count": num_cpus(),
         "threads": torch.get_num_threads(),
     }
     versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}

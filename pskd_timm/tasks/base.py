@@ -41,6 +41,7 @@ class Task(Protocol):
     num_rows: int  # training targets
     num_classes: int
     labels: Tensor  # int64 [num_rows] on the CPU
+    fingerprint: dict[str, str]  # digests that tell the data from any other
 
     def network(self) -> nn.Module:
         """The network with initial weights that depend on the seed alone: inputs of a Batch in, logits [B, K] out."""

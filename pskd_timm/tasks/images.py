@@ -33,7 +33,7 @@ class ImageTask:
         self.recipe = recipe
         self.data = load_data(recipe.data, recipe.augment, progress)
         self.num_rows, self.num_classes = len(self.data.train), self.data.num_classes
-        self.labels = self.data.train.labels
+        self.labels, self.fingerprint = self.data.train.labels, self.data.fingerprint
         self.splits = {name: split for name in ("test", "holdout") if (split := getattr(self.data, name))}
         self.parts = tuple(self.splits)
 
@@ -98,6 +98,7 @@ class ImageTask:
             "num_holdout": len(self.splits.get("holdout", ())),
             "num_classes": self.num_classes,
             "class_names": self.data.class_names,
+            "data_fingerprint": self.fingerprint,
         }
 
     def examples(self, part: str, rows: Tensor) -> list:
