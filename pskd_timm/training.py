@@ -154,7 +154,7 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=not recorded)  # a recording adds to the tensors it has seen
                     if ema:
-                        ema.update(network, step=step)
+                        ema.update(network, step + 1)
                     progress.step += 1
                     if profile:
                         profile.step()

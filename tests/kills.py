@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from runs import newest
 from safetensors.torch import load_file, save_file
 
 from pskd_timm.run.checkpoint import damage
 from pskd_timm.run.result import read_lines
+from runs import newest
 
 # ShakeDrop, a moving average, accumulation, crops, and so many saves that many kills fall into one.
 SETTINGS = {

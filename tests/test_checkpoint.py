@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from kills import differences, limit_files_once
 
+from kills import differences, limit_files_once
 from pskd_timm import InputError, train
 from pskd_timm.cli import main
 from pskd_timm.files import Lines, checksum

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import newest
 
 from pskd_timm.recipe_files import SHIPPED
 from pskd_timm.run.result import read_lines
+from runs import newest
 
 SCRIPTS = sorted((SHIPPED / "slurm").glob("*.sh"))
 SMALL = ["--data.limit_train", "320", "--data.limit_test", "60", "--model.kwargs.width", "4", "--threads", "1"]

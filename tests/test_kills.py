@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from kills import SETTINGS, differences, kill_once, to_end
 
+from kills import SETTINGS, differences, kill_once, to_end
 from pskd_timm import METHODS, Result
 
 

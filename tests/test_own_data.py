@@ -21,6 +21,7 @@ from pskd_timm.export import model_card
 from pskd_timm.metrics import METRICS
 from pskd_timm.prediction import Classifier, predict
 from pskd_timm.recipe import METHOD_SECTIONS
+from pskd_timm.run.folder import read_result
 from pskd_timm.tasks import open_task
 
 CLASSES = {"Kreis ○": 22, "deux carrés": 12, "三角": 7}  # how many training pictures each has
@@ -257,7 +258,7 @@ def test_a_pushed_folder_is_timms_and_its_card_tells_the_results(run, folder, tm
 
 
 def test_a_card_claims_no_calibration_for_the_images_that_the_temperature_was_fitted_on(run):
-    result = Result.read(run)
+    result = Result(run, read_result(run))
     result.values |= {"evaluated_on": "holdout", "best": result.best | {"chosen_on": "test"}}
     body = model_card(result, Classifier.of_run(run), True, "local-dir:x")
     assert "with temperature" not in body and f"On the {result.values['num_holdout']} held-out training images." in body

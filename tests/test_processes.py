@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kills import one_rank_without_disk, score, start
 from PIL import Image
 from safetensors.torch import load_file
 
+from kills import one_rank_without_disk, score, start
 from pskd_timm import METHODS
 from pskd_timm.run.checkpoint import damage
 from pskd_timm.run.result import read_lines

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from runs import newest
 from test_convert import OldPreActBlock, OldResNet
 from torch import nn
 
@@ -12,6 +11,7 @@ from pskd_timm import InputError, convert_checkpoint, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
 from pskd_timm.run.released import read_file
+from runs import newest
 
 N = 60
 

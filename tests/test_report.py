@@ -6,7 +6,6 @@ import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
-import browser
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassAccuracy
 
+import browser
 from pskd_timm import InputError, Result, report, train
 from pskd_timm.calibration import with_temperature
 from pskd_timm.cli import main

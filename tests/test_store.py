@@ -2,11 +2,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from workers import nearest_row
 
 from pskd_timm import PSKD, Batch, InputError, PredictionStore
 from pskd_timm.recipe_files import load_recipe
 from pskd_timm.store import choose_device, store_bytes
+from workers import nearest_row
 
 
 @settings(deadline=None)

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import sequences
 import torch
 from safetensors.torch import load_file
 from test_processes import WORKERS, launch
 
+import sequences
 from pskd_timm import InputError, evaluate, load_recipe, train
 from pskd_timm.run.folder import checkpoints
 from pskd_timm.run.result import read_lines

@@ -69,7 +69,7 @@ def test_the_moving_average_of_a_short_run_follows_its_weights(tiny):
     weights = [load_file(path / "model.safetensors") for path in checkpoints(result.run_dir)]
     average = weights[0]
     for step, now in enumerate(weights[1:], start=1):
-        decay = min(0.9999, max(0.0, 1.0 - (1.0 + max(0, step - 1)) ** (-2 / 3))) if step > 1 else 0.0
+        decay = min(0.9999, 1.0 - (1.0 + step) ** (-2 / 3))
         average = {n: decay * average[n].double() + (1 - decay) * now[n].double() for n in now}
     for name, found in load_file(result.run_dir / "model.safetensors").items():
         if found.is_floating_point():

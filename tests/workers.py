@@ -111,7 +111,6 @@ def check_snapshot(rank: int):
 def train_sequences(folder: Path):
     """The second task of the tests."""
     import sequences  # noqa: F401 (which registers it)
-
     from pskd_timm import load_recipe, train
 
     train(load_recipe("digits", json.loads((folder / "settings.json").read_text())))
