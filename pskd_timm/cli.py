@@ -261,7 +261,9 @@ def tell(comparison):
 
     from .reports.tables import terminal_table
 
-    Console(width=None if sys.stdout.isatty() else 140).print(terminal_table(comparison.rows, comparison.heading))
+    Console(width=None if sys.stdout.isatty() else 140).print(
+        terminal_table(comparison.rows, comparison.metrics, comparison.heading)
+    )
     print("\n".join([*comparison.notes, "wrote " + ", ".join(map(str, comparison.paths))]))
 
 

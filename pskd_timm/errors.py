@@ -30,3 +30,8 @@ def nearest(word: str, known) -> str:
     ]
     names = list(dict.fromkeys(close))
     return f": did you mean {' or '.join(names)}?" if names else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, at most 200 characters; the name of its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

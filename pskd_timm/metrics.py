@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import InputError
 
@@ -43,6 +41,9 @@ METRICS = {
     )
 }
 ECE_BINS = 10
+FLOOR_DRAWS = (200, 1000)  # of outcomes for the ECE of perfect calibration: more where samples are few
+NUMBERS_DRAWN = 10_000_000  # for these, about, which bounds time
+NUMBERS_AT_ONCE = 1_000_000  # and at once, which bounds memory
 ROW_SUM_TOLERANCE = 0.02  # what rows of float16 or bfloat16 may be off
 ROWS_AT_ONCE = 1024  # looked at together: they and what is made of them fit into a processor's cache
 
@@ -54,115 +55,168 @@ def format_metrics(values: dict[str, float], metrics: Iterable[Metric], brief: b
 
 
 class Outcomes(NamedTuple):
-    """What is kept of each sample's prediction, each [N]: `confidence` is the largest probability, `nll` in nats."""
+    """What is kept of each sample's prediction, arrays [N]: `confidence` is the largest probability, `nll` in nats."""
 
-    confidence: Tensor
-    correct: Tensor
-    top5_correct: Tensor
-    nll: Tensor
+    confidence: np.ndarray
+    correct: np.ndarray
+    top5_correct: np.ndarray
+    nll: np.ndarray
 
 
-def true_rank(probabilities: Tensor, labels: Tensor) -> Tensor:
+class Bins(NamedTuple):
+    """ECE's bins, arrays [bins]: upper edge, mean confidence and accuracy (NaN where empty), fraction of the samples."""
+
+    upper_edge: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    fraction: np.ndarray
+
+
+class EceFloor(NamedTuple):
+    """The ECE in % that perfect calibration would measure on so few samples: its mean, and what 95 % of draws stay below."""
+
+    mean: float
+    high: float
+
+
+def true_rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """How many classes stand before the label [N] in `probabilities` [N, K]; among equals the lower class is first."""
-    true = probabilities.gather(1, labels[:, None])
-    classes = torch.arange(probabilities.shape[1], device=labels.device)
-    return ((probabilities > true) | ((probabilities == true) & (classes < labels[:, None]))).sum(dim=1)
+    true = np.take_along_axis(probabilities, labels[:, None], axis=1)
+    classes = np.arange(probabilities.shape[1])
+    return ((probabilities > true) | ((probabilities == true) & (classes < labels[:, None]))).sum(axis=1)
 
 
-def outcomes(probabilities: Tensor, labels: Tensor) -> Outcomes:
+def outcomes(probabilities: np.ndarray, labels: np.ndarray) -> Outcomes:
     """Each sample's outcome from `probabilities` [N, K] and `labels` [N].
 
     A true class of probability 0 counts as float32's smallest normal number: 87.3 nats, whatever the type.
     """
-    rank = torch.cat(
-        [true_rank(p, y) for p, y in zip(probabilities.split(ROWS_AT_ONCE), labels.split(ROWS_AT_ONCE), strict=True)]
-    )
-    true = probabilities.gather(1, labels[:, None]).squeeze(1).double()
-    true = torch.where(true > 0, true, torch.finfo(torch.float32).tiny)
-    return Outcomes(probabilities.amax(dim=1), rank == 0, rank < 5, -torch.log(true))
+    starts = range(0, len(labels), ROWS_AT_ONCE)
+    rank = [true_rank(probabilities[i : i + ROWS_AT_ONCE], labels[i : i + ROWS_AT_ONCE]) for i in starts]
+    rank = np.concatenate(rank)
+    true = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0].astype(np.float64)
+    true = np.where(true > 0, true, np.finfo(np.float32).tiny)
+    return Outcomes(probabilities.max(axis=1), rank == 0, rank < 5, -np.log(true))
 
 
-def bin_of(confidence: Tensor, bins: int = ECE_BINS) -> Tensor:
+def bin_of(confidence: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
     """The bin 0 … bins − 1 of each `confidence` [N] among (0, 1/bins], … (1 − 1/bins, 1]."""
     # Edges are rounded to the confidences' own type, so that a float32 0.3 is on the edge 0.3, not just above it.
-    edges = (torch.arange(bins + 1, dtype=torch.float64) / bins).to(confidence)
-    return (torch.bucketize(confidence.contiguous(), edges) - 1).clamp(0, bins - 1)
+    edges = (np.arange(bins + 1) / bins).astype(confidence.dtype)
+    return (np.searchsorted(edges, confidence) - 1).clip(0, bins - 1)
 
 
-def ece(confidence: Tensor, correct: Tensor, bins: int = ECE_BINS) -> Tensor:
+def reliability_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> Bins:
+    """What ECE's bins hold of `confidence` and `correct` [N]."""
+    place = bin_of(confidence, bins)
+    counts = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        means = [np.bincount(place, x.astype(np.float64), minlength=bins) / counts for x in (confidence, correct)]
+    return Bins(np.arange(1, bins + 1) / bins, *means, counts / len(place))
+
+
+def ece(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> float:
     """Expected calibration error in [0, 1]: Σ over bins of |accuracy − mean confidence| · n_bin / N (Guo et al., 2017)."""
-    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
-    gap.index_add_(0, bin_of(confidence, bins), correct.double() - confidence.double())
-    return gap.abs().sum() / len(confidence)
+    gap = np.bincount(bin_of(confidence, bins), correct.astype(np.float64) - confidence.astype(np.float64), bins)
+    return float(np.abs(gap).sum() / len(confidence))
 
 
-def risk_curve(confidence: Tensor, correct: Tensor) -> Tensor:
+def ece_floor(confidence: np.ndarray, bins: int = ECE_BINS, seed: int = 0) -> EceFloor:
+    """What `ece` of `confidence` [N] would be if each were the probability of being right.
+
+    Consistency resampling (Bröcker and Smith, 2007): outcomes are drawn from the confidences, which stay as they are.
+    """
+    confidence = np.sort(np.asarray(confidence))
+    place = bin_of(confidence, bins)
+    starts = np.flatnonzero(np.r_[True, place[1:] != place[:-1]])
+    expected = np.add.reduceat(confidence.astype(np.float64), starts)
+    draws = int(np.clip(NUMBERS_DRAWN // len(confidence), *FLOOR_DRAWS))
+    rows = max(1, NUMBERS_AT_ONCE // len(confidence))
+    generator, found = np.random.default_rng(seed), []
+    for start in range(0, draws, rows):
+        drawn = generator.random((min(rows, draws - start), len(confidence)), dtype=np.float32)
+        right = np.add.reduceat(drawn < confidence, starts, axis=1, dtype=np.int64)
+        found.append(100 * np.abs(right - expected).sum(axis=1) / len(confidence))
+    found = np.concatenate(found)
+    return EceFloor(float(found.mean()), float(np.quantile(found, 0.95)))
+
+
+def risk_curve(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """Error rate [N] among the n = 1 … N most confident samples; equal confidences take their average over all orders."""
-    descending = confidence.argsort(descending=True)
-    _, tie = torch.unique_consecutive(confidence[descending], return_inverse=True)
-    wrong = 1.0 - correct[descending].double()
-    in_tie = torch.bincount(tie).double()
-    expected = (torch.zeros_like(in_tie).index_add_(0, tie, wrong) / in_tie)[tie]
-    return expected.cumsum(0) / torch.arange(1, len(wrong) + 1, device=wrong.device)
+    falling = np.argsort(-confidence, kind="stable")
+    sorted_confidence = confidence[falling]
+    tie = np.r_[0, np.cumsum(sorted_confidence[1:] != sorted_confidence[:-1])]
+    in_tie = np.bincount(tie)
+    expected = (np.bincount(tie, 1.0 - correct[falling].astype(np.float64)) / in_tie)[tie]
+    return expected.cumsum() / np.arange(1, len(tie) + 1)
+
+
+def most_confident_mistakes(confidence: np.ndarray, correct: np.ndarray, count: int) -> np.ndarray:
+    """Rows of the at most `count` wrong samples of most `confidence` [N], the surest first."""
+    wrong = np.flatnonzero(~correct)
+    return wrong[np.argsort(-confidence[wrong], kind="stable")[:count]]
+
+
+def thinned(length: int, most: int) -> np.ndarray:
+    """At most `most` of 0 … length − 1, evenly spread, first and last among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))
 
 
 def optimal_aurc(num_samples: int, num_errors: int) -> float:
     """AURC in [0, 1] of the best ranking: every error less confident than every hit (Geifman et al., ICLR 2019)."""
-    k = torch.arange(1, num_errors + 1, dtype=torch.float64)
-    return (k / (num_samples - num_errors + k)).sum().item() / num_samples
+    k = np.arange(1, num_errors + 1)
+    return float((k / (num_samples - num_errors + k)).sum() / num_samples)
 
 
 def summarize(each: Outcomes) -> dict[str, float]:
-    """The six figures over a whole split, from each sample's outcome."""
-    correct = each.correct.double()
-    aurc = risk_curve(each.confidence, each.correct).mean().item()
+    """The six metrics over a whole split, from each sample's outcome (arrays, or tensors on the CPU)."""
+    each = Outcomes(*map(np.asarray, each))
+    aurc = float(risk_curve(each.confidence, each.correct).mean())
     return {
-        "top1_error": 100.0 * (1.0 - correct).mean().item(),
-        "top5_error": 100.0 * (1.0 - each.top5_correct.double()).mean().item(),
-        "nll": each.nll.double().mean().item(),
-        "ece": 100.0 * ece(each.confidence, each.correct).item(),
+        "top1_error": 100.0 * float((~each.correct).mean()),
+        "top5_error": 100.0 * float((~each.top5_correct).mean()),
+        "nll": float(each.nll.astype(np.float64).mean()),
+        "ece": 100.0 * ece(each.confidence, each.correct),
         "aurc": 1000.0 * aurc,
-        "eaurc": 1000.0 * (aurc - optimal_aurc(len(correct), int((~each.correct).sum()))),
+        "eaurc": 1000.0 * (aurc - optimal_aurc(len(each.correct), int((~each.correct).sum()))),
     }
 
 
-def _tensor(values) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
+def as_array(values) -> np.ndarray:
+    """Numbers as an array that numpy computes with fast: a tensor (on any device), an array of any type, a list."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if "bfloat16" in str(values.dtype) else values  # which numpy has not
     array = np.asarray(values)
-    # torch has nothing wider than float64, and no unsigned integers to compute with.
-    narrow = array.dtype.kind == "f" and array.dtype.itemsize <= 8
-    wanted = (
-        array.dtype.newbyteorder("=") if narrow else {"f": np.float64, "u": np.int64}.get(array.dtype.kind, array.dtype)
-    )
-    try:
-        return torch.tensor(array.astype(wanted))
-    except TypeError:
-        raise InputError(f"cannot score an array of {array.dtype}") from None
+    if array.dtype.kind == "f":
+        return array.astype(np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("="), copy=False)
+    return array.astype(np.int64, copy=False) if array.dtype.kind == "u" else array
 
 
 def score(probabilities, labels) -> dict[str, float]:
-    """The six figures of `probabilities` [N, K] (rows sum to 1) against `labels` [N], tensors or arrays of any float type.
+    """The six metrics of `probabilities` [N, K] (rows sum to 1) against `labels` [N], tensors or arrays of any float type.
 
     Raises InputError where shapes, label range or values do not fit.
     """
-    probabilities, labels = _tensor(probabilities), _tensor(labels)
-    if probabilities.ndim != 2 or not probabilities.is_floating_point() or 0 in probabilities.shape:
+    probabilities, labels = as_array(probabilities), as_array(labels)
+    if probabilities.dtype.kind not in "fiub":
+        raise InputError(f"cannot score an array of {probabilities.dtype}")
+    if probabilities.ndim != 2 or probabilities.dtype.kind != "f" or 0 in probabilities.shape:
         raise InputError(
             f"probabilities must be floats of shape [N, K], got {probabilities.dtype} {list(probabilities.shape)}"
         )
-    if labels.shape != probabilities.shape[:1] or labels.is_floating_point():
+    if labels.shape != probabilities.shape[:1] or labels.dtype.kind not in "iub":
         raise InputError(
             f"labels must be integers of shape [{len(probabilities)}], got {labels.dtype} {list(labels.shape)}"
         )
     if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
         raise InputError(f"labels must lie in 0 … {probabilities.shape[1] - 1}, got {labels.min()} … {labels.max()}")
-    smallest, largest = probabilities.aminmax()  # NaN if any is
+    smallest, largest = probabilities.min(), probabilities.max()  # NaN if any is
     if not (smallest >= 0 and largest <= 1 + 1e-3):
         raise InputError(
             "probabilities must be finite and lie in [0, 1]; these do not (logits go through a softmax first)"
         )
-    sums = torch.cat([rows.sum(dim=1, dtype=torch.float64) for rows in probabilities.split(ROWS_AT_ONCE)])
-    if sums.max() > 1 + ROW_SUM_TOLERANCE:
-        raise InputError(f"rows of probabilities must sum to 1, one sums to {sums.max():.3g}")
-    return summarize(outcomes(probabilities, labels.to(probabilities.device).long()))
+    largest_sum = probabilities.sum(axis=1, dtype=np.float64).max()
+    if largest_sum > 1 + ROW_SUM_TOLERANCE:
+        raise InputError(f"rows of probabilities must sum to 1, one sums to {largest_sum:.3g}")
+    return summarize(outcomes(probabilities, labels.astype(np.int64)))

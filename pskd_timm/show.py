@@ -55,8 +55,8 @@ def models_table():
     import timm
     from rich.table import Table
 
-    from .models import PAPER_NAMES
     from .models.count import parameters_and_macs
+    from .reports.paper import PAPER_NAMES
 
     recipes = {read_yaml(find_recipe(name))["model"]["name"]: name for name in shipped_recipes()}
     title = "parameters and multiply-adds of one image, 100 classes (ImageNet's networks: 1000)"

@@ -21,6 +21,7 @@ from .run.checkpoint import Progress, TrainState, cpu_copy
 from .run.graph import StepGraph, check_recordable
 from .run.launch import connect, forget_single_process, place_network
 from .run.meters import Clock, RunningMeans
+from .run.mistakes import find_mistakes, write_mistakes
 from .run.outputs import better, run_result, write_predictions, write_result
 from .run.profile import profiled
 from .run.released import start_from
@@ -226,7 +227,9 @@ def train(
         if is_main:
             task.save(state.eval_network, run_dir / "best")
             values = run_result(recipe, task, network, last, best, progress, world_size, device)
-            tracker.log_result(values, last[scored_on], lambda rows: task.examples(scored_on, rows))
+            mistakes = find_mistakes(last[scored_on], lambda rows: task.examples(scored_on, rows))
+            tracker.log_result(values, last[scored_on], mistakes)
+            write_mistakes(run_dir, mistakes)
             write_predictions(run_dir, last, best)
             write_result(run_dir, values)
         accelerator.wait_for_everyone()

@@ -1,7 +1,7 @@
 """Run folders into files: tables (Markdown, LaTeX, CSV), one picture, one HTML page."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,25 +10,28 @@ import pandas as pd
 
 from ..errors import InputError
 from ..files import write_atomic
-from ..metrics import METRICS
+from ..metrics import Metric, format_metrics
 from . import page, plots
-from .runs import Run, by_method, find_runs, history, predictions, rows, scored_part
-from .tables import best_epoch, footnote, latex_table, markdown_table, short, summary
+from .runs import Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
+from .tables import best_epoch, footnote, latex_table, markdown_table, summary
 from .trials import Search, find_searches
 
 
 @dataclass
 class Comparison:
-    """Runs side by side: `rows` (a row a run, columns as runs.COLUMNS), each method's finished runs, the files written.
+    """Runs side by side: `rows` (a row a run, columns as `runs.columns`), their metrics, each method's finished runs, the
+    files written.
 
     `notes` says what always guessing the most frequent class would give, and what each trained teacher reached.
     """
 
     rows: pd.DataFrame
+    metrics: list[Metric]
     runs: dict[str, list[Path]]
     paths: list[Path]
     heading: str
     notes: list[str]
+    history_frame: pd.DataFrame  # the lines of metrics.jsonl of all finished runs, with `method` and `seed`
 
     @property
     def failed(self) -> int:
@@ -37,28 +40,24 @@ class Comparison:
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """The table: a row a method; `runs`, the mean of each figure of the last epoch and, as `…_std`, its deviation."""
+        """The table: a row a method; `runs`, the mean of each metric of the last epoch and, as `…_std`, its deviation."""
         lines = {}
-        for method, cells in summary(self.rows).items():
-            lines[method] = {"runs": cells["nll"].n}
-            for name in METRICS:
-                lines[method] |= {name: cells[name].mean, f"{name}_std": cells[name].std}
+        for method, cells in summary(self.rows, self.metrics).items():
+            lines[method] = {"runs": cells["seconds"].n}
+            for metric in self.metrics:
+                cell = cells[metric.name]
+                lines[method] |= {metric.name: cell.mean, f"{metric.name}_std": cell.std}
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
 
-    @cached_property
-    def history_frame(self) -> pd.DataFrame:
-        """The lines of metrics.jsonl of all finished runs, with `method` and `seed`."""
-        return history(self.runs)
-
     def _repr_html_(self) -> str:
-        return page.table_html(self.heading, self.rows)
+        return page.table_html(self.heading, self.rows, self.metrics)
 
 
 def report(runs: Iterable[str | Path], output: str | Path | None = None) -> Comparison:
     """Compare the runs in and below the folders `runs`, and write the comparison into `output` (default: their common folder).
 
-    Reads run folders and the searches beside them only, and the data set for the pictures of mistakes. Raises InputError
-    where there are no runs, or runs that were tested on different data.
+    Reads nothing but run folders and the searches beside them. Raises InputError where there are no runs, or runs that were
+    tested on different data.
     """
     runs = [runs] if isinstance(runs, str | Path) else list(runs)
     if not runs:
@@ -81,30 +80,33 @@ def heading(runs: list[Run]) -> str:
 
 def write(found: list[Run], searches: list[Search], folder: Path) -> Comparison:
     """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`."""
-    table, finished, name = rows(found), by_method(found), heading(found)
+    table, finished, name, metrics = rows(found), by_method(found), heading(found), common_metrics(found)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
     tables = predictions(finished)
-    notes = majority_notes(tables, scored_part(finished))
-    notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run))]
-    comparison = Comparison(table, folders, [], name, notes)
+    notes = majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
+    notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
+    logged = history(finished) if finished else pd.DataFrame()
+    comparison = Comparison(table, metrics, folders, [], name, notes, logged)
     table.to_csv(folder / "comparison.csv", index=False)
-    write_atomic(folder / "comparison.md", markdown(table, name, notes))
-    write_atomic(folder / "comparison.tex", latex_table(table, name))
+    write_atomic(folder / "comparison.md", markdown(table, metrics, name, notes))
+    write_atomic(folder / "comparison.tex", latex_table(table, metrics, name))
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     if finished:
         each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
-        plots.comparison(comparison.history_frame, each, name).savefig(folder / "comparison.png", dpi=150)
+        plots.comparison(logged, each, name, metrics[0]).savefig(folder / "comparison.png", dpi=150)
         comparison.paths.append(folder / "comparison.png")
-    write_atomic(folder / "report.html", page.render(found, table, tables, notes, searches))
+    write_atomic(folder / "report.html", page.render(found, comparison, tables, searches))
     comparison.paths.append(folder / "report.html")
     return comparison
 
 
-def markdown(table: pd.DataFrame, name: str, notes: list[str]) -> str:
+def markdown(table: pd.DataFrame, metrics: Sequence[Metric], name: str, notes: list[str]) -> str:
     """The tables of the last and of the best epoch, and the lines of `notes`."""
-    told = "\n" * bool(notes) + "".join(f"- {note}\n" for note in notes)
-    best = f"\n## Best epoch\n\n{markdown_table(best_epoch(table))}" if (table.status == "finished").any() else ""
-    return f"## {name}\n\n{markdown_table(table)}\n{footnote(table)}\n{told}{best}"
+    lines = "\n" * bool(notes) + "".join(f"- {note}\n" for note in notes)
+    best = ""
+    if (table.status == "finished").any():
+        best = f"\n## Best epoch\n\n{markdown_table(best_epoch(table, metrics), metrics)}"
+    return f"## {name}\n\n{markdown_table(table, metrics)}\n{footnote(table, metrics)}\n{lines}{best}"
 
 
 def majority_notes(tables: dict[str, dict[int, pd.DataFrame]], part: str) -> list[str]:
@@ -116,10 +118,10 @@ def majority_notes(tables: dict[str, dict[int, pd.DataFrame]], part: str) -> lis
     ]
 
 
-def teacher_note(run: Run) -> str | None:
+def teacher_note(run: Run, metrics: Sequence[Metric]) -> str | None:
     """What a run's teacher reached, where a trained network taught it and its figures are known."""
     teacher = run.values.get("teacher", {})
-    if "nll" not in teacher:
+    if any(metric.name not in teacher for metric in metrics):
         return None
-    name = f"{run.name} seed {run.seed}"
-    return f"{name} was taught by {teacher['run']} (epoch {teacher['epoch']}): {short(teacher)}"
+    figures = format_metrics(teacher, metrics, brief=True)
+    return f"{run.name} seed {run.seed} was taught by {teacher['run']} (epoch {teacher['epoch']}): {figures}"

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..files import write_atomic
-from ..metrics import METRICS
+from ..metrics import METRICS, Metric
 from ..recipe import Recipe
 from ..recipe_files import load_recipe
+from ..run.folder import read_metrics, read_result
 from .plots import COLOURS
-from .tables import HEADERS
 
 TRAINING = {
     "train_loss": "training loss",
@@ -39,8 +39,14 @@ def find_runs(name: str) -> tuple[Path, Recipe]:
     return Path(recipe.output_dir or f"runs/{recipe.name}"), recipe
 
 
-def make_workspace(recipe: Recipe, entity: str, project: str):
-    """wandb_workspaces' Workspace over the recipe's runs; raises InputError where that package is not installed."""
+def metrics_of(root: Path) -> list[Metric]:
+    """The metrics of the runs in a comparison's folder, as the first finished one says; the six of images without one."""
+    finished = next(iter(sorted(root.glob("*/seed*/result.json"))), None)
+    return read_metrics(read_result(finished.parent)) if finished else list(METRICS.values())
+
+
+def make_workspace(recipe: Recipe, metrics: list[Metric], entity: str, project: str):
+    """wandb_workspaces' Workspace over runs with these `metrics`. Raises InputError where that package is not installed."""
     try:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as ws
@@ -58,9 +64,9 @@ def make_workspace(recipe: Recipe, entity: str, project: str):
         names = {"title": title, "xname": x, "yname": y}
         return panels.CustomChart(query, "wandb/line/v0", {"x": x, "y": y, "stroke": None}, names)
 
-    final = {f"last.{metric}": header for metric, header in HEADERS.items()}
+    final = {f"last.{metric.name}": metric.header for metric in metrics}
     bars = [panels.BarPlot(title=f"{title}, last epoch", metrics=[key], **over_seeds) for key, title in final.items()]
-    every_epoch = [curve(metric, HEADERS[metric], "epoch") for metric in METRICS]
+    every_epoch = [curve(metric.name, metric.header, "epoch") for metric in metrics]
     training = [curve(key, title, "epoch" if "train" in key else "Step") for key, title in TRAINING.items()]
     mistakes = panels.WeavePanelSummaryTable(table_name="most_confident_mistakes")
     sections = [
@@ -91,7 +97,9 @@ def dashboard(
     Returns the file and the workspace's address, empty where it was not published.
     """
     root, recipe = find_runs(name)
-    workspace = make_workspace(recipe, entity or recipe.tracking.entity or "", project or recipe.tracking.project)
+    workspace = make_workspace(
+        recipe, metrics_of(root), entity or recipe.tracking.entity or "", project or recipe.tracking.project
+    )
     view = workspace._model
     path = root / "dashboard.json"
     root.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,10 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import pandas as pd
@@ -15,18 +17,31 @@ from matplotlib.figure import Figure
 from pyarrow import ArrowException
 
 from .. import __version__
-from ..calibration import fit_to_parts, scaled_figures
-from ..errors import InputError
+from ..calibration import fit_to_parts, scaled_metrics
+from ..errors import first_line
 from ..methods import METHOD_SECTIONS
+from ..metrics import EceFloor, Metric
 from ..recipe import flatten
 from . import paper, plots, significance
-from .mistakes import image_size, most_confident_mistakes, pictures
+from .mistakes import data_uri, is_small, shown_mistakes
 from .plots import title
-from .runs import HOLDOUT, PART_NAMES, PREDICTIONS, Run, by_method, history, probability_parts, scored_part
-from .tables import HEADERS, best_epoch, over_seeds, shown_metrics, summary
-from .trials import Search, searched
+from .runs import HOLDOUT, PART_NAMES, PREDICTIONS, Run, by_method, probability_parts, scored_part
+from .tables import (
+    FLOOR_HEADER,
+    Cell,
+    best_epoch,
+    direction,
+    ece_floors,
+    floor_text,
+    over_seeds,
+    shown_metrics,
+    summary,
+)
+from .trials import Search, searched, shown_in_search
 
-CURVES = {"top1_error": "top-1 error, %", "nll": "NLL, nats", "ece": "ECE, %", "aurc": "AURC × 10³"}
+if TYPE_CHECKING:
+    from .build import Comparison
+
 CSS_COLOURS = {
     plots.INK: "var(--ink)",
     plots.MUTED: "var(--muted)",
@@ -36,46 +51,47 @@ CSS_COLOURS = {
 
 
 def render(
-    found: list[Run],
-    rows: pd.DataFrame,
-    tables: dict[str, dict[int, pd.DataFrame]],
-    notes: list[str],
-    searches: list[Search],
+    found: list[Run], comparison: "Comparison", tables: dict[str, dict[int, pd.DataFrame]], searches: list[Search]
 ) -> str:
-    """The page of all runs `found`, their `rows`, predictions (method → seed → table) and `notes`, and of `searches`."""
-    finished = by_method(found)
+    """The page of all runs `found`, their `comparison`, predictions (method → seed → table), and of `searches`."""
+    finished, rows = by_method(found), comparison.rows
     each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
-    tests = compared_with_baseline(finished, tables)
+    tests = compared_with_baseline(finished, tables, comparison.metrics)
     scaled_lines, unscaled = temperatures(finished)
-    metrics = shown_metrics(rows)
+    metrics = shown_metrics(rows, comparison.metrics)
     counts = [len(runs) for runs in finished.values()]
+    looks = plots.looks(dict.fromkeys(run.method for run in found))
+    swatches = {method: swatch(look) for method, look in looks.items()}
     context = {
         "heading": ", ".join(dict.fromkeys(run.recipe.name for run in found if run.recipe)) or "No run has begun",
         "version": __version__,
         "facts": facts(found),
-        "legend": [(look, swatch(look)) for look in plots.looks(dict.fromkeys(run.method for run in found)).values()],
+        "legend": [(look, swatches[method]) for method, look in looks.items()],
         "unfinished": [
             (title(row.method), row.seed, row.status) for row in rows.itertuples() if row.status != "finished"
         ],
         "num_rows": len(rows),
         "metrics": metrics,
-        "headers": [HEADERS[metric] for metric in metrics],
+        "direction": direction(metrics),
+        "floor_header": FLOOR_HEADER if ece_floors(rows) else "",
         "one_run": set(counts) == {1},
-        "verdicts": verdicts(tests),
-        "notes": notes,
-        "tables": figure_tables(found, rows),
+        "verdicts": verdicts(tests, metrics),
+        "notes": comparison.notes,
+        "tables": figure_tables(found, rows, comparison.metrics, swatches),
         "of_curves": over_seeds(counts) if counts else "",
         "paper": paper_notes(finished),
         "paper_source": paper.SOURCE,
-        "tests": test_lines(tests),
+        "tests": test_lines(tests, comparison.metrics),
+        "tested": tested_metrics(tests, comparison.metrics),
+        "grouped": any("group" in table for of in tables.values() for table in of.values()),
         "single_seed": any(len(seeds) == 1 for _, seeds, _ in tests),
         "untested": untested(finished, tests),
         "unkept": sum(run.outcomes is None for runs in finished.values() for run in runs),
-        "plots": drawings(finished, each) if each else {},
+        "plots": drawings(finished, comparison, each) if each else {},
         "scored": scored_part(finished),
         "evaluated_on": evaluated_on(finished),
         "temperatures": scaled_lines,
-        "temperature_of": over_seeds(line["n"] for line in scaled_lines) if scaled_lines else "",
+        "temperature_of": over_seeds(fitted) if (fitted := [line["n"] for line in scaled_lines if line["n"]]) else "",
         "unscaled": unscaled,
         "mistakes": mistakes(finished, tables) if each else {},
         "runs": run_lines(found, metrics),
@@ -98,23 +114,26 @@ def environment() -> Environment:
     )
 
 
-def table_html(heading: str, rows: pd.DataFrame) -> str:
+def table_html(heading: str, rows: pd.DataFrame, metrics: Sequence[Metric]) -> str:
     """The table of the last epoch alone, for a notebook."""
-    metrics = shown_metrics(rows)
+    shown = shown_metrics(rows, metrics)
     lines = "".join(
-        f"<tr><th style='text-align:left'>{Markup.escape(title(method))}</th><td>{cells['nll'].n}</td>"
+        f"<tr><th style='text-align:left'>{Markup.escape(title(method))}</th><td>{cells['seconds'].n}</td>"
         + "".join(
-            f"<td>{'<b>' if cells[m].best else ''}{cells[m]}{'</b>' if cells[m].best else ''}</td>" for m in metrics
+            f"<td>{'<b>' if cell.best else ''}{cell}{'</b>' if cell.best else ''}</td>"
+            for cell in (cells[metric.name] for metric in shown)
         )
         + "</tr>"
-        for method, cells in summary(rows).items()
+        for method, cells in summary(rows, metrics).items()
     )
     failed = "".join(
         f"<tr><th style='text-align:left'>{Markup.escape(title(run.method))}</th><td>seed {run.seed}</td>"
-        f"<td colspan='{len(metrics)}' style='text-align:left'>{Markup.escape(run.status)}</td></tr>"
+        f"<td colspan='{len(shown)}' style='text-align:left'>{Markup.escape(run.status)}</td></tr>"
         for run in rows[rows.status != "finished"].itertuples()
     )
-    header = "".join(f"<th>{name}</th>" for name in ("method", "runs", *(HEADERS[m] for m in metrics)))
+    header = "".join(
+        f"<th>{Markup.escape(name)}</th>" for name in ("method", "runs", *(metric.header for metric in shown))
+    )
     return f"<table><caption>{Markup.escape(heading)}</caption><tr>{header}</tr>{lines}{failed}</table>"
 
 
@@ -134,7 +153,7 @@ def facts(found: list[Run]) -> list[tuple[str, str]]:
         ("data", _distinct(r.data.source or Path(r.data.path).name for r in recipes)),
         ("network", _distinct(r.model.name for r in recipes)),
         ("parameters", _distinct(f"{v['num_parameters']:,}" for v in values)),
-        ("trained on", _distinct(f"{v['num_train']:,} images" for v in values)),
+        ("trained on", _distinct(f"{v['num_train']:,} {counted(v)}" for v in values)),
         ("tested on", _distinct(tested_on(v) for v in values)),
         ("epochs", _distinct(str(r.epochs) for r in recipes)),
         ("seeds", _distinct(str(seed) for seed in sorted({run.seed for run in found}))),
@@ -146,11 +165,17 @@ def facts(found: list[Run]) -> list[tuple[str, str]]:
 
 def tested_on(values: dict) -> str:
     """What the figures of a run's result.json are of."""
-    images = {
-        "test": f"{values['num_test']:,} images",
-        "holdout": f"{values['num_holdout']:,} held-out training images",
+    what = counted(values)
+    samples = {
+        "test": f"{values['num_test']:,} {what}",
+        "holdout": f"{values['num_holdout']:,} held-out training {what}",
     }
-    return f"{images[values['evaluated_on']]}, {values['num_classes']} classes"
+    return f"{samples[values['evaluated_on']]}, {values['num_classes']} classes"
+
+
+def counted(values: dict) -> str:
+    """What a run's samples are called."""
+    return "images" if values["task"] == "images" else "samples"
 
 
 def _distinct(words) -> str:
@@ -191,7 +216,7 @@ def losses(finished: dict[str, list[Run]]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def run_lines(found: list[Run], metrics: list[str]) -> list[dict]:
+def run_lines(found: list[Run], metrics: Sequence[Metric]) -> list[dict]:
     """A line a run: how it ended and its figures."""
     return [
         {
@@ -199,7 +224,9 @@ def run_lines(found: list[Run], metrics: list[str]) -> list[dict]:
             "seed": run.seed,
             "status": run.status,
             "folder": str(run.folder),
-            "last": [run.values["last"][name] for name in metrics] if run.values else [],
+            "last": [(value := run.values["last"][m.name], f"{value:.{m.digits}f}") for m in metrics]
+            if run.values
+            else [],
             "seconds": run.values["seconds"] if run.values else math.nan,
             "best": run.values["best"]["epoch"] if run.values else "",
         }
@@ -210,44 +237,51 @@ def run_lines(found: list[Run], metrics: list[str]) -> list[dict]:
 # The tables.
 
 
-def figure_tables(found: list[Run], rows: pd.DataFrame) -> list[dict]:
+def figure_tables(
+    found: list[Run], rows: pd.DataFrame, metrics: Sequence[Metric], swatches: dict[str, Markup]
+) -> list[dict]:
     """The tables of the last and of the best epoch; each figure with the paper's beside it where it has one."""
     if not (rows.status == "finished").any():
         return []
     chosen = _distinct(PART_NAMES[run.values["best"]["chosen_on"]] for run in found if run.values)
     scored = scored_part(by_method(found))
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
-    looks = plots.looks(figures)
     what = over_seeds(len(runs) for runs in by_method(found).values())
     captions = {
         "last": f"Last epoch, on the {scored}: {what}.",
-        "best": f"Best epoch: of each run the epoch with the lowest error on the {chosen}, its figures on the {scored}; "
-        f"{what}.",
+        "best": f"Best epoch instead of the last: of each run the epoch with the best {metrics[0].title} on the {chosen}, "
+        f"its figures on the {scored}; {what}.",
     }
     if chosen == "test part":
         captions["best"] += (
             " Chosen on what it is tested on, these figures are too good; data.holdout_fraction 0.1 avoids it."
         )
-    return [
-        {
-            "id": which,
-            "caption": captions[which],
-            "lines": [
-                {
-                    "title": title(method),
-                    "swatch": swatch(looks[method]),
-                    "n": cells["nll"].n,
-                    "seconds": cells["seconds"].mean,
-                    "cells": [
-                        (cells[m], beside(cells[m].mean, figures[method].get(method.split()[0], {}).get(m)))
-                        for m in shown_metrics(rows)
-                    ],
-                }
-                for method, cells in summary(of_epoch).items()
+    shown = shown_metrics(rows, metrics)
+
+    def line(method: str, cells: dict[str, Cell], floor: EceFloor | None) -> dict:
+        papers = figures[method].get(method.split()[0], {})
+        return {
+            "title": title(method),
+            "swatch": swatches[method],
+            "n": cells["seconds"].n,
+            "seconds": cells["seconds"].mean,
+            "cells": [
+                (
+                    metric,
+                    cells[metric.name],
+                    beside(cells[metric.name].mean, papers.get(metric.name)),
+                    floor_text(floor) if floor and metric.name == "ece" else "",
+                )
+                for metric in shown
             ],
         }
-        for which, of_epoch in (("last", rows), ("best", best_epoch(rows)))
-    ]
+
+    tables = []
+    for which, of_epoch in (("last", rows), ("best", best_epoch(rows, metrics))):
+        floors = ece_floors(of_epoch)
+        lines = [line(method, cells, floors.get(method)) for method, cells in summary(of_epoch, metrics).items()]
+        tables.append({"id": which, "caption": captions[which], "lines": lines})
+    return tables
 
 
 def beside(mean: float, paper_figure: float | None) -> str:
@@ -270,7 +304,9 @@ def paper_notes(finished: dict[str, list[Run]]) -> list[str]:
 # Significance.
 
 
-def compared_with_baseline(finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.DataFrame]]) -> list[tuple]:
+def compared_with_baseline(
+    finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.DataFrame]], metrics: Sequence[Metric]
+) -> list[tuple]:
     """(baseline, seeds, rows of significance.against) for all methods that share a baseline, seeds and the test samples."""
     alike: dict[tuple, list[str]] = {}
     for method, runs in finished.items():
@@ -287,36 +323,46 @@ def compared_with_baseline(finished: dict[str, list[Run]], tables: dict[str, dic
         (
             baseline,
             seeds,
-            significance.against(baseline, {m: [tables[m][s] for s in seeds] for m in (baseline, *methods)}),
+            significance.against(
+                baseline, {m: [tables[m][s] for s in seeds] for m in (baseline, *methods)}, metrics=metrics
+            ),
         )
         for (baseline, seeds), methods in alike.items()
     ]
 
 
-def verdicts(tests: list[tuple]) -> list[str]:
+def verdicts(tests: list[tuple], metrics: Sequence[Metric]) -> list[str]:
     """A sentence a method; of one seed each it speaks of the runs, not of the methods."""
     names = {True: ("{}'s one run", "{}'s"), False: ("{}", "{}")}
     return [
         significance.in_words(
             *(name.format(title(m)) for name, m in zip(names[len(seeds) == 1], (method, baseline), strict=True)),
             found[found.method == method],
+            metrics,
         )
         for baseline, seeds, found in tests
         for method in found.method.unique()
     ]
 
 
-def test_lines(tests: list[tuple]) -> list[dict]:
-    """A line a method: its differences to the baseline, in the order of the page's columns."""
-    lines = []
+def tested_metrics(tests: list[tuple], metrics: Sequence[Metric]) -> list[Metric]:
+    """Those of the tests, in the order of the tables."""
+    tested = {name for _, _, found in tests for name in found.metric}
+    return [metric for metric in metrics if metric.name in tested]
+
+
+def test_lines(tests: list[tuple], metrics: Sequence[Metric]) -> list[dict]:
+    """A line a method: its differences to the baseline, in the order of `tested_metrics`."""
+    lines, digits = [], {metric.name: metric.digits for metric in metrics}
     for baseline, seeds, found in tests:
         for method in found.method.unique():
             cells = []
             for test in found[found.method == method].itertuples():
-                interval = "" if math.isnan(test.low) else f"{signed(test.low)} … {signed(test.high)}"
+                of = digits[test.metric]
+                interval = "" if math.isnan(test.low) else f"{signed(test.low, of)} … {signed(test.high, of)}"
                 words = significance.p_in_words(test.p, test.metric)
                 bold = test.p < significance.LEVEL and len(seeds) > 1
-                cells.append((test.difference, signed(test.difference), interval, words, bold))
+                cells.append((test.difference, signed(test.difference, of), interval, words, bold))
             lines.append({"title": title(method), "baseline": title(baseline), "seeds": len(seeds), "cells": cells})
     return lines
 
@@ -330,15 +376,19 @@ def untested(finished: dict[str, list[Run]], tests: list[tuple]) -> list[str]:
 # Drawings.
 
 
-def drawings(finished: dict[str, list[Run]], each: dict[str, list[pd.DataFrame]]) -> dict:
+def drawings(finished: dict[str, list[Run]], comparison: "Comparison", each: dict[str, list[pd.DataFrame]]) -> dict:
     """The page's plots as inline SVG."""
-    logged = history({method: [run.folder for run in runs] for method, runs in finished.items()})
+    logged = comparison.history_frame
     looks = plots.looks(finished)
     names = next(iter(finished.values()))[0].values["class_names"]
     return {
         "curves": [
-            svg(plots.curves(logged, m, label, legend=False, names=True), f"{label} over the epochs")
-            for m, label in CURVES.items()
+            svg(
+                plots.curves(logged, m.name, m.header, None, False, True, m.higher_is_better),
+                f"{m.header} over the epochs",
+            )
+            for m in comparison.metrics
+            if m.in_brief
         ],
         "confidence": [
             svg(plots.reliability(each, legend=False), "reliability diagram"),
@@ -360,19 +410,24 @@ def svg(figure: Figure, label: str) -> Markup:
         warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
-    text = re.sub(
-        r"<metadata>.*?</metadata>|<style.*?</style>| id=\"(?![phm][0-9a-f]{10})[^\"]*\"", "", text, flags=re.S
-    )
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
+    # Inside tags only, where there are coordinates, colours and names of things; words and their numbers stay as they are.
+    text = re.sub(r"<[^>]*>", _slim_tag, text)
+    head = re.search(r"<svg [^>]*>", text)
+    view = re.search(r'viewBox="[^"]*"', head[0])[0]
+    link = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
+    body = text[head.end() :].replace("\n\n", "\n")
+    return Markup(f'<svg class="plot" {view} {link} role="img" aria-label="{Markup.escape(label)}">{body}')
+
+
+def _slim_tag(tag: re.Match) -> str:
+    """A tag with coordinates to a hundredth of a point, the page's colours and font, and no ids that nothing refers to."""
+    text = re.sub(r" id=\"(?![phm][0-9a-f]{10})[^\"]*\"", "", tag[0])
     text = re.sub(r"font-family: [^;\"]*; ?", "", text)
     text = re.sub(r"(\.\d\d)\d+", r"\1", text)
     for colour, variable in CSS_COLOURS.items():
         text = text.replace(colour, variable)
-    head, body = re.search(r"<svg [^>]*>", text), text[re.search(r"<svg [^>]*>", text).end() :]
-    view = re.search(r'viewBox="[^"]*"', head[0])[0]
-    link = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return Markup(
-        f'<svg class="plot" {view} {link} role="img" aria-label="{Markup.escape(label)}">' + body.replace("\n\n", "\n")
-    )
+    return text
 
 
 def swatch(look: plots.Look) -> Markup:
@@ -390,24 +445,23 @@ def swatch(look: plots.Look) -> Markup:
 
 def search_section(search: Search) -> dict:
     """What a search tried and found: its curves, and a line a trial."""
-    keys, best = searched(search.trials), search.best
-    metrics = list(plots.TRIAL_LABELS)
+    keys, best, metrics = searched(search.trials, search.metrics), search.best, shown_in_search(search.metrics)
+    joined = len(keys) == 1  # with a second setting that changes too, a line would show nothing
     return {
         "title": title(search.method),
         "search": search,
-        "metric": HEADERS[search.metric],
         "best": None if best is None else ", ".join(f"{key} {value_and_text(best[key])[1]}" for key in keys),
         "plots": [
             svg(
-                plots.trials(search.trials, key, metric, search.metric, search.method, legend=False),
-                f"{plots.TRIAL_LABELS[metric]} against {key}",
+                plots.trials(search.trials, key, metric, search.metric, search.method, None, False, joined),
+                f"{metric.header} against {key}",
             )
             for key in keys
             for metric in metrics
         ],
-        "headers": ["trial", *keys, *plots.TRIAL_LABELS.values(), "ended"],
+        "headers": ["trial", *keys, *(metric.header for metric in metrics), "ended"],
         "lines": [
-            [value_and_text(trial[name]) for name in ("trial", *keys, *metrics, "state")]
+            [value_and_text(trial[name]) for name in ("trial", *keys, *(m.name for m in metrics), "state")]
             for _, trial in search.trials.iterrows()
         ],
     }
@@ -429,28 +483,40 @@ def evaluated_on(finished: dict[str, list[Run]]) -> str:
 def temperatures(finished: dict[str, list[Run]]) -> tuple[list[dict], list[str]]:
     """T fitted on the held-out predictions, NLL and ECE of the test part before and after: a line a method, over its seeds.
 
-    Left out are runs that were scored on the held-out part itself. Second, a line for each run whose predictions cannot be read.
+    `none` of a line has a reason for each run that has no T. Left out are runs that were scored on the held-out part itself.
+    Second, a line for each run whose predictions cannot be read.
     """
     lines, unreadable = [], []
     for method, runs in finished.items():
-        each = []
+        each, none, samples = [], [], []
         for run in runs:
             fitted_on_others = run.values["evaluated_on"] == "test" and (run.folder / HOLDOUT).is_file()
-            if run.outcomes is not None and fitted_on_others:
-                try:
-                    each.append(scaled(run))
-                except (ArrowException, OSError) as error:
-                    unreadable.append(f"{title(method)}, seed {run.seed}: {str(error).splitlines()[0]}")
-        if each:
+            if run.outcomes is None or not fitted_on_others or not {"nll", "ece"} <= run.values["last"].keys():
+                continue
+            try:
+                fitted = fit_to_parts(part[:2] for part in probability_parts(run.folder / HOLDOUT))
+                samples.append(fitted.num_samples)
+                if fitted.reason:
+                    none.append(f"seed {run.seed}: {fitted.reason}")
+                else:
+                    each.append(scaled(run, fitted.value))
+            except (ArrowException, OSError) as error:
+                unreadable.append(f"{title(method)}, seed {run.seed}: {first_line(error)}")
+        if samples:
             table = pd.DataFrame(each)
-            lines.append({"title": title(method), "n": len(each), "mean": dict(table.mean()), "std": dict(table.std())})
+            line = {
+                "title": title(method),
+                "n": len(each),
+                "samples": _distinct(f"{n:,}" for n in samples),
+                "none": none,
+            }
+            lines.append(line | {"mean": dict(table.mean()), "std": dict(table.std()) if len(each) else {}})
     return lines, unreadable
 
 
-def scaled(run: Run) -> dict[str, float]:
+def scaled(run: Run, temperature: float) -> dict[str, float]:
     """A run's temperature, and NLL and ECE of its test part without and with it."""
-    temperature = fit_to_parts(part[:2] for part in probability_parts(run.folder / HOLDOUT))
-    after = scaled_figures(probability_parts(run.folder / PREDICTIONS), temperature)
+    after = scaled_metrics(probability_parts(run.folder / PREDICTIONS), temperature)
     return {"temperature": temperature} | {
         f"{name}_{when}": values[name]
         for when, values in (("before", run.values["last"]), ("after", after))
@@ -459,32 +525,31 @@ def scaled(run: Run) -> dict[str, float]:
 
 
 def mistakes(finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.DataFrame]]) -> dict:
-    """Each method's most confident mistakes with their pictures, of its first seed; `missing` says why there are none."""
-    first = {method: next(iter(by_seed.items())) for method, by_seed in tables.items()}
-    chosen = {method: most_confident_mistakes(table) for method, (_, table) in first.items()}
-    run = next(iter(finished.values()))[0]
-    names, images, missing, size = run.values["class_names"], {}, "", (0, 0)
-    try:
-        size = image_size(run.folder)
-        shown = pd.concat(chosen.values()).drop_duplicates("index")
-        images = pictures(run.recipe, shown, size) if len(shown) else {}
-    except (InputError, OSError) as error:
-        missing = f"Their pictures cannot be shown: {error}."
-    groups = [
-        {
-            "title": title(method),
-            "seed": first[method][0],
-            "items": [
+    """Each method's most confident mistakes as its first seed's run kept them; `missing` says where no pictures are."""
+    groups, without, small = [], [], True
+    for method in tables:
+        run = next(run for run in finished[method] if run.outcomes is not None)
+        names = run.values["class_names"]
+        try:
+            wrong, kept = shown_mistakes(run.folder, run.outcomes)
+        except (ArrowException, OSError, KeyError) as error:
+            return {"groups": [], "missing": f"{run.folder / 'mistakes.parquet'} is damaged: {first_line(error)}"}
+        if not kept:
+            without.append(title(method))
+        items = []
+        for row in wrong.to_dict("records"):
+            image = row.get("image") if isinstance(row.get("image"), bytes) else None
+            small = small and (image is None or is_small(image))
+            items.append(
                 {
-                    "image": images.get(row.index_in_test),
-                    "said": plots.cut(names[row.prediction], 40),
-                    "is": plots.cut(names[row.label], 40),
-                    "confidence": 100 * row.confidence,
-                    "index": row.index_in_test,
+                    "image": data_uri(image) if image else None,
+                    "text": row.get("text"),
+                    "said": plots.cut(names[row["prediction"]], 40),
+                    "is": plots.cut(names[row["label"]], 40),
+                    "confidence": 100 * row["confidence"],
+                    "index": row["index"],
                 }
-                for row in table.rename(columns={"index": "index_in_test"}).itertuples(index=False)
-            ],
-        }
-        for method, table in chosen.items()
-    ]
-    return {"groups": groups, "missing": missing, "pixelated": max(size) <= 64}
+            )
+        groups.append({"title": title(method), "seed": run.seed, "items": items})
+    missing = f"These runs kept no pictures of their mistakes, as earlier versions did not: {', '.join(without)}."
+    return {"groups": groups, "missing": missing if without else "", "pixelated": small}

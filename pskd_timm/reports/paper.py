@@ -10,13 +10,22 @@ from ..recipe_files import find_recipe, load_recipe, read_yaml, shipped_recipes
 
 SOURCE = "Kim et al., Self-Knowledge Distillation with Progressive Refinement of Targets, ICCV 2021"
 
+PAPER_NAMES = {
+    "cifar_preact_resnet18": "PreAct ResNet-18",
+    "cifar_preact_resnet101_paper": "PreAct ResNet-101",
+    "cifar_densenet121": "DenseNet-121",
+    "cifar_resnext29_8x64d": "ResNeXt-29",
+    "cifar_pyramidnet200_a240": "PyramidNet-200",
+    "cifar_pyramidnet200_a240_shakedrop": "PyramidNet-200 + ShakeDrop",
+    "resnet152": "ResNet-152",
+    "densenet264": "DenseNet-264",
+}
+
 
 def paper_figures(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Method → metric → the paper's figure for the recipe's data set and network; empty where the paper has none."""
     if recipe.data.source not in ("cifar100", "imagenet"):
         return {}
-    from ..models import PAPER_NAMES
-
     table = pd.read_csv(Path(__file__).parent / "paper_results.csv")
     mine = table[(table.dataset == recipe.data.source) & (table.model == PAPER_NAMES.get(recipe.model.name))]
     return {row["method"]: dict(row.drop(["dataset", "model", "method"])) for _, row in mine.iterrows()}

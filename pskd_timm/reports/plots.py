@@ -3,18 +3,19 @@
 `tables` are, for each method, its runs' predictions: frames with the columns of predictions.parquet.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from scipy.optimize import isotonic_regression
 
 from ..methods import METHOD_SECTIONS
-from ..metrics import ECE_BINS, bin_of, risk_curve
-from .trials import DONE, STOPPED, searched
+from ..metrics import ECE_BINS, METRICS, Metric, reliability_bins, risk_curve, thinned
+from .trials import DONE, STOPPED, best_trial, searched, shown_in_search
 
 COLOURS = {name: section.colour for name, section in METHOD_SECTIONS.items()}
 TITLES = {name: section.title for name, section in METHOD_SECTIONS.items()}
@@ -33,8 +34,8 @@ MOST_POINTS = 300  # of a curve
 SMALL_BIN = 0.01  # part of the samples below which a bin's accuracy is mostly chance
 MOST_NAMES, LONGEST_NAME = 8, 20  # lines and letters that find room beside a plot
 NAME_HEIGHT = 0.075  # of the plot's height
+LETTER = 0.072  # inches of width
 SIZE = (4.6, 3.3)  # inches of one picture
-TRIAL_LABELS = {"nll": "NLL", "ece": "ECE %", "top1_error": "top-1 error %"}
 
 
 class Look(NamedTuple):
@@ -66,12 +67,20 @@ def looks(methods) -> dict[str, Look]:
     return found
 
 
-def _axes(axes: Axes | None, heading: str, xlabel: str, ylabel: str, size=SIZE) -> Axes:
-    """Axes with this package's typography, in a Figure of their own where none are given (not pyplot's: no global state)."""
-    axes = axes or Figure(figsize=size, layout="constrained").subplots()
-    axes.set_title(heading, loc="left", fontsize=10.5, color=INK, fontweight="bold")
-    axes.set_xlabel(xlabel, fontsize=9, color=MUTED)
-    axes.set_ylabel(ylabel, fontsize=9, color=MUTED)
+def plain(text: str) -> str:
+    """Words as matplotlib is to write them: a dollar sign is one, and begins no formula."""
+    return text.replace("$", r"\$")
+
+
+def _axes(axes: Axes | None, heading: str, xlabel: str, ylabel: str, size=SIZE, above=0.32, right=0.12) -> Axes:
+    """Axes with this package's typography, in a Figure of their own where none are given (not pyplot's: no global state).
+
+    `size` is the figure's, `above` and `right` of the axes is so much room, all in inches.
+    """
+    axes = axes or _own_axes(*size, left=0.68 if ylabel else 0.52, below=0.52, above=above, right=right)
+    axes.set_title(plain(heading), loc="left", fontsize=10.5, color=INK, fontweight="bold")
+    axes.set_xlabel(plain(xlabel), fontsize=9, color=MUTED)
+    axes.set_ylabel(plain(ylabel), fontsize=9, color=MUTED)
     axes.tick_params(colors=MUTED, labelsize=8.5, length=3)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -80,6 +89,12 @@ def _axes(axes: Axes | None, heading: str, xlabel: str, ylabel: str, size=SIZE) 
     axes.patch.set_alpha(0)
     axes.figure.patch.set_alpha(0)
     return axes
+
+
+def _own_axes(width: float, height: float, left: float, below: float, above: float, right: float) -> Axes:
+    """Axes with room for their labels around them: matplotlib's own layout would draw everything twice to find it."""
+    place = left / width, below / height, 1 - (left + right) / width, 1 - (below + above) / height
+    return Figure(figsize=(width, height)).add_axes(place)
 
 
 def _line(axes: Axes, x, y, look: Look, every: int = 1):
@@ -92,7 +107,7 @@ def _line(axes: Axes, x, y, look: Look, every: int = 1):
         marker=look.marker,
         markersize=4.5,
         markevery=every,
-        label=look.title,
+        label=plain(look.title),
     )
 
 
@@ -108,29 +123,17 @@ def _names_at_ends(axes: Axes, x: float, ends: dict[Look, float]):
     for at, (end, look) in zip(spread([end for end, _ in lines], NAME_HEIGHT), lines, strict=True):
         joint = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
         place = {"xycoords": ("data", "axes fraction"), "textcoords": "axes fraction", "annotation_clip": False}
-        axes.annotate(look.title, (x, end), (1.03, at), va="center", fontsize=8.5, color=INK, arrowprops=joint, **place)
+        axes.annotate(
+            plain(look.title), (x, end), (1.03, at), va="center", fontsize=8.5, color=INK, arrowprops=joint, **place
+        )
 
 
 def spread(places: list[float], apart: float) -> list[float]:
-    """Rising `places` in [0, 1], moved as little as this takes to be `apart` from each other."""
-    blocks: list[list[float]] = []
-    for place in places:
-        blocks.append([place])
-        # Blocks that meet become one around the mean of what they hold.
-        while len(blocks) > 1 and _lowest(blocks[-1], apart) < _lowest(blocks[-2], apart) + apart * len(blocks[-2]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    return [_lowest(block, apart) + apart * i for block in blocks for i in range(len(block))]
-
-
-def _lowest(block: list[float], apart: float) -> float:
-    """Where the first of a block's places lies: around their mean, inside [0, 1] where there is room."""
-    length = apart * (len(block) - 1)
-    return max(0.0, min(sum(block) / len(block) - length / 2, 1 - length))
-
-
-def _thinned(length: int) -> np.ndarray:
-    """At most MOST_POINTS of 0 … length − 1, first and last among them."""
-    return np.unique(np.linspace(0, length - 1, min(length, MOST_POINTS)).round().astype(int))
+    """Rising `places` in [0, 1], moved as little as this takes (least squares) to be `apart` from each other."""
+    shift = apart * np.arange(len(places))
+    # Without their distances the places have only to rise; inside [0, 1] where there is room.
+    rising = isotonic_regression(np.array(places) - shift).x
+    return (rising.clip(0, max(0, 1 - shift[-1])) + shift).tolist()
 
 
 def curves(
@@ -140,32 +143,44 @@ def curves(
     axes: Axes | None = None,
     legend: bool = True,
     names: bool = False,
+    higher_is_better: bool = False,
 ) -> Figure:
     """`metric` over the epochs: mean ± standard deviation over seeds; `history` has method, seed, epoch and `metric`.
 
     The frame is that of the last 60 % of the epochs, where the methods part. `names` puts the methods' names, where they
     are few and short, at the ends of their lines.
     """
-    axes, ends = _axes(axes, heading or metric, "epoch", ""), {}
-    for i, (method, look) in enumerate(looks(history.method.unique()).items()):
+    found, ends = looks(history.method.unique()), {}
+    longest = max(len(look.title) for look in found.values())
+    names = names and len(found) <= MOST_NAMES and longest <= LONGEST_NAME
+    axes = _axes(axes, heading or metric, "epoch", "", right=0.2 + LETTER * longest if names else 0.12)
+    for i, (method, look) in enumerate(found.items()):
         by_epoch = history[history.method == method].groupby("epoch")[metric]
         mean, std = by_epoch.mean(), by_epoch.std().fillna(0.0)
-        kept = _thinned(len(mean))
+        kept = thinned(len(mean), MOST_POINTS)
         epochs, mean, std = mean.index.to_numpy()[kept], mean.to_numpy()[kept], std.to_numpy()[kept]
         axes.fill_between(epochs, mean - std, mean + std, color=look.colour, alpha=0.1, linewidth=0)
         apart = max(1, len(kept) // 6)
         _line(axes, epochs, mean, look, (i * apart // 5 % len(kept), apart))
         ends[look] = mean[-1]
     late = history[history.epoch > 0.4 * history.epoch.max()].groupby(["method", "epoch"])[metric].mean()
-    axes.set_ylim(max(0, 0.8 * late.min()), 1.1 * late.max() or 1)  # the first epochs may leave by the top
+    axes.set_ylim(*_frame(late.min(), late.max(), higher_is_better))  # the first epochs may leave it
     first, last = history.epoch.min(), history.epoch.max()
     margin = 0.02 * (max(last, 2) - first)  # for the outermost markers
     axes.set_xlim(first - margin, max(last, 2) + margin)
-    if names and len(ends) <= MOST_NAMES and max(len(look.title) for look in ends) <= LONGEST_NAME:
+    if names:
         _names_at_ends(axes, last, ends)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _legend(axes, legend)
     return axes.figure
+
+
+def _frame(low: float, high: float, higher_is_better: bool) -> tuple[float, float]:
+    """Bottom and top of a plot of values between `low` and `high`: towards 0, which is best, or around them."""
+    if higher_is_better or low < 0:
+        margin = 0.15 * (high - low) or 1
+        return low - margin, high + margin
+    return max(0, 0.8 * low), 1.1 * high or 1
 
 
 def reliability(tables: dict[str, list[pd.DataFrame]], axes: Axes | None = None, legend: bool = True) -> Figure:
@@ -175,11 +190,11 @@ def reliability(tables: dict[str, list[pd.DataFrame]], axes: Axes | None = None,
     axes.annotate("confidence = accuracy", (0.98, 0.03), color=MUTED, fontsize=8, ha="right")
     for method, look in looks(tables).items():
         pooled = pd.concat([table[["confidence", "correct"]] for table in tables[method]])
-        bins = pooled.groupby(bin_of(torch.tensor(pooled.confidence.to_numpy())).numpy())
-        of_bin, few = bins.mean(), bins.size() < SMALL_BIN * len(pooled)
-        _line(axes, of_bin.confidence[~few], of_bin.correct[~few], look)
+        bins = reliability_bins(pooled.confidence.to_numpy(), pooled.correct.to_numpy(bool))
+        many, few = bins.fraction >= SMALL_BIN, (bins.fraction > 0) & (bins.fraction < SMALL_BIN)
+        _line(axes, bins.confidence[many], bins.accuracy[many], look)
         hollow = {"color": look.colour, "marker": look.marker, "markersize": 4.5, "markerfacecolor": "none"}
-        axes.plot(of_bin.confidence[few], of_bin.correct[few], linestyle="none", **hollow)
+        axes.plot(bins.confidence[few], bins.accuracy[few], linestyle="none", **hollow)
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
     _legend(axes, legend, loc="upper left")
     return axes.figure
@@ -189,11 +204,8 @@ def risk_coverage(tables: dict[str, list[pd.DataFrame]], axes: Axes | None = Non
     """Error among the most confident share of the samples against that share, mean over a method's runs."""
     axes = _axes(axes, "Risk and coverage", "coverage: most confident share of the samples, %", "error among them, %")
     for i, (method, look) in enumerate(looks(tables).items()):
-        each = [
-            risk_curve(torch.tensor(table.confidence.to_numpy()), torch.tensor(table.correct.to_numpy())).numpy()
-            for table in tables[method]
-        ]
-        kept = _thinned(len(each[0]))
+        each = [risk_curve(table.confidence.to_numpy(), table.correct.to_numpy(bool)) for table in tables[method]]
+        kept = thinned(len(each[0]), MOST_POINTS)
         risk = 100 * np.mean(each, axis=0)[kept]
         apart = max(1, len(kept) // 6)
         _line(axes, 100 * (kept + 1) / len(each[0]), risk, look, (i * apart // 5 % len(kept), apart))
@@ -205,8 +217,10 @@ def risk_coverage(tables: dict[str, list[pd.DataFrame]], axes: Axes | None = Non
 
 def confidence_histogram(tables: list[pd.DataFrame], look: Look, axes: Axes | None = None, bins: int = 20) -> Figure:
     """Share of the samples by confidence, right ones and wrong ones, pooled over one method's runs."""
-    axes = _axes(axes, look.title, "confidence", "samples, %", (3.1, 2.5))
-    axes.set_title(look.title, loc="left", pad=19, fontsize=10.5, color=INK, fontweight="bold")  # room for a line below
+    axes = _axes(axes, look.title, "confidence", "samples, %", (3.1, 2.5), above=0.5)
+    axes.set_title(
+        plain(look.title), loc="left", pad=19, fontsize=10.5, color=INK, fontweight="bold"
+    )  # room for a line below
     pooled = pd.concat([table[["confidence", "correct"]] for table in tables])
     edges = np.linspace(0, 1, bins + 1)
     right, wrong = (
@@ -228,8 +242,8 @@ def confidence_histogram(tables: list[pd.DataFrame], look: Look, axes: Axes | No
     axes.axvline(confidence, color=INK, linewidth=1.2, linestyle=(0, (2, 1.5)))
     axes.axvline(accuracy, color=INK, linewidth=1.2)
     axes.set_xlim(0, 1)
-    told = f"confidence {confidence:.3f} (dashed), accuracy {accuracy:.3f} (line)"
-    axes.text(0, 1.04, told, transform=axes.transAxes, fontsize=7.5, color=INK)
+    means = f"confidence {confidence:.3f} (dashed), accuracy {accuracy:.3f} (line)"
+    axes.text(1.02, 1.04, means, transform=axes.transAxes, fontsize=7.5, color=INK, ha="right")
     return axes.figure
 
 
@@ -242,13 +256,21 @@ def per_class_error(
     heading = (
         "Error by class" if len(shown) == len(errors) else f"Error by class: the hardest {len(shown)} of {len(errors)}"
     )
-    axes = _axes(None, heading, "error, %", "", (SIZE[0], 0.9 + 0.24 * len(shown)))
+    # Names are as wide as they are: here matplotlib has to find the room.
+    own = Figure(figsize=(SIZE[0], 0.9 + 0.24 * len(shown)), layout="constrained").subplots()
+    axes = _axes(own, heading, "error, %", "")
     place = np.arange(len(shown))
     for i, (method, look) in enumerate(looks(tables).items()):
         shift = 0.5 * ((i + 0.5) / len(tables) - 0.5)
-        style = {"color": look.colour, "marker": look.marker, "markersize": 5, "linestyle": "none", "label": look.title}
+        style = {
+            "color": look.colour,
+            "marker": look.marker,
+            "markersize": 5,
+            "linestyle": "none",
+            "label": plain(look.title),
+        }
         axes.plot(shown[method], place - shift, **style)
-    axes.set_yticks(place, [cut(class_names[k]).replace("$", r"\$") for k in shown.index])
+    axes.set_yticks(place, [plain(cut(class_names[k])) for k in shown.index])
     axes.grid(axis="y", visible=False)
     for at in place[:-1]:
         axes.axhline(at + 0.5, color=GRID, linewidth=0.8)
@@ -272,42 +294,47 @@ def class_errors(tables: list[pd.DataFrame]) -> pd.Series:
 def trials(
     table: pd.DataFrame,
     key: str,
-    metric: str,
-    chosen_by: str,
+    metric: Metric,
+    chosen_by: Metric,
     method: str,
     axes: Axes | None = None,
     legend: bool = True,
+    joined: bool = True,
 ) -> Figure:
-    """A figure on the held-out part against the searched setting `key`, a point a trial of a search of `method`.
+    """A metric on the held-out part against the searched setting `key`, a point a trial of a search of `method`.
 
-    `table` is trials.csv; the trial with the lowest `chosen_by` is circled, and bars are standard deviations over seeds.
+    `table` is trials.csv; the trial with the best `chosen_by` is circled, and bars are standard deviations over seeds.
+    `joined` draws a line through the trials.
     """
-    axes = _axes(axes, "", key, f"{TRIAL_LABELS[metric]} (held out)", (3.6, 2.7))
+    axes = _axes(axes, "", key, f"{metric.header} (held out)", (3.6, 2.7), above=0.12)
     done, stopped = table[table.state == DONE].sort_values(key), table[table.state == STOPPED]
     is_number = pd.api.types.is_numeric_dtype(table[key])
     look = looks([method])[method]
-    # With a second setting that changes too, a line from trial to trial would show nothing.
-    line = "-" if is_number and searched(table) == [key] else "none"
+    line = "-" if is_number and joined else "none"
     style = {"color": look.colour, "marker": look.marker, "markersize": 4, "linestyle": line, "capsize": 3}
-    axes.errorbar(done[key], done[metric], yerr=done.get(f"{metric}_std"), label="finished", **style)
+    axes.errorbar(done[key], done[metric.name], yerr=done.get(f"{metric.name}_std"), label="finished", **style)
     if len(stopped):
-        axes.plot(stopped[key], stopped[metric], "x", color=MUTED, label="stopped early")
-    if len(done):
-        best = done.loc[[done[chosen_by].idxmin()]]
-        axes.plot(best[key], best[metric], "o", markersize=11, fillstyle="none", color=INK, label="chosen")
+        axes.plot(stopped[key], stopped[metric.name], "x", color=MUTED, label="stopped early")
+    if (best := best_trial(table, chosen_by)) is not None:
+        axes.plot(best[key], best[metric.name], "o", markersize=11, fillstyle="none", color=INK, label="chosen")
     if is_number and table[key].min() > 0 and table[key].max() / table[key].min() >= 10:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     _legend(axes, legend)
     return axes.figure
 
 
-def search(table: pd.DataFrame, chosen_by: str, method: str) -> Figure:
-    """One picture of a search: a row a searched setting, with NLL, ECE and top-1 error against it."""
-    keys = searched(table)
+def search(table: pd.DataFrame, metrics: Sequence[Metric], chosen_by: str, method: str) -> Figure:
+    """One picture of a search that ranks by the metric named `chosen_by`: a row a searched setting, with each metric
+    against it."""
+    keys, shown = searched(table, metrics), shown_in_search(metrics)
+    by = next(metric for metric in metrics if metric.name == chosen_by)
     figure = Figure(figsize=(11, 3.2 * len(keys)), layout="constrained")
-    for row, key in zip(figure.subplots(len(keys), len(TRIAL_LABELS), squeeze=False), keys, strict=True):
-        for axes, metric in zip(row, TRIAL_LABELS, strict=True):
-            trials(table, key, metric, chosen_by, method, axes, legend=False)
+    for row, key in zip(figure.subplots(len(keys), len(shown), squeeze=False), keys, strict=True):
+        for axes, metric in zip(row, shown, strict=True):
+            # With a second setting that changes too, a line from trial to trial would show nothing.
+            trials(table, key, metric, by, method, axes, legend=False, joined=len(keys) == 1)
     figure.patch.set_alpha(1)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
@@ -324,15 +351,18 @@ def reliability_and_risk(tables: dict[str, list[pd.DataFrame]]) -> Figure:
     return figure
 
 
-def comparison(history: pd.DataFrame, tables: dict[str, list[pd.DataFrame]], heading: str) -> Figure:
-    """One picture of a comparison: the error over the epochs, reliability, risk and coverage."""
+def comparison(
+    history: pd.DataFrame, tables: dict[str, list[pd.DataFrame]], heading: str, metric: Metric = METRICS["top1_error"]
+) -> Figure:
+    """One picture of a comparison: a metric over the epochs and, where predictions were kept, reliability and risk."""
     figure = Figure(figsize=(13.5, 4.6), layout="constrained")
-    error, reliable, risk = figure.subplots(1, 3)
-    curves(history, "top1_error", "top-1 error, %", axes=error, legend=False)
+    first, reliable, risk = figure.subplots(1, 3)
+    higher = metric.higher_is_better
+    curves(history, metric.name, metric.header, axes=first, legend=False, higher_is_better=higher)
     reliability(tables, reliable, legend=False)
     risk_coverage(tables, risk, legend=False)
     figure.patch.set_alpha(1)
-    handles, labels = error.get_legend_handles_labels()
+    handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.5)
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=12)
+    figure.suptitle(plain(heading), x=0.01, ha="left", fontsize=12)
     return figure

@@ -1,75 +1,54 @@
 """Run folders read back: which runs there are, how each ended, and its figures as frames."""
 
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+import numpy as np
 import pandas as pd
-import torch
 from pyarrow import ArrowException, parquet
-from pydantic import BaseModel, FiniteFloat, ValidationError, create_model
-from torch import Tensor
+from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError, create_model
 
 from ..errors import InputError
 from ..files import warn
 from ..methods import METHOD_SECTIONS
-from ..metrics import METRICS
+from ..metrics import METRICS, EceFloor, Metric, ece_floor
 from ..recipe import Recipe
 from ..recipe_files import load_recipe
-from ..run.folder import read_result as read_run_result
-from ..run.result import read_lines
+from ..run.folder import EARLIER, read_metrics
+from ..run.result import RunResult, read_lines
 
-COLUMNS = [
-    "method",
-    "seed",
-    "status",
-    *METRICS,
-    "seconds",
-    "best_epoch",
-    *(f"best_{name}" for name in METRICS),
-    "num_classes",
-]
 OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 # Of the data section, what leaves the tested samples the same; a search may also choose the size they are shown in.
 _SAME_TEST = {"limit_train", "holdout_fraction", "label_noise", "loading", "image_size"}
 PART_NAMES = {"test": "test part", "holdout": "held-out part"}
 PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
-
-# What a report needs of a finished run's files.
-Figures = create_model("Figures", epoch=(int, ...), **{name: (FiniteFloat, ...) for name in METRICS})
-
-
-class BestFigures(Figures):
-    chosen_on: str
+RESULT = TypeAdapter(RunResult)
+FLOORS = ("ece_if_calibrated", "ece_if_calibrated_95")  # columns: an EceFloor
 
 
-class Hardware(BaseModel):
-    device: str
-    name: str
-    cpu_count: int | None
-    threads: int
-
-
-class ResultFile(BaseModel):
-    method: str
-    seed: int
-    last: Figures
-    best: BestFigures
-    seconds: FiniteFloat
-    num_train: int
-    evaluated_on: Literal["test", "holdout"] = "test"
-    num_test: int
-    num_holdout: int = 0
-    num_classes: int
-    class_names: list[str]
-    num_parameters: int
-    num_processes: int
-    versions: dict[str, str]
-    hardware: Hardware
+def columns(metrics: Sequence[Metric] = tuple(METRICS.values())) -> list[str]:
+    """The columns of `rows`: how a run ended, its last and best epoch's metrics, the ECE of perfect calibration."""
+    names = [metric.name for metric in metrics]
+    best = ["best_epoch", *(f"best_{name}" for name in names)]
+    return [
+        "method",
+        "seed",
+        "status",
+        *names,
+        "seconds",
+        *best,
+        "num_classes",
+        *FLOORS,
+        *(f"best_{f}" for f in FLOORS),
+    ]
 
 
 @dataclass
@@ -77,7 +56,8 @@ class Run:
     """A run's folder and how it ended (`finished`, or why not), its recipe where it can be read.
 
     A finished run has result.json's values and, where they were kept, the test samples' `outcomes` (columns OUTCOMES).
-    `shared` and `own` name the settings that set it apart from other runs: those of any method, and of its method.
+    Where runs of one method and seed differ, `different_settings` and `different_method_settings` hold what does, as
+    `optim.lr=0.1`: of the settings that every method has, and of its method's.
     """
 
     folder: Path
@@ -87,18 +67,28 @@ class Run:
     recipe: Recipe | None = None
     values: dict | None = None
     outcomes: pd.DataFrame | None = None
-    shared: str = ""
-    own: str = ""
+    different_settings: str = ""
+    different_method_settings: str = ""
 
     @property
     def method(self) -> str:
         """The method's name, and after it what sets the run apart from others of that name."""
-        return " ".join(word for word in (self.name, self.shared, self.own) if word)
+        return " ".join(filter(None, (self.name, self.different_settings, self.different_method_settings)))
 
     @property
     def baseline(self) -> str:
         """The `method` of the runs that this one is to be held against."""
-        return f"baseline {self.shared}".rstrip()
+        return f"baseline {self.different_settings}".rstrip()
+
+    @cached_property
+    def ece_floors(self) -> dict[str, EceFloor]:
+        """The ECE that perfect calibration would measure with the confidences of the last and of the best epoch."""
+        if self.outcomes is None or "ece" not in self.values["last"]:
+            return {}
+        floors = {"last": ece_floor(self.outcomes.confidence.to_numpy())}
+        if (path := self.folder / "best" / PREDICTIONS).is_file():
+            floors["best"] = ece_floor(pd.read_parquet(path, columns=["confidence"]).confidence.to_numpy())
+        return floors
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -126,7 +116,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     for line in unknown:
         warn(f"left out: {line}")
     _check_same_test(runs)
-    _tell_apart(runs)
+    _name_differences(runs)
     runs.sort(key=lambda run: (list(METHOD_SECTIONS).index(run.name), run.method, run.seed))
     for one, other in zip(runs, runs[1:], strict=False):
         if (one.method, one.seed) == (other.method, other.seed):
@@ -160,7 +150,7 @@ def read_run(folder: Path) -> Run:
             values = read_result(folder)
             if recipe is None:
                 raise InputError("recipe.yaml is missing")
-            check_history(folder)
+            check_history(folder, read_metrics(values))
         outcomes = read_outcomes(folder, values) if values else None
     except (InputError, OSError, ArrowException) as error:
         damage = f"damaged: {error}"
@@ -186,48 +176,77 @@ def _why_not_finished(folder: Path, recipe: Recipe | None) -> str:
     return f"unfinished: {done} of {recipe.epochs} epochs" if recipe else "unfinished: not begun"
 
 
-def read_result(folder: Path) -> dict:
+def read_result(folder: Path) -> RunResult:
     """The values of result.json. Raises InputError where it is damaged."""
-    _check(ResultFile, (folder / "result.json").read_bytes(), "result.json")
-    values = read_run_result(folder)
+    values = _loaded((folder / "result.json").read_bytes(), "result.json")
+    if not isinstance(values, dict):
+        raise InputError("result.json holds no result")
+    values = EARLIER | values
+    with _said_of("result.json"):
+        RESULT.validate_python(values)
+        try:
+            last = _figures_model(read_metrics(values))
+        except TypeError as error:
+            raise InputError(f"result.json: metrics: {error}") from None
+        best = create_model("Best", chosen_on=(str, ...), __base__=last)
+        create_model("Result", last=(last, ...), best=(best, ...)).model_validate(values)
     if len(values["class_names"]) != values["num_classes"]:
         raise InputError(f"result.json names {len(values['class_names'])} of {values['num_classes']} classes")
     return values
 
 
-def check_history(folder: Path):
+def check_history(folder: Path, metrics: Sequence[Metric]):
     """Raise InputError where a finished run's metrics.jsonl is damaged."""
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.is_file() else []
     if not lines:
         raise InputError("metrics.jsonl is empty or missing")
+    model = _figures_model(metrics)
     for number, line in enumerate(lines, start=1):
-        _check(Figures, line, f"metrics.jsonl, line {number}")
+        what = f"metrics.jsonl, line {number}"
+        with _said_of(what):
+            model.model_validate(_loaded(line, what))
 
 
-def _check(model: type[BaseModel], text: bytes, what: str):
+def _figures_model(metrics: Sequence[Metric]) -> type[BaseModel]:
+    return create_model("Figures", epoch=(int, ...), **{metric.name: (FiniteFloat, ...) for metric in metrics})
+
+
+def _loaded(text: bytes, what: str):
     try:
-        model.model_validate_json(text)
+        return json.loads(text)
+    except ValueError:
+        raise InputError(f"{what} is {'not whole' if text.strip() else 'empty'}") from None
+
+
+@contextmanager
+def _said_of(what: str):
+    """Turn the first of pydantic's complaints into an InputError about `what`."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            raise InputError(f"{what} is {'not whole' if text.strip() else 'empty'}") from None
         where = [".".join(map(str, first["loc"]))] if first["loc"] else []
         raise InputError(": ".join([what, *where, first["msg"]])) from None
 
 
-def read_outcomes(folder: Path, values: dict) -> pd.DataFrame | None:
-    """What predictions.parquet has of each test sample (columns OUTCOMES), None where it was not kept.
+def read_outcomes(folder: Path, values: RunResult) -> pd.DataFrame | None:
+    """What predictions.parquet has of each test sample: columns OUTCOMES, where there are any `group` and a metric's own.
 
-    Raises InputError where it, or holdout.parquet, is damaged or of other data than result.json's `values` say.
+    None where it was not kept. Raises InputError where it, or holdout.parquet, is damaged or of other data than
+    result.json's `values` say.
     """
     for name in (PREDICTIONS, HOLDOUT):
         if (folder / name).is_file():
             _check_predictions(folder / name, values)
-    return pd.read_parquet(folder / PREDICTIONS, columns=OUTCOMES) if (folder / PREDICTIONS).is_file() else None
+    if not (folder / PREDICTIONS).is_file():
+        return None
+    names = parquet.read_schema(folder / PREDICTIONS).names
+    extra = ["group", *(metric["name"] for metric in values["metrics"])]
+    return pd.read_parquet(folder / PREDICTIONS, columns=[*OUTCOMES, *(n for n in extra if n in names and n != "nll")])
 
 
-def _check_predictions(path: Path, values: dict):
+def _check_predictions(path: Path, values: RunResult):
     try:
         file = parquet.ParquetFile(path)
         classes = file.read(columns=["label", "prediction"]).to_pandas()
@@ -239,7 +258,7 @@ def _check_predictions(path: Path, values: dict):
     if of_rows != values["num_classes"] or not classes.isin(range(of_rows)).all(axis=None):
         raise InputError(f"{path.name} has other classes than result.json's {values['num_classes']}")
     expected = values[f"num_{values['evaluated_on'] if path.name == PREDICTIONS else 'holdout'}"]
-    if expected and len(classes) != expected:  # a run of before this was written says 0
+    if expected and len(classes) != expected:  # earlier versions wrote 0
         raise InputError(f"{path.name} has {len(classes)} samples, result.json {expected}")
 
 
@@ -264,16 +283,35 @@ def _check_same_test(runs: list[Run]):
                 )
     finished = [run for run in runs if run.values]
     for run in finished[1:]:
-        for key in ("num_classes", "num_test"):
-            if run.values[key] != finished[0].values[key]:
+        for what, first, this in _facts_of_test(finished[0], run):
+            if first != this:
                 raise InputError(
                     f"{finished[0].folder} and {run.folder} were tested on different data "
-                    f"({key} {finished[0].values[key]}, {run.values[key]}): give each data set a report of its own"
+                    f"({what} {first}, {this}): give each data set a report of its own"
                 )
+        first, this = (read_metrics(each.values) for each in (finished[0], run))
+        if first != this:
+            names = (", ".join(metric.name for metric in each) for each in (first, this))
+            raise InputError(
+                f"{finished[0].folder} and {run.folder} were scored by different metrics ({'; '.join(names)}): "
+                "give each a report of its own"
+            )
 
 
-def _tell_apart(runs: list[Run]):
-    """Fill in `shared` and `own` where runs of one method and seed differ in more than these."""
+def _facts_of_test(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
+    """What two finished runs of the same data must agree in: a name and both values."""
+    for key in ("num_classes", "num_test"):
+        yield key, one.values[key], other.values[key]
+    # Where the settings of the data are the same, so must be what was read; else the classes alone.
+    settings = [{k: v for k, v in _identity(run).items() if k.startswith("data.")} for run in (one, other)]
+    first, this = (run.values.get("data_fingerprint", {}) for run in (one, other))
+    for kind in first.keys() & this.keys():
+        if settings[0] == settings[1] or kind == "class_names":
+            yield f"fingerprint of {kind.replace('_', ' ')}", first[kind], this[kind]
+
+
+def _name_differences(runs: list[Run]):
+    """Fill in `different_settings` and `different_method_settings`."""
     readable = [run for run in runs if run.recipe]
     identities = [_identity(run) for run in readable]
 
@@ -285,29 +323,40 @@ def _tell_apart(runs: list[Run]):
         return " ".join(f"{key}={values[key]}" for key in keys)
 
     common = [{k: v for k, v in values.items() if k.split(".")[0] not in METHOD_SECTIONS} for values in identities]
-    shared = differing(common)
+    of_all = differing(common)
     for run, values in zip(readable, identities, strict=True):
         same_method = [other for of, other in zip(readable, identities, strict=True) if of.name == run.name]
-        own = [key for key in differing(same_method) if key.split(".")[0] in METHOD_SECTIONS]
-        run.shared, run.own = words(shared, values), words(own, values)
+        of_method = [key for key in differing(same_method) if key.split(".")[0] in METHOD_SECTIONS]
+        run.different_settings, run.different_method_settings = words(of_all, values), words(of_method, values)
+
+
+def common_metrics(runs: list[Run]) -> list[Metric]:
+    """The metrics of the finished runs, which all have the same; the six of images where none has finished."""
+    return next((read_metrics(run.values) for run in runs if run.values), list(METRICS.values()))
 
 
 def rows(runs: list[Run]) -> pd.DataFrame:
-    """A row a run with COLUMNS: how it ended, the figures of its last and its best epoch; also of seeds that are missing."""
+    """A row a run with `columns`: how it ended, the metrics of its last and best epoch; also of seeds that are missing."""
     seeds = sorted({run.seed for run in runs})
     by_place = {(run.method, run.seed): run for run in runs}
+    metrics = common_metrics(runs)
     lines = []
     for method in dict.fromkeys(run.method for run in runs):
         for seed in seeds:
             run = by_place.get((method, seed))
             line = {"method": method, "seed": seed, "status": run.status if run else "missing"}
-            if run and run.values:
-                last, best = run.values["last"], run.values["best"]
-                line |= {name: last[name] for name in METRICS} | {"seconds": run.values["seconds"]}
-                line |= {"best_epoch": best["epoch"]} | {f"best_{name}": best[name] for name in METRICS}
-                line["num_classes"] = run.values["num_classes"]
-            lines.append(line)
-    return pd.DataFrame(lines, columns=COLUMNS)
+            lines.append(line | (_figures(run, metrics) if run and run.values else {}))
+    return pd.DataFrame(lines, columns=columns(metrics))
+
+
+def _figures(run: Run, metrics: Sequence[Metric]) -> dict:
+    line = {"seconds": run.values["seconds"], "num_classes": run.values["num_classes"]}
+    line["best_epoch"] = run.values["best"]["epoch"]
+    for which, prefix in (("last", ""), ("best", "best_")):
+        line |= {prefix + metric.name: run.values[which][metric.name] for metric in metrics}
+        if which in run.ece_floors:
+            line |= dict(zip((prefix + name for name in FLOORS), run.ece_floors[which], strict=True))
+    return line
 
 
 def by_method(runs: list[Run]) -> dict[str, list[Run]]:
@@ -321,13 +370,13 @@ def scored_part(finished: dict[str, list[Run]]) -> str:
     return next((PART_NAMES[run.values["evaluated_on"]] for runs in finished.values() for run in runs), "test part")
 
 
-def history(folders: dict[str, list[Path]]) -> pd.DataFrame:
+def history(runs: dict[str, list[Run]]) -> pd.DataFrame:
     """The lines of metrics.jsonl of each method's runs, with `method` and `seed`."""
-    parts = []
-    for method, each in folders.items():
-        for folder in each:
-            seed = read_run_result(folder)["seed"]
-            parts.append(pd.DataFrame(read_lines(folder / "metrics.jsonl")).assign(method=method, seed=seed))
+    parts = [
+        pd.DataFrame(read_lines(run.folder / "metrics.jsonl")).assign(method=method, seed=run.seed)
+        for method, each in runs.items()
+        for run in each
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -337,9 +386,11 @@ def predictions(finished: dict[str, list[Run]]) -> dict[str, dict[int, pd.DataFr
     return {method: tables for method, tables in kept.items() if tables}
 
 
-def probability_parts(path: Path) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def probability_parts(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Probabilities [n, K], labels [n] and hits [n] of a file of predictions, part by part, each read once."""
     for part in parquet.ParquetFile(path).iter_batches(PART, columns=["label", "correct", "probabilities"]):
-        columns = (part["probabilities"].flatten(), part["label"], part["correct"])
-        flat, labels, correct = (torch.tensor(column.to_numpy(zero_copy_only=False)) for column in columns)
-        yield flat.view(len(part), -1), labels, correct
+        flat, labels, correct = (
+            column.to_numpy(zero_copy_only=False)
+            for column in (part["probabilities"].flatten(), part["label"], part["correct"])
+        )
+        yield flat.reshape(len(part), -1), labels, correct

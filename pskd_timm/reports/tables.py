@@ -1,72 +1,87 @@
-"""The table of a comparison, as text for the terminal, Markdown and LaTeX. `rows` have the columns of runs.COLUMNS."""
+"""The table of a comparison, as text for the terminal, Markdown and LaTeX. `rows` have the columns of `runs.columns`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
-from ..metrics import METRICS
+from ..metrics import EceFloor, Metric
 from .plots import title
+from .runs import FLOORS
 
-HEADERS = {
-    "top1_error": "top-1 error %",
-    "top5_error": "top-5 error %",
-    "nll": "NLL",
-    "ece": "ECE %",
-    "aurc": "AURC ×10³",
-    "eaurc": "E-AURC ×10³",
-}
 MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
+FLOOR_HEADER = "ECE % if calibrated"
+FLOOR_NOTE = (
+    f"{FLOOR_HEADER}: what a network whose confidences are exactly right would measure on so few samples, its mean and, "
+    "in brackets, what 95 % of such measurements stay below; an ECE below that cannot be told from 0, nor be the best"
+)
 
 
 class Cell(NamedTuple):
-    """Mean and (sample) standard deviation over n runs; `best` marks the lowest mean of a column."""
+    """Mean and (sample) standard deviation over n runs, shown with so many digits; `best` marks the best mean of a column."""
 
     mean: float
     std: float
     n: int
-    best: bool
+    digits: int
+    best: bool = False
 
     def __str__(self):
         if math.isnan(self.mean):
             return "–"
-        return f"{self.mean:.2f} ± {self.std:.2f}" if self.n > 1 else f"{self.mean:.2f}"
+        mean, std = (f"{value:.{self.digits}f}" for value in (self.mean, self.std))
+        return f"{mean} ± {std}" if self.n > 1 else mean
 
 
-def summary(rows: pd.DataFrame) -> dict[str, dict[str, Cell]]:
+def summary(rows: pd.DataFrame, metrics: Sequence[Metric]) -> dict[str, dict[str, Cell]]:
     """Method → metric (and `seconds`) → Cell, over the finished runs among `rows`."""
-    done = rows[rows.status == "finished"].groupby("method", sort=False)[[*METRICS, "seconds"]]
+    done = rows[rows.status == "finished"].groupby("method", sort=False)[[*(m.name for m in metrics), "seconds"]]
     mean, std, n = done.mean(), done.std(), done.size()
-    lowest = mean.min()
+    digits = {metric.name: metric.digits for metric in metrics} | {"seconds": 1}
+    best = _best(rows, mean, metrics)
     return {
         method: {
-            column: Cell(
-                mean.at[method, column],
-                std.at[method, column],
-                int(n[method]),
-                column != "seconds" and mean.at[method, column] == lowest[column],
-            )
-            for column in mean.columns
+            name: Cell(mean.at[method, name], std.at[method, name], int(n[method]), digits[name], method in best[name])
+            for name in mean.columns
         }
         for method in mean.index
     }
 
 
-def short(figures: dict) -> str:
-    """The four figures that tell most, in a line."""
-    error, nll, ece, aurc = (figures[name] for name in ("top1_error", "nll", "ece", "aurc"))
-    return f"error {error:.2f} %  nll {nll:.3f}  ece {ece:.2f} %  aurc {aurc:.1f}"
+def _best(rows: pd.DataFrame, mean: pd.DataFrame, metrics: Sequence[Metric]) -> dict[str, set[str]]:
+    """Metric (and `seconds`) → the methods with its best mean; none has the best ECE where perfect calibration explains it."""
+    best = {"seconds": set()}
+    for metric in metrics:
+        column = mean[metric.name]
+        best[metric.name] = set(column.index[column == (column.max() if metric.higher_is_better else column.min())])
+    for method, floor in ece_floors(rows).items():
+        if method in best.get("ece", ()) and mean.at[method, "ece"] <= floor.high:
+            best["ece"] = set()
+    return best
 
 
-def shown_metrics(rows: pd.DataFrame) -> list[str]:
+def ece_floors(rows: pd.DataFrame) -> dict[str, EceFloor]:
+    """Method → the ECE of perfect calibration, each of its two figures the mean over runs; where predictions were kept."""
+    if "ece" not in rows:
+        return {}
+    done = rows[rows.status == "finished"].groupby("method", sort=False)[list(FLOORS)].mean().dropna()
+    return {method: EceFloor(*values) for method, values in zip(done.index, done.to_numpy(), strict=True)}
+
+
+def floor_text(floor: EceFloor) -> str:
+    """As the tables show it: `3.20 (4.71)`."""
+    return f"{floor.mean:.2f} ({floor.high:.2f})"
+
+
+def shown_metrics(rows: pd.DataFrame, metrics: Sequence[Metric]) -> list[Metric]:
     """What the tables show of runs, whose number of classes is NaN where none has finished."""
-    return telling_metrics(rows.num_classes.max())
+    return telling_metrics(metrics, rows.num_classes.max())
 
 
-def telling_metrics(num_classes: float) -> list[str]:
-    """METRICS, without the top-5 error where there are so few classes that it is always 0."""
-    return [metric for metric in METRICS if metric != "top5_error" or not num_classes <= MOST_FOR_TOP5]
+def telling_metrics(metrics: Iterable[Metric], num_classes: float) -> list[Metric]:
+    """`metrics`, without the top-5 error where there are so few classes that it is always 0."""
+    return [metric for metric in metrics if metric.name != "top5_error" or not num_classes <= MOST_FOR_TOP5]
 
 
 def over_seeds(counts: Iterable[int]) -> str:
@@ -77,47 +92,58 @@ def over_seeds(counts: Iterable[int]) -> str:
     return "mean ± standard deviation over the seeds" + (" (no ± where there is one run)" if 1 in counts else "")
 
 
-def footnote(rows: pd.DataFrame) -> str:
-    """The line below the table."""
+def direction(metrics: Sequence[Metric]) -> str:
+    """Which figures are better, in words."""
+    higher = [metric.title for metric in metrics if metric.higher_is_better]
+    if not higher:
+        return "Lower is better everywhere"
+    if len(higher) == len(metrics):
+        return "Higher is better everywhere"
+    return f"Higher is better for {', '.join(higher)}, lower for the others"
+
+
+def footnote(rows: pd.DataFrame, metrics: Sequence[Metric]) -> str:
+    """The lines below the table."""
     counts = rows[rows.status == "finished"].groupby("method").size()
-    return "Lower is better everywhere" + (f"; {over_seeds(counts)}." if len(counts) else ".")
+    words = direction(shown_metrics(rows, metrics)) + (f"; {over_seeds(counts)}." if len(counts) else ".")
+    return f"{words} {FLOOR_NOTE}." if ece_floors(rows) else words
 
 
-def headers(metrics: list[str]) -> list[str]:
-    """The heads of the table's columns."""
-    return ["method", "runs", *(HEADERS[metric] for metric in metrics), "seconds"]
-
-
-def best_epoch(rows: pd.DataFrame) -> pd.DataFrame:
+def best_epoch(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
     """The same rows with the best epoch's figures in the place of the last one's."""
-    return rows.assign(**{name: rows[f"best_{name}"] for name in METRICS})
+    names = [*(metric.name for metric in metrics), *FLOORS]
+    return rows.assign(**{name: rows[f"best_{name}"] for name in names})
 
 
-def _body(rows: pd.DataFrame, bold: str) -> list[list[str]]:
-    """The table's text: a row a method, then a row for each run that did not finish."""
-    lines, metrics = [], shown_metrics(rows)
-    for method, cells in summary(rows).items():
-        figures = [f"{bold}{cells[m]}{bold}" if cells[m].best else str(cells[m]) for m in metrics]
-        lines.append([title(method), str(cells["nll"].n), *figures, f"{cells['seconds'].mean:.1f}"])
+def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str) -> list[list[str]]:
+    """The table's text: its head, a row a method, then a row for each run that did not finish."""
+    metrics, floors = shown_metrics(rows, metrics), ece_floors(rows)
+    place = 1 + next((i for i, metric in enumerate(metrics) if metric.name == "ece"), -1)
+
+    def with_floor(figures: list[str], floor: str) -> list[str]:
+        return [*figures[:place], floor, *figures[place:]] if floors else figures
+
+    lines = [["method", "runs", *with_floor([metric.header for metric in metrics], FLOOR_HEADER), "seconds"]]
+    for method, cells in summary(rows, metrics).items():
+        chosen = [cells[metric.name] for metric in metrics]
+        figures = [f"{bold}{cell}{bold}" if cell.best else str(cell) for cell in chosen]
+        floor = floor_text(floors[method]) if method in floors else "–"
+        lines.append([title(method), str(chosen[0].n), *with_floor(figures, floor), f"{cells['seconds'].mean:.1f}"])
     for run in rows[rows.status != "finished"].itertuples():
-        lines.append([title(run.method), f"seed {run.seed}", run.status] + [""] * len(metrics))
+        lines.append([title(run.method), f"seed {run.seed}", run.status] + [""] * (len(lines[0]) - 3))
     return lines
 
 
-def terminal_table(rows: pd.DataFrame, heading: str):
+def terminal_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str):
     """A rich table; the best of each column in bold."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
-        title=escape(heading),
-        title_justify="left",
-        caption=footnote(rows),
-        caption_justify="left",
-    )
-    for i, header in enumerate(headers(shown_metrics(rows))):
+    table = Table(title=escape(heading), title_justify="left", caption=footnote(rows, metrics), caption_justify="left")
+    heads, *body = _text(rows, metrics, "**")
+    for i, header in enumerate(heads):
         table.add_column(header, justify="left" if i == 0 else "right")
-    for line in _body(rows, "**"):
+    for line in body:
         table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in line))
     return table
 
@@ -126,12 +152,10 @@ def terminal_table(rows: pd.DataFrame, heading: str):
 MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\|<*`"} | {"\n": " "})
 
 
-def markdown_table(rows: pd.DataFrame) -> str:
+def markdown_table(rows: pd.DataFrame, metrics: Sequence[Metric]) -> str:
     """The same table in Markdown."""
-    heads = headers(shown_metrics(rows))
-    body = [
-        [text if text.startswith("**") else text.translate(MARKDOWN) for text in line] for line in _body(rows, "**")
-    ]
+    heads, *body = _text(rows, metrics, "**")
+    body = [[text if text.startswith("**") else text.translate(MARKDOWN) for text in line] for line in body]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -153,15 +177,15 @@ LATEX = str.maketrans(
 )
 
 
-def latex_table(rows: pd.DataFrame, heading: str) -> str:
+def latex_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str) -> str:
     """The same table as a LaTeX tabular that needs the package booktabs; runs that did not finish as comments above it."""
-    heads = headers(shown_metrics(rows))
-    lines = [f"% {heading}. {footnote(rows)}", "% Needs \\usepackage{booktabs}."]
+    heads, *body = _text(rows[rows.status == "finished"], metrics, "**")
+    lines = [f"% {heading}. {footnote(rows, metrics)}", "% Needs \\usepackage{booktabs}."]
     for run in rows[rows.status != "finished"].itertuples():
         lines.append(f"% {title(run.method)} seed {run.seed}: {' '.join(run.status.split())}")
     lines += [r"\begin{tabular}{l" + "r" * (len(heads) - 1) + "}", r"\toprule"]
     lines += [" & ".join(header.translate(LATEX) for header in heads) + r" \\", r"\midrule"]
-    for line in _body(rows[rows.status == "finished"], "**"):
+    for line in body:
         cells = [text.strip("*").translate(LATEX) for text in line]
         bold = [
             rf"\textbf{{{cell}}}" if text.startswith("**") else cell for text, cell in zip(line, cells, strict=True)

@@ -1,15 +1,17 @@
 """The trials of a search: what each was, and a search's folder read back."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
+from ..errors import InputError
 from ..files import warn
-from ..metrics import METRICS
+from ..metrics import METRICS, Metric
+from ..run.folder import read_metrics, read_result
 
 DONE, STOPPED, DIVERGED, REFUSED, TOO_LARGE = "finished", "stopped early", "diverged", "refused", "out of memory"
 
@@ -29,21 +31,27 @@ class Trial:
 
 @dataclass
 class Search:
-    """A search read back: its folder, what it searched (as `--over` takes it), what it ranks by, its trials as a table."""
+    """A search read back: its folder, what it searched (as `--over` takes it), the metric it ranks by, its trials as a table."""
 
     folder: Path
     method: str
     over: list[str]
-    metric: str
+    metric: Metric
+    metrics: list[Metric]
     seeds: list[int]
     holdout_fraction: float
     trials: pd.DataFrame
 
     @property
     def best(self) -> pd.Series | None:
-        """The finished trial with the lowest metric; None where none finished."""
-        done = self.trials[self.trials.state == DONE]
-        return done.loc[done[self.metric].idxmin()] if len(done) else None
+        """The finished trial with the best metric; None where none finished."""
+        return best_trial(self.trials, self.metric)
+
+
+def best_trial(table: pd.DataFrame, metric: Metric) -> pd.Series | None:
+    """The finished trial of a `trials_table` with the best `metric`; None where none finished."""
+    values = table[metric.name].where(table.state == DONE).dropna()
+    return None if values.empty else table.loc[values.idxmax() if metric.higher_is_better else values.idxmin()]
 
 
 def read_trials(folder: Path) -> list[Trial]:
@@ -67,20 +75,28 @@ def find_searches(paths: Iterable[Path]) -> list[Search]:
         try:
             there, trials = json.loads((folder / "search.json").read_text(encoding="utf-8")), read_trials(folder)
             if trials:
+                metrics = trials_metrics(folder)
                 found.append(
                     Search(
                         folder,
                         there["recipe"]["method"],
                         [ranged(*each) for each in there["over"].items()],
-                        there["metric"],
+                        next(metric for metric in metrics if metric.name == there["metric"]),
+                        metrics,
                         there["seeds"],
                         there["recipe"]["data.holdout_fraction"],
-                        trials_table(trials),
+                        trials_table(trials, metrics),
                     )
                 )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, StopIteration, InputError) as error:
             warn(f"left out: {folder}: what it holds of a search is damaged ({error!r})")
     return found
+
+
+def trials_metrics(folder: Path) -> list[Metric]:
+    """The metrics of a search's runs, as the first finished one says; the six of images where there is none."""
+    finished = next(iter(sorted(folder.glob("trial*/*/seed*/result.json"))), None)
+    return read_metrics(read_result(finished.parent)) if finished else list(METRICS.values())
 
 
 def ranged(key: str, drawn_from: dict) -> str:
@@ -89,8 +105,8 @@ def ranged(key: str, drawn_from: dict) -> str:
     return f"{key}={','.join(drawn_from['choices']) or low_high}"
 
 
-def trials_table(trials: list[Trial]) -> pd.DataFrame:
-    """A row a trial: trial, state, each setting by its dotted name, the six figures, their `_std` over seeds, seconds."""
+def trials_table(trials: list[Trial], metrics: Sequence[Metric]) -> pd.DataFrame:
+    """A row a trial: trial, state, each setting by its dotted name, the metrics, their `_std` over seeds, seconds."""
     rows = []
     for trial in trials:
         spread = {f"{name}_std": value for name, value in trial.spread.items()}
@@ -99,7 +115,7 @@ def trials_table(trials: list[Trial]) -> pd.DataFrame:
                 "trial": trial.number,
                 "state": trial.state,
                 **trial.settings,
-                **{name: trial.figures.get(name) for name in METRICS},
+                **{metric.name: trial.figures.get(metric.name) for metric in metrics},
                 **spread,
                 "seconds": trial.seconds,
             }
@@ -111,6 +127,12 @@ def trials_table(trials: list[Trial]) -> pd.DataFrame:
     return table
 
 
-def searched(table: pd.DataFrame) -> list[str]:
-    """The settings of a `trials_table`: the columns between `state` and the figures."""
-    return list(table.columns[2 : list(table.columns).index(next(iter(METRICS)))])
+def searched(table: pd.DataFrame, metrics: Sequence[Metric]) -> list[str]:
+    """The settings of a `trials_table`: the columns between `state` and the metrics."""
+    return list(table.columns[2 : list(table.columns).index(metrics[0].name)])
+
+
+def shown_in_search(metrics: Sequence[Metric]) -> list[Metric]:
+    """The metrics that a search's tables and pictures have room for, the one that chooses the best epoch last."""
+    first, *others = [metric for metric in metrics if metric.in_brief]
+    return [metric for metric in others if metric.name != "aurc"] + [first]

@@ -1,26 +1,25 @@
 """Where numbers go: metrics.jsonl (a line an epoch), steps.jsonl (a line every few steps), and wandb through Accelerate."""
 
 import json
+import math
 import os
 import re
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from accelerate import Accelerator
-from torch import Tensor
 
 from ..errors import InputError
 from ..files import Lines, without_nan, write_atomic
-from ..metrics import ECE_BINS, Outcomes, bin_of, risk_curve
+from ..metrics import Outcomes, ece_floor, reliability_bins, risk_curve, thinned
 from ..outcomes import Predictions
 from ..recipe import Recipe
 from ..tasks.base import Task
 from .result import read_lines
 
 TAIL = 8192  # bytes, longer than two lines
-MISTAKES = 24  # of the most confident ones, as pictures
 MOST_POINTS = 200  # of a curve
 
 
@@ -43,24 +42,16 @@ def tags(recipe: Recipe) -> list[str]:
 
 def bin_rows(each: Outcomes) -> list[list[float | None]]:
     """For each of ECE's bins: upper edge, mean confidence, accuracy (None where it is empty), share of the samples in %."""
-    bins, rows = bin_of(each.confidence), []
-    for number in range(ECE_BINS):
-        here = bins == number
-        means = [x[here].double().mean().item() if here.any() else None for x in (each.confidence, each.correct)]
-        rows.append([(number + 1) / ECE_BINS, *means, 100.0 * here.double().mean().item()])
-    return rows
+    bins = reliability_bins(each.confidence, each.correct)
+    rows = np.stack([*bins[:3], 100 * bins.fraction], axis=1)
+    return [[None if math.isnan(value) else value for value in row] for row in rows.tolist()]
 
 
 def risk_rows(each: Outcomes) -> list[list[float]]:
     """At most MOST_POINTS of the risk–coverage curve: coverage in %, error among the covered in %."""
-    risk = 100.0 * risk_curve(each.confidence, each.correct)
-    kept = range(len(risk) - 1, -1, -max(1, len(risk) // MOST_POINTS))
-    return [[100.0 * (n + 1) / len(risk), risk[n].item()] for n in reversed(kept)]
-
-
-def most_confident_mistakes(each: Outcomes, count: int = MISTAKES) -> Tensor:
-    """Rows of at most `count` wrong samples, the most confident first."""
-    return each.confidence.masked_fill(each.correct, -1.0).argsort(descending=True)[: min(count, (~each.correct).sum())]
+    risk = 100 * risk_curve(each.confidence, each.correct)
+    kept = thinned(len(risk), MOST_POINTS)
+    return np.stack([100 * (kept + 1) / len(risk), risk[kept]], axis=1).tolist()
 
 
 class Tracker:
@@ -154,22 +145,19 @@ class Tracker:
             shown = {key: value for key, value in without_nan(values).items() if key != "step" and value is not None}
             self.accelerator.log(shown, step=step)
 
-    def log_result(self, values: dict, predictions: Predictions, examples: Callable[[Tensor], list]):
+    def log_result(self, values: dict, predictions: Predictions, mistakes: pd.DataFrame):
         """The end of a run, on the main rank: figures, charts, mistakes and, where the recipe asks for it, the weights.
 
-        `values` are result.json's; `examples(rows)` gives what samples look like, as uint8 arrays [H, W, C] or texts.
+        `values` are result.json's, `mistakes` those of run/mistakes.py.
         """
         if not self.uses_wandb:
             return
         import wandb
 
-        each, names = predictions.outcomes, values["class_names"]
-        rows = most_confident_mistakes(each)
-        guesses, labels = predictions.probabilities.argmax(dim=1), predictions.labels
-        mistakes = wandb.Table(["image", "label", "prediction", "confidence", "sample"])
-        for row, example in zip(rows.tolist(), examples(rows), strict=True):
-            shown = wandb.Image(example) if isinstance(example, np.ndarray) else example
-            mistakes.add_data(shown, names[labels[row]], names[guesses[row]], each.confidence[row].item(), row)
+        each = Outcomes(*map(np.asarray, predictions.outcomes))
+        floor = {}
+        if "ece" in values["last"]:
+            floor = {"ece_if_calibrated": ece_floor(each.confidence)._asdict()}
         bins = wandb.Table(["confidence up to", "confidence", "accuracy", "samples %"], bin_rows(each))
         filled = wandb.Table(["confidence", "accuracy"], [row[1:3] for row in bins.data if row[1] is not None])
         risk = wandb.Table(["coverage %", "error %"], risk_rows(each))
@@ -177,12 +165,28 @@ class Tracker:
             "reliability": wandb.plot.line(filled, "confidence", "accuracy", title="Reliability"),
             "risk_coverage": wandb.plot.line(risk, "coverage %", "error %", title="Risk and coverage"),
             "confidences": wandb.plot.bar(bins, "confidence up to", "samples %", title="Confidences"),
-            "most_confident_mistakes": mistakes,
+            "most_confident_mistakes": self._mistakes_table(mistakes, values["class_names"]),
         }
         self.wandb_run.log(charts, step=self.recipe.epochs * self.steps_per_epoch)
-        self.wandb_run.summary.update({key: values[key] for key in ("last", "best", "num_parameters")})
+        self.wandb_run.summary.update({key: values[key] for key in ("last", "best", "num_parameters")} | floor)
         if self.recipe.tracking.artifact:
             self.wandb_run.log_artifact(self._artifact(values))
+
+    @staticmethod
+    def _mistakes_table(mistakes: pd.DataFrame, names: list[str]):
+        """wandb's table of a run's most confident mistakes; `sample` is the row in the source."""
+        import wandb
+
+        shown = [wandb.Image(pixels) for pixels in mistakes.image] if "image" in mistakes else mistakes.text
+        columns = {
+            "image": shown,
+            "label": [names[k] for k in mistakes.label],
+            "prediction": [names[k] for k in mistakes.prediction],
+            "confidence": mistakes.confidence.tolist(),
+            "sample": mistakes["index"].tolist(),
+            **({"path": mistakes.path} if "path" in mistakes else {}),
+        }
+        return wandb.Table(list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
     def _artifact(self, values: dict):
         import wandb

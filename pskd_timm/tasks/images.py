@@ -4,18 +4,18 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import metrics, ranks, rng
+from .. import ranks, rng
 from ..data import Loader, Split, eval_batches, eval_part, load_data, read_images
 from ..errors import Diverged, InputError
 from ..losses import at_least_float32
 from ..metrics import METRICS, Outcomes
 from ..models.build import check_name, create_model, load_model, normalisation, save_model
 from ..order import num_batches
-from ..outcomes import Predictions
+from ..outcomes import Predictions, batch_outcomes
 from ..recipe import Recipe
 from ..run.launch import autocast
 
@@ -132,9 +132,7 @@ def predict(
             logits = model(images)
         logits = at_least_float32(logits)
         probabilities = logits.softmax(dim=1)
-        # Of the logits, because a float32 probability reaches 0 where its logarithm is still finite.
-        nll = F.cross_entropy(logits, labels, reduction="none").double()
-        each.append(metrics.outcomes(probabilities, labels)._replace(nll=nll))
+        each.append(batch_outcomes(logits, probabilities, labels))
         if keep_probabilities:
             kept.append(probabilities)
         done += len(labels)
@@ -145,13 +143,13 @@ def predict(
         *(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64))
     )
     columns = [torch.cat(parts) for parts in zip(*(each or [empty]), strict=True)]
-    gathered = Outcomes(*(ranks.gather_rows(column, parts).cpu() for column in columns))
-    if not gathered.nll.isfinite().all():
-        wrong = int((~gathered.nll.isfinite()).sum())
+    gathered = Outcomes(*(ranks.gather_rows(column, parts).cpu().numpy() for column in columns))
+    if wrong := int((~np.isfinite(gathered.nll)).sum()):
         raise Diverged(f"the network's outputs are not finite for {wrong} of {len(split)} evaluated samples")
     mine = torch.cat(kept) if kept else torch.empty(0, num_classes, device=device)
     probabilities = ranks.gather_rows(mine, parts).cpu() if keep_probabilities else mine.cpu()
-    return Predictions(gathered, split.labels.cpu(), probabilities)
+    paths = split.paths if keep_probabilities else None
+    return Predictions(gathered, split.labels.cpu(), probabilities, split.source_id.cpu(), paths)
 
 
 def takes_one_sample(model: nn.Module, image_size: tuple[int, int]) -> bool:
