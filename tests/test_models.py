@@ -13,9 +13,9 @@ from timm.models import group_parameters
 from torch.export import Dim
 from torch.nn.parallel import DistributedDataParallel
 
-from pskd_timm.reports.paper import PAPER_NAMES
 from pskd_timm.models.shakedrop import ShakeDrop
 from pskd_timm.models.small_input import small_input
+from pskd_timm.reports.paper import PAPER_NAMES
 
 ALL = timm.list_models("cifar_*")
 TINY = timm.list_models("cifar_*_tiny*")

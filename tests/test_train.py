@@ -502,3 +502,19 @@ def test_a_signal_ends_the_program_with_a_checkpoint_a_line_and_its_code(tmp_pat
     assert process.returncode == code
     assert "the same command resumes" in output
     assert newest(run_dir)
+
+
+def test_predictions_name_the_rows_and_files_of_the_source(tiny, tmp_path):
+    folder = tmp_path / "images"
+    for i in range(12):
+        name = ("one", "two")[i % 2]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(folder / name / f"{i}.png")
+    changes = {"data__source": None, "data__path": str(folder), "data__limit_train": None, "data__limit_test": None}
+    recipe = tiny(**changes, data__gaussian_noise=0.0, data__test_fraction=0.5, batch_size=4, epochs=1)
+    found = pd.read_parquet(train(recipe).run_dir / "predictions.parquet")
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    assert len(found) == 6 and [files[row] for row in found["index"]] == list(found["path"])
+    assert all(
+        path.startswith(("one", "two")[label]) for path, label in zip(found["path"], found["label"], strict=True)
+    )
