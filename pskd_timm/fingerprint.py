@@ -8,7 +8,8 @@ KINDS = {
     "class_names": "class names",
     "samples": "samples (some were added, removed, renamed or moved between the parts)",
     "labels": "labels",
-    "contents": "contents of the images",
+    "contents": "contents of the training images",
+    "test_contents": "contents of the test images",
 }
 
 

@@ -417,12 +417,12 @@ def test_the_fingerprint_names_what_has_changed_of_the_data_and_nothing_where_th
         None: lambda root: [os.utime(path, (1, 1)) for path in root.rglob("*.bmp")],
         "class names, samples": lambda root: [(root / part / "dog").rename(root / part / "wolf") for part in counts],
         "samples": lambda root: (root / "train" / "cat" / "2.bmp").unlink(),
-        "contents of the images": replaced,
+        "contents of the test images": replaced,
     }
     for loading in ("resident", "streaming"):
         settings = {"loading": loading, "image_size": 8}
         before = load_data(section(path=str(tmp_path / "first"), **settings)).fingerprint
-        assert set(before) == {"class_names", "samples", "labels", "contents"}
+        assert set(before) == {"class_names", "samples", "labels", "contents", "test_contents"}
         for number, (says, change) in enumerate(changes.items()):
             root = tmp_path / f"{loading}{number}"
             shutil.copytree(tmp_path / "first", root)
@@ -450,7 +450,7 @@ def test_fingerprints_of_resident_and_streamed_data_agree_and_of_large_data_a_pa
     large = load_data(streamed).fingerprint
     assert [path.parent.parent.name for path in read] == ["train"] * 10 + ["test"] * 2
     picture(size=(9, 6)).save(tmp_path / "train" / "b" / "20.bmp")  # larger, and not among those that are read
-    assert changed(large, load_data(streamed).fingerprint).endswith("other contents of the images")
+    assert changed(large, load_data(streamed).fingerprint).endswith("other contents of the training images")
 
 
 def test_workers_are_as_many_as_the_cores_that_this_process_may_use(tmp_path):

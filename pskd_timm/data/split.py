@@ -95,7 +95,8 @@ class Data:
             "class_names": digest(f"{name}\n".encode() for name in self.class_names),
             "samples": digest([*(part.source_id.numpy().tobytes() for part in parts), *samples]),
             "labels": digest(part.labels.cpu().numpy().tobytes() for part in parts),
-            "contents": digest(part.contents.encode() for part in (self.train, self.test) if part),
+            "contents": digest([self.train.contents.encode()]),
+            **({"test_contents": digest([self.test.contents.encode()])} if self.test else {}),
         }
 
 

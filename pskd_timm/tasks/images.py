@@ -102,8 +102,7 @@ class ImageTask:
         }
 
     def examples(self, part: str, rows: Tensor) -> list:
-        images = read_images(self.splits[part], rows) if len(rows) else []
-        return [image.permute(1, 2, 0).cpu().numpy() for image in images]
+        return list(read_images(self.splits[part], rows).permute(0, 2, 3, 1).cpu().numpy()) if len(rows) else []
 
 
 @torch.no_grad()
