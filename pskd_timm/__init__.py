@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public names are imported when first used (PEP 562): torch and timm take seconds, and `pskd-timm --help` needs neither.
 _HOMES = {

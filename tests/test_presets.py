@@ -313,7 +313,7 @@ def test_show_says_whose_each_constant_is_what_the_loss_amounts_to_and_what_a_te
 def test_the_readme_shows_what_show_says_of_mobilenetv2():
     of = {"preset": "official", "preset_of": "cifar100/mobilenetv2", "model__name": "resnet34"}
     lines = effective_lines(recipe_of("tfkd", tfkd__teacher="baseline", **of))
-    assert len(lines) == 3 and "\n".join(lines) in (Path(__file__).parent.parent / "README.md").read_text()
+    assert len(lines) == 3 and "\n".join(lines) in (Path(__file__).parent.parent / "recipes" / "README.md").read_text()
 
 
 def test_methods_that_hide_nothing_get_no_warning():

@@ -14,11 +14,13 @@ from pskd_timm.cli import main, make_parser
 from pskd_timm.recipe_files import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+FOLDERS = (".", "recipes", "pskd_timm", "pskd_timm/bench", "findings")
+PAGES = {folder: (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language, folder=None):
+    text = PAGES[folder] if folder else "\n".join(PAGES.values())
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 def commands(marked=None):
@@ -32,7 +34,7 @@ def commands(marked=None):
 
 def mentioned():
     """The words of each command that stands between the lines."""
-    found = re.findall(r"`pskd-timm (\w+ [^`…]+)`", README)
+    found = [words for page in PAGES.values() for words in re.findall(r"`pskd-timm (\w+ [^`…]+)`", page)]
     return [shlex.split(words) for words in found if not words.endswith("--help")]
 
 
@@ -43,6 +45,20 @@ SMALLER = {
     "custom": f"{TINY} --epochs 2 --data.image_size 16 --batch_size 8",
 }
 SEARCHED = "--epochs 1 --data.limit_train 60 --model.kwargs.width 4 --trials 2"
+
+
+def test_the_readme_is_short_and_the_links_of_all_pages_lead_somewhere():
+    assert PAGES["."].count("\n") <= 220
+    for folder, page in PAGES.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", page):
+            path, _, heading = target.partition("#")
+            if target.startswith("http"):
+                continue
+            file = (ROOT / folder / path).resolve() if path else ROOT / folder / "README.md"
+            assert file.exists(), f"{folder}/README.md: {target}"
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if heading else []
+            anchors = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+            assert not heading or heading in anchors, f"{folder}/README.md: {target}"
 
 
 def test_the_readmes_commands_run_one_after_the_other_but_for_those_that_say_what_they_need(
@@ -127,12 +143,13 @@ def test_a_wheel_holds_the_recipes_and_shows_them_from_any_folder(tmp_path):
     assert shipped == {*shipped_recipes(), "sweep"}
     assert (tmp_path / "site/pskd_timm/recipes/compare_methods.ipynb").is_file()
     assert len(list((tmp_path / "site/pskd_timm/recipes/slurm").glob("*.sh"))) == 3
-    assert all((tmp_path / "site/pskd_timm" / name).is_file() for name in ("report.html", "paper_results.csv"))
+    assert all((tmp_path / "site/pskd_timm/reports" / name).is_file() for name in ("page.html", "paper_results.csv"))
+    assert (tmp_path / "site/pskd_timm/py.typed").is_file()
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pskd_timm").rglob("*.py")}
     assert all((tmp_path / "site" / module).is_file() for module in modules)
     code = "import pskd_timm.recipe_files as r; print(r.__file__, r.load_recipe('digits').data.source)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "site")
-    assert done.stdout.split() == [str(tmp_path / "site/pskd_timm/recipe.py"), "digits"], done.stderr
+    assert done.stdout.split() == [str(tmp_path / "site/pskd_timm/recipe_files.py"), "digits"], done.stderr
 
 
 def test_the_code_is_ruffs():
