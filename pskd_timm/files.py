@@ -14,11 +14,11 @@ def warn(text: str):
     print(f"pskd-timm: {text}", file=sys.stderr, flush=True)
 
 
-def write_atomic(path: Path, text: str):
-    """Replace the file `path` by one with `text`."""
+def write_atomic(path: Path, content: str | bytes):
+    """Replace the file `path` by one with `content`; where it cannot be written, `path` stays as it was."""
     partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         flush_to_disk(partial)
         os.replace(partial, path)
     except OSError:

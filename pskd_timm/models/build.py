@@ -6,13 +6,13 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import load_file, save
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..errors import InputError, nearest
+from ..files import write_atomic
 from ..recipe import Model as ModelSection
 from ..recipe import Recipe
-from .small_input import small_input
+from .small_input import SMALL_INPUT, small_input
 
 
 def check_name(name: str):
@@ -24,6 +24,7 @@ def check_name(name: str):
 def create_model(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     """The model of a recipe for `num_classes` and RGB images of `image_size` (H, W), tried on one of them."""
     check_name(section.name)
+    _check_arguments(section)
     arguments = {"num_classes": num_classes, **section.kwargs}
     if _is_bound_to_a_size(section.name):
         arguments.setdefault("img_size", image_size)
@@ -41,7 +42,7 @@ def create_model(section: ModelSection, num_classes: int, image_size: tuple[int,
             model = small_input(model)
         except ValueError as error:
             raise InputError(f"model.small_input: {error}") from None
-    model.has_small_input = section.small_input
+    model.has_small_input, model.started_pretrained = section.small_input, section.pretrained
     # What `create_model` was given, for the config.json that loads the model again.
     model.creation_arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
     _try(model, section.name, num_classes, image_size)
@@ -57,55 +58,139 @@ def _try(model: nn.Module, name: str, num_classes: int, image_size: tuple[int, i
     training = model.training
     try:
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(1, 3, *image_size)).shape)
+            logits = model.eval()(torch.zeros(1, 3, *image_size))
     except Exception as error:  # each model raises what it likes
         raise InputError(
             f"model {name} does not take {image_size[0]}×{image_size[1]} images (data.image_size): {_first_line(error)}"
         ) from None
-    if shape != (1, num_classes):
+    if not isinstance(logits, Tensor):
+        raise InputError(f"model {name} returns {len(logits)} outputs for one image, not logits: it is no classifier")
+    if tuple(logits.shape) != (1, num_classes):
         raise InputError(
-            f"model {name} returns {list(shape)} for one image, not [1, {num_classes}]: it is no classifier"
+            f"model {name} returns {list(logits.shape)} for one image, not [1, {num_classes}]: it is no classifier"
         )
     model.train(training)
+
+
+# Arguments of timm's that make something else of a classifier, and what that is.
+NO_CLASSIFIER = {
+    "features_only": "returns feature maps instead of logits",
+    "in_chans": "takes other images than RGB ones, which all are here",
+    "aux_logits": "returns logits of auxiliary heads too",
+    "num_classes": "has another number of classes than the data",
+}
+
+
+def _check_arguments(section: ModelSection):
+    plain = {"in_chans": 3, "aux_logits": False, "features_only": False}
+    for name, reason in NO_CLASSIFIER.items():
+        if name in section.kwargs and section.kwargs[name] != plain.get(name):
+            raise InputError(f"model.kwargs.{name} {section.kwargs[name]}: the network then {reason}: leave it out")
+    if section.kwargs.get("global_pool") == "":
+        raise InputError("model.kwargs.global_pool '': the network then returns a map of logits: leave it out")
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def save_model(model: nn.Module, folder: Path, mean, std, image_size: tuple[int, int], class_names: list[str]):
-    """Write model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
-    seen = {"mean": tuple(mean), "std": tuple(std), "input_size": (3, *image_size), "crop_pct": 1.0}
-    model.pretrained_cfg = {**model.pretrained_cfg, **seen}
-    config = {"num_classes": len(class_names), "label_names": class_names, "small_input": model.has_small_input}
+# Of a pretrained_cfg, what speaks of the weights that the architecture was published with, not of its structure.
+OF_PUBLISHED_WEIGHTS = (
+    *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset"),
+    *("test_input_size", "test_crop_pct", "label_names", "label_descriptions"),
+)
+CREDITS = ("tag", "architecture_tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description")
+
+
+def save_model(
+    model: nn.Module, folder: Path, mean, std, image_size: tuple[int, int], crop_pct: float, class_names: list[str]
+):
+    """Write model.safetensors and config.json, which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+    What the file says of preprocessing is what the run evaluated with. A `small_input` network's architecture is
+    `pskd_small_input`, which timm refuses unless `pskd_timm.models` was imported.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    # timm's save_for_hf would write both, but refuses weights in channels_last; safetensors' save_file lets the owner alone read.
-    (folder / "model.safetensors").write_bytes(save(contiguous_state(model)))
-    save_config_for_hf(model, folder / "config.json", model_config=config, model_args=model.creation_arguments)
+    config = model_config(model, mean, std, image_size, crop_pct, class_names)
+    write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
+    # safetensors' save_file lets the owner alone read, and leaves a part of the file where the disk is full.
+    write_atomic(folder / "model.safetensors", save(contiguous_state(model)))
+
+
+def model_config(model: nn.Module, mean, std, image_size, crop_pct: float, class_names: list[str]) -> dict:
+    """config.json in timm's format."""
+    left_out = (*OF_PUBLISHED_WEIGHTS, *(() if model.started_pretrained else CREDITS))
+    known = {key: value for key, value in model.pretrained_cfg.items() if key not in left_out and value is not None}
+    architecture = known.pop("architecture")
+    known |= {"num_classes": model.num_classes, "input_size": (3, *image_size), "mean": tuple(mean), "std": tuple(std)}
+    known |= {"crop_pct": crop_pct, "crop_mode": "center", "interpolation": "bicubic"}
+    arguments = model.creation_arguments
+    if model.has_small_input:
+        architecture, arguments = SMALL_INPUT, {"base": architecture, **arguments}
+    return {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "label_names": class_names,
+        # Without num_classes, which transformers would hand to timm twice.
+        "model_args": {key: value for key, value in arguments.items() if value is not None},
+        "pretrained_cfg": known,
+    }
+
+
+def check_saves(model: nn.Module):
+    """Raise InputError where what `save_model` will write cannot be written, or would not give this network back."""
+    name = model.pretrained_cfg["architecture"]
+    try:
+        config = json.loads(json.dumps(model_config(model, [0.5], [0.5], (1, 1), 1.0, [])))
+        with torch.device("meta"):
+            again = from_config(config)
+    except Exception as error:  # each model raises what it likes
+        raise InputError(f"model {name} cannot be saved as it was made: {_first_line(error)}") from None
+    here, there = ({n: tuple(t.shape) for n, t in each.state_dict().items()} for each in (model, again))
+    if different := [name for name in here | there if here.get(name) != there.get(name)]:
+        raise InputError(
+            f"model {name} cannot be saved as it was made: built again, {different[0]} is {there.get(different[0])}, "
+            f"not {here.get(different[0])} (model.kwargs {model.creation_arguments})"
+        )
+
+
+def from_config(config: dict) -> nn.Module:
+    """The network that a config.json describes, with new weights; nothing but the file's own words is read."""
+    architecture, arguments = config["architecture"], dict(config.get("model_args", {}))
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no model {architecture!r}")
+    arguments["num_classes"] = config["num_classes"]
+    model = timm.create_model(architecture, pretrained=False, **arguments)
+    if config.get("small_input"):  # as earlier versions marked it
+        model = small_input(model)
+    model.has_small_input = architecture == SMALL_INPUT or bool(config.get("small_input"))
+    model.pretrained_cfg = {**model.pretrained_cfg, **config.get("pretrained_cfg", {})}
+    return model
 
 
 def contiguous_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it."""
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    """The state dict as safetensors takes it: contiguous, and weights that a network shares once for each name."""
+    state, places = {}, set()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.contiguous()
+        state[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    return state
 
 
 def load_model(folder: str | Path) -> nn.Module:
     """The model in a run's folder, with its weights, on the CPU. Raises InputError if there is none."""
     folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise InputError(
-            f"{folder}: no model here (a finished run or a checkpoint has config.json and model.safetensors)"
-        )
+        raise InputError(f"{folder}: no model here (a finished run has config.json and model.safetensors)")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        if not config.get("small_input"):
-            return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
-        # timm builds the large stem, so the small one takes its place before the weights come.
-        model = small_input(timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False))
+        # Not timm's own road, which looks for weights under other names too.
+        model = from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model
     except Exception as error:  # each model raises what it likes
         raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
+    return model
 
 
 def normalisation(model: nn.Module, recipe: Recipe) -> tuple[list[float], list[float]]:

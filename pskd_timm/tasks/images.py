@@ -13,7 +13,7 @@ from ..data import Loader, Split, eval_batches, eval_part, load_data, read_image
 from ..errors import Diverged, InputError
 from ..losses import at_least_float32
 from ..metrics import METRICS, Outcomes
-from ..models.build import check_name, create_model, load_model, normalisation, save_model
+from ..models.build import check_name, check_saves, create_model, load_model, normalisation, save_model
 from ..order import num_batches
 from ..outcomes import Predictions, batch_outcomes
 from ..recipe import Recipe
@@ -43,6 +43,7 @@ class ImageTask:
 
     def check(self, network: nn.Module, world_size: int):
         recipe = self.recipe
+        check_saves(network)
         if recipe.batch_size < world_size:
             raise InputError(
                 f"batch_size {recipe.batch_size} is global and must not be below the {world_size} processes"
@@ -83,7 +84,8 @@ class ImageTask:
         return predict(network, split, *settings, keep_probabilities, progress)
 
     def save(self, network: nn.Module, folder: Path):
-        save_model(network, folder, *normalisation(network, self.recipe), self.data.image_size, self.data.class_names)
+        seen = *normalisation(network, self.recipe), self.data.image_size, self.recipe.data.crop_pct
+        save_model(network, folder, *seen, self.data.class_names)
 
     def load(self, folder: Path) -> nn.Module:
         network = load_model(folder)

@@ -1,0 +1,149 @@
+"""What a run leaves for other people's tools: timm and transformers load the saved network, or refuse it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pskd_timm import InputError
+from pskd_timm.models import build
+from pskd_timm.models.build import check_saves, create_model, load_model, save_model
+from pskd_timm.recipe import Model
+
+CLASSES = ["ä cat", "dog", "hot dog"]
+NETWORKS = [
+    ("resnet18", {}, 32, False),
+    ("vit_tiny_patch16_224", {}, 32, False),
+    ("cifar_preact_resnet_tiny", {"width": 4}, 8, False),
+    ("coat_tiny", {}, 64, False),  # shares weights between its parts
+    ("resnet10t", {"global_pool": None}, 32, False),
+    ("resnet18", {}, 32, True),
+]
+
+
+def saved(folder, name, kwargs, size, small_input, crop_pct=0.9):
+    torch.manual_seed(0)
+    model = create_model(Model(name=name, kwargs=kwargs, small_input=small_input), 3, (size, size)).eval()
+    check_saves(model)
+    save_model(model, folder, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4], (size, size), crop_pct, CLASSES)
+    return model, torch.rand(2, 3, size, size)
+
+
+@pytest.mark.parametrize("name, kwargs, size, small_input", NETWORKS)
+def test_timm_and_we_load_a_saved_network_as_it_was(tmp_path, name, kwargs, size, small_input):
+    model, images = saved(tmp_path, name, kwargs, size, small_input)
+    expected = model(images)
+    assert torch.equal(load_model(tmp_path).eval()(images), expected)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), expected)
+
+
+def test_the_file_says_how_the_network_was_tested_and_nothing_of_weights_that_were_never_loaded(tmp_path):
+    published = timm.get_pretrained_cfg("resnet50")
+    assert published.test_input_size and published.license and published.tag  # what must not be kept
+    saved(tmp_path, "resnet50", {}, 32, False, crop_pct=0.875)
+    config = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    left_out = {"tag", "license", "origin_url", "paper_ids", "hf_hub_id", "url", "test_input_size", "test_crop_pct"}
+    assert not left_out & config.keys()
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    for test_input_size in (False, True):  # as timm's validate.py asks with and without --use-train-size
+        seen = timm.data.resolve_model_data_config(model, use_test_size=test_input_size)
+        assert tuple(seen["input_size"]) == (3, 32, 32) and seen["crop_pct"] == 0.875 and seen["crop_mode"] == "center"
+        assert tuple(seen["mean"]) == (0.4, 0.5, 0.6) and seen["interpolation"] == "bicubic"
+
+
+@pytest.mark.parametrize("name, kwargs, size, small_input", NETWORKS[:3])
+def test_transformers_loads_a_saved_network_with_its_class_names(tmp_path, name, kwargs, size, small_input):
+    from transformers import AutoModelForImageClassification, pipeline
+
+    model, images = saved(tmp_path, name, kwargs, size, small_input, crop_pct=1.0)
+    theirs = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(theirs(images).logits, model(images))
+    assert theirs.config.id2label == dict(enumerate(CLASSES))
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    ours = dict(zip(CLASSES, model(((image - mean) / std)[None]).softmax(1)[0].tolist(), strict=True))
+    found = pipeline("image-classification", model=str(tmp_path))(Image.fromarray(pixels))
+    assert {row["label"]: row["score"] for row in found} == pytest.approx(ours, abs=1e-4)
+
+
+def test_timm_alone_refuses_a_network_with_a_small_stem(tmp_path):
+    saved(tmp_path, "resnet18", {}, 32, True)
+    code = f"import timm; timm.create_model('local-dir:{tmp_path}', pretrained=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Unknown model (pskd_small_input)" in done.stderr
+
+
+def test_a_folder_saved_by_an_earlier_version_still_loads(tmp_path):
+    model, images = saved(tmp_path, "resnet18", {}, 32, True)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"architecture": config["model_args"].pop("base"), "small_input": True}
+    path.write_text(json.dumps(config))
+    assert torch.equal(load_model(tmp_path).eval()(images), model(images))
+
+
+def test_a_folder_that_is_not_ours_is_refused_in_a_line(tmp_path):
+    saved(tmp_path, "cifar_preact_resnet_tiny", {"width": 4}, 8, False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "hf-hub:some/model"}))
+    with pytest.raises(InputError, match="timm has no model 'hf-hub:some/model'"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="no model here"):
+        load_model(tmp_path)
+
+
+def test_what_could_not_be_saved_or_built_again_is_refused_before_training():
+    model = create_model(Model(name="cifar_preact_resnet_tiny", kwargs={"width": 4}), 3, (8, 8))
+    model.creation_arguments = {"width": 8}
+    with pytest.raises(InputError, match="cannot be saved as it was made: built again, .* is "):
+        check_saves(model)
+    model.creation_arguments = {"width": 4, "act_layer": torch.nn.ReLU}
+    with pytest.raises(InputError, match="cannot be saved as it was made: .*not JSON serializable"):
+        check_saves(model)
+
+
+def test_weights_that_cannot_be_written_leave_the_earlier_file_and_no_part_of_another(tmp_path, monkeypatch):
+    model, _ = saved(tmp_path, "cifar_preact_resnet_tiny", {"width": 4}, 8, False)
+    before = load_file(tmp_path / "model.safetensors")
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("pskd_timm.files.flush_to_disk", full)
+    with torch.no_grad():
+        model.head.fc.bias += 1
+    with pytest.raises(OSError, match="No space left"):
+        save_model(model, tmp_path, [0.5] * 3, [0.5] * 3, (8, 8), 1.0, CLASSES)
+    after = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "says"),
+    [
+        ("resnet18", {"features_only": True}, "features_only True: the network then returns feature maps"),
+        ("resnet18", {"in_chans": 1}, "in_chans 1: the network then takes other images than RGB ones"),
+        ("resnet18", {"global_pool": ""}, "global_pool '': the network then returns a map of logits"),
+        ("inception_v3", {"aux_logits": True}, "aux_logits True: the network then returns logits of auxiliary heads"),
+        ("resnet18", {"num_classes": 7}, "num_classes 7: the network then has another number of classes"),
+    ],
+)
+def test_arguments_that_make_no_classifier_are_named(name, kwargs, says):
+    with pytest.raises(InputError, match=says):
+        create_model(Model(name=name, kwargs=kwargs), 3, (32, 32))
+
+
+def test_the_shared_weights_of_a_network_are_written_under_each_of_their_names(tmp_path):
+    model, _ = saved(tmp_path, "coat_tiny", {}, 64, False)
+    places = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    assert len(set(places)) < len(places)
+    assert load_file(tmp_path / "model.safetensors").keys() == build.contiguous_state(model).keys()
