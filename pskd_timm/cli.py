@@ -365,9 +365,10 @@ def run_predict(arguments, rest):
         found = predict(arguments.run_dir, arguments.images, arguments.top, arguments.best, display)
     Console(width=None if sys.stdout.isatty() else 140).print(predictions_table(found))
     if found["calibrated"]:
-        print(f"confidences are calibrated on the run's held-out part: temperature {found['temperature']:.3f}")
+        fitted = f"temperature {found['temperature']:.3f}, from {found['held_out_images']:,} images"
+        print(f"confidences are calibrated on the run's held-out part: {fitted}")
     else:
-        print("confidences are not calibrated: the run held nothing out (--data.holdout_fraction 0.1 when training)")
+        print(f"confidences are not calibrated: {found['not_calibrated_because']}")
     if arguments.json:
         try:
             write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))

@@ -1,7 +1,9 @@
 """A finished run for others: a folder or hub repository that timm loads, with a model card; an ONNX file."""
 
+import io
 import json
 import logging
+import re
 import shutil
 import tempfile
 import warnings
@@ -15,16 +17,18 @@ from torch import Tensor, nn
 
 from . import __version__
 from .data.augmentation import normalize
-from .errors import InputError
+from .errors import InputError, first_line
+from .files import write_atomic
 from .metrics import score
 from .models.build import normalisation
-from .prediction import Classifier
+from .prediction import Classifier, describe_calibration
 from .recipe import Recipe
 from .recipe_files import differing
 from .reports.plots import reliability_and_risk, title
-from .reports.tables import HEADERS, telling_metrics
-from .run.folder import read_result
-from .run.result import Result
+from .reports.tables import telling_metrics
+from .run.folder import read_metrics, read_result
+from .run.result import Result, RunResult
+from .teacher import BASELINE
 
 
 def push(run: str | Path, to: str, hub: bool = False, private: bool = False, best: bool = False) -> str:
@@ -68,15 +72,14 @@ def write_folder(run: Path, folder: Path, classifier: Classifier, best: bool, ti
     folder.mkdir()
     shutil.copy(source / "model.safetensors", folder)
     config = json.loads((source / "config.json").read_text())
-    # What timm's own transforms need to show the network what it was tested on.
-    config["pretrained_cfg"] |= {"crop_pct": classifier.recipe.data.crop_pct, "interpolation": "bicubic"}
-    config["temperature"] = classifier.temperature or 1.0
+    config |= describe_calibration(classifier.temperature)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
     (folder / "recipe.yaml").write_text(recipe_for_others(classifier.recipe))
-    shutil.copy(run / "result.json", folder)
+    result = Result(run, read_result(run))
+    (folder / "result.json").write_text(json.dumps(result_for_others(result.values), indent=1, ensure_ascii=False))
     table = pd.read_parquet(source / "predictions.parquet", columns=["confidence", "correct"])
     reliability_and_risk({classifier.recipe.method: [table]}).savefig(folder / "reliability.png", dpi=150)
-    (folder / "README.md").write_text(model_card(Result(run, read_result(run)), classifier, best, timm_name))
+    (folder / "README.md").write_text(model_card(result, classifier, best, timm_name))
 
 
 def recipe_for_others(recipe: Recipe) -> str:
@@ -89,7 +92,24 @@ def recipe_for_others(recipe: Recipe) -> str:
         tree["data"]["path"] = Path(tree["data"]["path"]).name
     if "init_from" in tree:
         tree["init_from"] = Path(tree["init_from"]).name
+    section = tree.get(recipe.method, {})
+    if recipe.method_section.trained_teacher not in (None, BASELINE):
+        section["teacher"] = Path(section["teacher"]).name
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def result_for_others(values: RunResult) -> dict:
+    """result.json without the machine it was computed on and where a teacher lay there."""
+    kept = {key: value for key, value in values.items() if key != "hardware"}
+    if "teacher" in kept:
+        kept["teacher"] = kept["teacher"] | {"run": Path(kept["teacher"]["run"]).name}
+    return kept
+
+
+def plain(text: str) -> str:
+    """`text` as Markdown shows it literally: no markup, no line breaks, no control characters."""
+    visible = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", visible)
 
 
 CHOSEN_ON = {"holdout": "held-out images", "test": "test images themselves: the figures are a little too good"}
@@ -117,6 +137,8 @@ with torch.no_grad():
 confidences = (logits / {temperature:.4f}).softmax(dim=1)
 ```
 
+{calibration}
+
 Classes, in the order of the outputs: {classes}.
 
 ## Recipe
@@ -130,9 +152,7 @@ def model_card(result: Result, classifier: Classifier, best: bool, timm_name: st
     """README.md as the hub reads it: YAML with the figures, then the table, the picture, how to load it and the recipe."""
     recipe, name = classifier.recipe, classifier.recipe.model.name
     imports, loading = "", f'timm.create_model("{timm_name}", pretrained=True)'
-    if recipe.model.small_input:  # timm alone would build the large stem
-        imports, loading = "from pskd_timm.models.build import load_model\n", 'load_model("FOLDER")'
-    elif name.startswith("cifar_"):
+    if recipe.model.small_input or name.startswith("cifar_"):
         imports = "import pskd_timm.models  # registers this network with timm\n"
     return card_head(result, recipe, best) + CARD.format(
         name=recipe.name,
@@ -149,10 +169,20 @@ def model_card(result: Result, classifier: Classifier, best: bool, timm_name: st
         split=scored_images(result),
         imports=imports,
         loading=loading,
-        temperature=classifier.temperature or 1.0,
-        classes=", ".join(classifier.class_names),
+        temperature=classifier.temperature.value,
+        calibration=calibration_line(classifier),
+        classes=", ".join(map(plain, classifier.class_names)),
         recipe=recipe_for_others(recipe),
     )
+
+
+def calibration_line(classifier: Classifier) -> str:
+    """What the confidences are: calibrated, from how many images, or not, and why."""
+    temperature = classifier.temperature
+    if temperature.reason:
+        return f"The confidences are the network's own, not calibrated: {temperature.reason}."
+    source = f"{temperature.num_samples:,} held-out training images"
+    return f"The confidences are calibrated by the temperature {temperature.value:.4f}, fitted on {source}."
 
 
 def scored_images(result: Result) -> str:
@@ -186,13 +216,13 @@ def card_head(result: Result, recipe: Recipe, best: bool) -> str:
 def card_table(result: Result, classifier: Classifier, best: bool) -> str:
     """The figures as the network gives them, and with the temperature where other images than the scored ones gave it."""
     rows = {"as trained": result.best if best else result.last}
-    if classifier.temperature and result.values["evaluated_on"] == "test":
+    if not classifier.temperature.reason and result.values["evaluated_on"] == "test":
         labels, probabilities = calibrated_predictions(result.run_dir / "best" if best else result.run_dir, classifier)
-        label = f"with temperature {classifier.temperature:.4f}, fitted on held-out training images"
+        label = f"with temperature {classifier.temperature.value:.4f}, fitted on held-out training images"
         rows[label] = score(probabilities, labels)
-    names = telling_metrics(len(classifier.class_names))
-    lines = [["confidences", *(HEADERS[name] for name in names)], ["---", *("---:" for _ in names)]]
-    lines += [[label, *(f"{row[name]:.2f}" for name in names)] for label, row in rows.items()]
+    metrics = telling_metrics(read_metrics(result.values), len(classifier.class_names))
+    lines = [["confidences", *(metric.header for metric in metrics)], ["---", *("---:" for _ in metrics)]]
+    lines += [[label, *(f"{row[m.name]:.{m.digits}f}" for m in metrics)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -212,7 +242,7 @@ class Deployed(nn.Module):
         mean, std = normalisation(classifier.model, classifier.recipe)
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
-        self.temperature = classifier.temperature or 1.0
+        self.temperature = classifier.temperature.value
 
     def forward(self, images: Tensor) -> Tensor:
         """Confidences [B, K] for RGB pixels uint8 [B, 3, H, W]."""
@@ -220,12 +250,13 @@ class Deployed(nn.Module):
 
 
 def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
-    """Write a finished run as one ONNX file: uint8 `images` [B, 3, H, W], RGB, in; calibrated `confidences` [B, K] out.
+    """Write a finished run as one ONNX file: uint8 `images` [B, 3, H, W] (RGB) in, `confidences` [B, K] out.
 
-    Class names, temperature and image size are in the file's metadata. Returns the largest difference between ONNX
-    Runtime's and torch's confidences on random pixels.
+    Class names, temperature, whether it calibrates and image size are in the file's metadata. Returns the largest
+    difference between ONNX Runtime's and torch's confidences on random pixels.
     """
     try:
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError:
@@ -235,32 +266,49 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
     deployed = Deployed(classifier).eval()
     generator = torch.Generator().manual_seed(0)
     example = torch.randint(0, 256, (2, 3, *classifier.image_size), dtype=torch.uint8, generator=generator)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            deployed,
-            (example,),
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["confidences"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        )
-    program.model.metadata_props.update(
-        class_names=json.dumps(classifier.class_names, ensure_ascii=False),
-        temperature=str(deployed.temperature),
-        image_size=json.dumps(classifier.image_size),
+    model = to_onnx(deployed, example, classifier.recipe.model.name)
+    onnx.helper.set_model_props(
+        model,
+        {
+            "class_names": json.dumps(classifier.class_names, ensure_ascii=False),
+            "image_size": json.dumps(classifier.image_size),
+            **{key: json.dumps(value) for key, value in describe_calibration(classifier.temperature).items()},
+        },
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        program.save(partial)
-        partial.replace(path)
-    except OSError as error:
+        write_atomic(path, model.SerializeToString())
+    except (OSError, ValueError) as error:  # a ValueError where the network exceeds the 2 GB of a protocol buffer
         raise InputError(f"{path}: cannot be written: {error}") from None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     pixels = torch.randint(0, 256, (5, 3, *classifier.image_size), dtype=torch.uint8, generator=generator)
     (confidences,) = session.run(None, {"images": pixels.numpy()})
     with torch.no_grad():
         return float((torch.from_numpy(confidences) - deployed(pixels)).abs().max())
+
+
+def to_onnx(deployed: Deployed, example: Tensor, name: str):
+    """`deployed` as an `onnx.ModelProto` for any number of images; torch's older exporter is tried where the newer one fails.
+
+    Raises InputError where both do.
+    """
+    import onnx
+
+    names = {"input_names": ["images"], "output_names": ["confidences"], "verbose": False}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            shapes = {"images": {0: torch.export.Dim("batch")}}
+            program = torch.onnx.export(deployed, (example,), dynamo=True, dynamic_shapes=shapes, **names)
+            return program.model_proto
+        except Exception as error:  # the exporters raise what they like, over many lines
+            reason = first_line(error)
+        try:
+            file = io.BytesIO()
+            axes = {"images": {0: "batch"}, "confidences": {0: "batch"}}
+            torch.onnx.export(deployed, (example,), file, dynamo=False, dynamic_axes=axes, **names)
+            return onnx.load_from_string(file.getvalue())
+        except Exception as error:
+            both = f"{reason}; torch's older exporter: {first_line(error)}"
+            raise InputError(f"model {name} cannot be exported to ONNX: {both}") from None

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from .calibration import fit_temperature, with_temperature
+from .calibration import Temperature, fit_temperature, with_temperature
+from .cpus import num_cpus
 from .data.augmentation import normalize
 from .data.decode import fit, open_image
 from .data.sources import PICTURE_SUFFIXES, image_files
@@ -23,7 +24,7 @@ from .models.build import load_model, normalisation
 from .progress import Display
 from .recipe import Recipe
 from .run.folder import read_recipe, read_result
-from .run.launch import autocast
+from .run.launch import autocast, prepare_scoring
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Classifier:
     model: nn.Module
     recipe: Recipe
     class_names: list[str]
-    temperature: float | None  # fitted on the held-out part; None where the run has none
+    temperature: Temperature  # fitted on the held-out part; its `reason` says why there is none
 
     @classmethod
     def of_run(cls, run: str | Path, best: bool = False) -> "Classifier":
@@ -42,9 +43,7 @@ class Classifier:
         recipe = read_recipe(run)
         read_result(run)  # the run is finished
         folder = run / "best" if best else run
-        model = load_model(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
+        model = load_model(folder).eval().to(prepare_scoring(recipe))
         names = json.loads((folder / "config.json").read_text())["label_names"]
         return cls(model, recipe, names, held_out_temperature(folder))
 
@@ -77,20 +76,20 @@ class Classifier:
         return torch.cat(found)
 
     def confidences(self, probabilities: Tensor) -> Tensor:
-        """`probabilities` [N, K], calibrated where the run has a held-out part to do so."""
-        return probabilities if self.temperature is None else with_temperature(probabilities, self.temperature)
+        """`probabilities` [N, K], calibrated where the run has a temperature to do so."""
+        return probabilities if self.temperature.reason else with_temperature(probabilities, self.temperature.value)
 
 
-def held_out_temperature(folder: Path) -> float | None:
-    """The temperature that suits the held-out predictions in a run's folder, or None where there are none."""
+def held_out_temperature(folder: Path) -> Temperature:
+    """The temperature that suits the held-out predictions in a run's folder; 1, with the reason, where there is none."""
     path = folder / "holdout.parquet"
     if not path.is_file():
-        return None
+        return Temperature(1.0, 0, "the run held no images out (data.holdout_fraction)")
     try:
         table = pd.read_parquet(path, columns=["label", "probabilities"])
     except (OSError, ValueError) as error:  # pyarrow's are among them
         raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-    return fit_temperature(torch.tensor(np.stack(table.probabilities)), torch.tensor(table.label.to_numpy()))
+    return fit_temperature(np.stack(table.probabilities), table.label.to_numpy())
 
 
 def find_images(names: list[str]) -> list[Path]:
@@ -116,10 +115,14 @@ def _name(path: Path) -> str:
 def predict(
     run: str | Path, images: list[str], top: int = 5, best: bool = False, display: Display | None = None
 ) -> dict:
-    """What a finished run's network says of `images` (files, folders, patterns), as `pskd-timm predict --json` writes it.
+    """Classify `images` (files, folders, patterns) with a finished run; returns what `pskd-timm predict --json` writes.
 
-    {"run", "weights", "calibrated", "temperature", "images": [{"image", "prediction", "confidence", "top"}, …]}, with
-    {"image", "error"} for each that cannot be read. Raises InputError where there is no run, or a name stands for nothing.
+    {"run", "weights", "calibrated", "temperature", "held_out_images", "images": [{"image", "prediction", "confidence",
+    "top"}, …]}, with {"image", "error"} for each that cannot be read, and "not_calibrated_because" where there is no sound
+    temperature. Raises InputError where there is no run, or a name stands for nothing.
+
+    Example:
+        >>> predict("runs/custom/pskd/seed0", ["new_images"])["images"][0]["prediction"]
     """
     if top < 1:
         raise InputError(f"--top must be at least 1, got {top}")
@@ -127,17 +130,23 @@ def predict(
     classifier = Classifier.of_run(run, best)
     display = display or Display(quiet=True)
     rows, step = [], classifier.recipe.batch_size
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(num_cpus()) as pool:
         for start in range(0, len(paths), step):
             rows += _predict_batch(classifier, paths[start : start + step], top, pool)
             display.advance("predicting", len(rows), len(paths))
     return {
         "run": str(run),
         "weights": "best" if best else "last",
-        "calibrated": classifier.temperature is not None,
-        "temperature": classifier.temperature or 1.0,
+        **describe_calibration(classifier.temperature),
         "images": rows,
     }
+
+
+def describe_calibration(temperature: Temperature) -> dict:
+    """What a file for others says of its confidences."""
+    fitted = {"temperature": temperature.value, "held_out_images": temperature.num_samples}
+    why = {"not_calibrated_because": temperature.reason} if temperature.reason else {}
+    return {"calibrated": not temperature.reason, **fitted, **why}
 
 
 def _predict_batch(classifier: Classifier, paths: list[Path], top: int, pool) -> list[dict]:

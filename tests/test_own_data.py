@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 
 from pskd_timm import InputError, Result, load_recipe, train
 from pskd_timm.cli import main
-from pskd_timm.export import model_card
+from pskd_timm.export import export_onnx, model_card
 from pskd_timm.metrics import METRICS
 from pskd_timm.prediction import Classifier, predict
 from pskd_timm.recipe import METHOD_SECTIONS
@@ -70,6 +70,71 @@ def recipe_for(folder, output, **settings):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     return train(recipe_for(folder, tmp_path_factory.mktemp("runs"))).run_dir
+
+
+@pytest.fixture(autouse=True)
+def few_images_carry_a_temperature(monkeypatch):
+    """So that a run of seconds has one; how many it needs is test_calibration's."""
+    monkeypatch.setattr("pskd_timm.calibration.FEWEST", 1)
+
+
+def test_a_temperature_from_too_few_images_is_none_and_everything_that_leaves_says_so(
+    run, folder, tmp_path, monkeypatch
+):
+    import onnxruntime
+
+    monkeypatch.undo()
+    found = predict(run, [str(folder / "test")])
+    why = found["not_calibrated_because"]
+    assert not found["calibrated"] and found["temperature"] == 1.0 and found["held_out_images"] == 11
+    assert "of 11 held-out predictions are" in why and "10 are needed" in why
+    assert main(["push", str(run), str(tmp_path / "pushed")]) == 0
+    assert f"not calibrated: {why}" in card(tmp_path / "pushed")[1]
+    config = json.loads((tmp_path / "pushed" / "config.json").read_text())
+    assert config["calibrated"] is False and config["temperature"] == 1.0
+    assert main(["export", str(run), str(tmp_path / "x.onnx")]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["calibrated"] == "false"
+
+
+def test_what_is_pushed_says_nothing_of_this_machine_and_shows_class_names_as_they_are(run, tmp_path):
+    from pskd_timm.export import plain
+
+    assert main(["push", str(run), str(tmp_path / "pushed")]) == 0
+    shown = (tmp_path / "pushed" / "result.json").read_text() + (tmp_path / "pushed" / "recipe.yaml").read_text()
+    assert "hardware" not in shown and str(run.parent.parent) not in shown
+    assert plain("<b>\n| [x](y) `z`") == r"\<b\> \| \[x\](y) \`z\`"
+
+
+def test_a_network_that_neither_exporter_takes_is_a_line_and_leaves_no_file(run, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fail(*arguments, dynamo, **options):
+        calls.append(dynamo)
+        raise RuntimeError("no such operator\nand many lines more")
+
+    monkeypatch.setattr("torch.onnx.export", fail)
+    assert main(["export", str(run), str(tmp_path / "x.onnx")]) == 2
+    said = capsys.readouterr().err
+    assert calls == [True, False] and said.count("\n") == 1 and "cannot be exported to ONNX: no such operator" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_older_exporter_gives_the_same_confidences_where_the_newer_one_fails(run, folder, tmp_path, monkeypatch):
+    import onnxruntime
+
+    export = torch.onnx.export
+
+    def older_only(*arguments, dynamo, **options):
+        if dynamo:
+            raise RuntimeError("no such operator")
+        return export(*arguments, dynamo=False, **options)
+
+    monkeypatch.setattr("torch.onnx.export", older_only)
+    assert export_onnx(run, tmp_path / "x.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
+    (confidences,) = session.run(None, {"images": np.zeros((3, 3, 24, 24), np.uint8)})
+    assert confidences.sum(axis=1) == pytest.approx(np.ones(3), abs=1e-5)
 
 
 def test_a_folder_of_mixed_pictures_trains_and_its_class_names_are_in_the_results(run, folder):
@@ -173,7 +238,7 @@ def test_a_run_that_held_nothing_out_says_that_its_confidences_are_not_calibrate
     settings = {"data__image_size": None, "data__test_fraction": 0.3, "data__holdout_fraction": 0, "epochs": 1}
     result = train(recipe_for(tmp_path / "same size", tmp_path / "runs", augment__crop_padding=0, **settings))
     assert main(["predict", str(result.run_dir), str(folder / "test" / "三角")]) == 0
-    assert "not calibrated: the run held nothing out" in capsys.readouterr().out
+    assert "not calibrated: the run held no images out" in capsys.readouterr().out
     found = predict(result.run_dir, [str(folder / "test")])
     assert not found["calibrated"] and found["temperature"] == 1.0 and len(found["images"]) == 12
     assert Classifier.of_run(result.run_dir).prepare(found["images"][0]["image"]).shape == (16, 24, 3)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError, nearest
+from ..errors import InputError, first_line, nearest
 from ..ranks import warn_on_main
 from ..recipe import Data as DataSection
 from .subsets import name_some, stratified_split
@@ -210,7 +210,7 @@ def _open(section: DataSection) -> dict:
         is_table = any(path.name.lower().endswith(TABLE_SUFFIXES) for path in _files(folder))
         splits = _load(str(folder.resolve()), section) if is_table else {}
     except Exception as error:  # the library raises whatever its readers raise
-        raise InputError(f"data.path: {folder} cannot be read as a data set: {_first_line(error)}") from None
+        raise InputError(f"data.path: {folder} cannot be read as a data set: {first_line(error)}") from None
     return _with_own_class_names(splits, folder, section) if is_table else _image_folders(folder, section)
 
 
@@ -338,12 +338,8 @@ def _from_hub(hub_id: str, section: DataSection) -> dict:
     except Exception as error:  # the library raises whatever its readers raise
         hint = nearest(hub_id, SOURCES) or " (data.path reads a local folder)"
         raise InputError(
-            f"data.source: {hub_id!r} cannot be had from the Hugging Face hub{hint}: {_first_line(error)}"
+            f"data.source: {hub_id!r} cannot be had from the Hugging Face hub{hint}: {first_line(error)}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _test_split(splits: dict, section: DataSection) -> str:

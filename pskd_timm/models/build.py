@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..errors import InputError, nearest
+from ..errors import InputError, first_line, nearest
 from ..files import write_atomic
 from ..recipe import Model as ModelSection
 from ..recipe import Recipe
@@ -36,7 +36,7 @@ def create_model(section: ModelSection, num_classes: int, image_size: tuple[int,
         if section.pretrained:
             weights, hint = " and pretrained weights", f"{hint} (--model.pretrained false starts without)"
         made = f"model {section.name} cannot be made with {arguments}{weights}"
-        raise InputError(f"{made}: {_first_line(error)}{hint}") from None
+        raise InputError(f"{made}: {first_line(error)}{hint}") from None
     if section.small_input:
         try:
             model = small_input(model)
@@ -61,7 +61,7 @@ def _try(model: nn.Module, name: str, num_classes: int, image_size: tuple[int, i
             logits = model.eval()(torch.zeros(1, 3, *image_size))
     except Exception as error:  # each model raises what it likes
         raise InputError(
-            f"model {name} does not take {image_size[0]}×{image_size[1]} images (data.image_size): {_first_line(error)}"
+            f"model {name} does not take {image_size[0]}×{image_size[1]} images (data.image_size): {first_line(error)}"
         ) from None
     if not isinstance(logits, Tensor):
         raise InputError(f"model {name} returns {len(logits)} outputs for one image, not logits: it is no classifier")
@@ -88,10 +88,6 @@ def _check_arguments(section: ModelSection):
             raise InputError(f"model.kwargs.{name} {section.kwargs[name]}: the network then {reason}: leave it out")
     if section.kwargs.get("global_pool") == "":
         raise InputError("model.kwargs.global_pool '': the network then returns a map of logits: leave it out")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # Of a pretrained_cfg, what speaks of the weights that the architecture was published with, not of its structure.
@@ -146,7 +142,7 @@ def check_saves(model: nn.Module):
         with torch.device("meta"):
             again = from_config(config)
     except Exception as error:  # each model raises what it likes
-        raise InputError(f"model {name} cannot be saved as it was made: {_first_line(error)}") from None
+        raise InputError(f"model {name} cannot be saved as it was made: {first_line(error)}") from None
     here, there = ({n: tuple(t.shape) for n, t in each.state_dict().items()} for each in (model, again))
     if different := [name for name in here | there if here.get(name) != there.get(name)]:
         raise InputError(
@@ -189,7 +185,7 @@ def load_model(folder: str | Path) -> nn.Module:
         model = from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except Exception as error:  # each model raises what it likes
-        raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
+        raise InputError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
     return model
 
 
