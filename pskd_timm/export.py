@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from . import __version__
 from .data.augmentation import normalize
 from .errors import InputError
-from .metrics import score
+from .metrics import METRICS, score
 from .models.build import normalisation
 from .prediction import Classifier
 from .recipe import Recipe
 from .recipe_files import differing
 from .reports.plots import reliability_and_risk, title
-from .reports.tables import HEADERS, telling_metrics
+from .reports.tables import telling_metrics
 from .run.folder import read_result
 from .run.result import Result
 
@@ -190,9 +190,9 @@ def card_table(result: Result, classifier: Classifier, best: bool) -> str:
         labels, probabilities = calibrated_predictions(result.run_dir / "best" if best else result.run_dir, classifier)
         label = f"with temperature {classifier.temperature:.4f}, fitted on held-out training images"
         rows[label] = score(probabilities, labels)
-    names = telling_metrics(len(classifier.class_names))
-    lines = [["confidences", *(HEADERS[name] for name in names)], ["---", *("---:" for _ in names)]]
-    lines += [[label, *(f"{row[name]:.2f}" for name in names)] for label, row in rows.items()]
+    metrics = telling_metrics(METRICS.values(), len(classifier.class_names))
+    lines = [["confidences", *(metric.header for metric in metrics)], ["---", *("---:" for _ in metrics)]]
+    lines += [[label, *(f"{row[m.name]:.{m.digits}f}" for m in metrics)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -82,7 +82,7 @@ class Classifier:
 
 
 def held_out_temperature(folder: Path) -> float | None:
-    """The temperature that suits the held-out predictions in a run's folder, or None where there are none."""
+    """The temperature that suits the held-out predictions in a run's folder; None where there are none, or too few."""
     path = folder / "holdout.parquet"
     if not path.is_file():
         return None
@@ -90,7 +90,8 @@ def held_out_temperature(folder: Path) -> float | None:
         table = pd.read_parquet(path, columns=["label", "probabilities"])
     except (OSError, ValueError) as error:  # pyarrow's are among them
         raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-    return fit_temperature(torch.tensor(np.stack(table.probabilities)), torch.tensor(table.label.to_numpy()))
+    fitted = fit_temperature(np.stack(table.probabilities), table.label.to_numpy())
+    return None if fitted.reason else fitted.value
 
 
 def find_images(names: list[str]) -> list[Path]:

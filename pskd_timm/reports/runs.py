@@ -37,17 +37,16 @@ FLOORS = ("ece_if_calibrated", "ece_if_calibrated_95")  # columns: an EceFloor
 def columns(metrics: Sequence[Metric] = tuple(METRICS.values())) -> list[str]:
     """The columns of `rows`: how a run ended, its last and best epoch's metrics, the ECE of perfect calibration."""
     names = [metric.name for metric in metrics]
-    best = ["best_epoch", *(f"best_{name}" for name in names)]
+    names += FLOORS if "ece" in names else ()
     return [
         "method",
         "seed",
         "status",
         *names,
         "seconds",
-        *best,
+        "best_epoch",
+        *(f"best_{name}" for name in names),
         "num_classes",
-        *FLOORS,
-        *(f"best_{f}" for f in FLOORS),
     ]
 
 
