@@ -65,8 +65,9 @@ def fit_to_parts(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Temperature:
         kept.append((logs, float(of_labels.sum(dtype=np.float64))))
         right += int((of_labels == 0).sum())
         num_samples += len(labels)
-    if min(right, num_samples - right) < FEWEST:
-        which, count = ("right", right) if right < FEWEST else ("wrong", num_samples - right)
+    wrong = num_samples - right
+    if min(right, wrong) < FEWEST:
+        count, which = min((right, "right"), (wrong, "wrong"))
         reason = f"only {count} of {num_samples} held-out predictions are {which}, {FEWEST} are needed to fit one"
         return Temperature(1.0, num_samples, reason)
     value = _best(kept)

@@ -261,9 +261,8 @@ def tell(comparison):
 
     from .reports.tables import terminal_table
 
-    Console(width=None if sys.stdout.isatty() else 140).print(
-        terminal_table(comparison.rows, comparison.metrics, comparison.heading)
-    )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(terminal_table(comparison.rows, comparison.metrics, comparison.heading, console.width))
     print("\n".join([*comparison.notes, "wrote " + ", ".join(map(str, comparison.paths))]))
 
 

@@ -395,7 +395,7 @@ def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> l
     metrics = task_class(base.task).metrics
     table = trials_table(trials, metrics)
     write_atomic(paths[1], table.to_csv(index=False))
-    plots.search(table, metrics, metric, base.method).savefig(paths[2], dpi=150)
+    plots.search(table, metric, base.method, metrics).savefig(paths[2], dpi=150)
     spread = f" ± {best.spread[metric]:.4f}" if best.spread else ""
     held_out = f"{100 * base.data.holdout_fraction:g} % of the training part (data.seed {base.data.seed})"
     header = [

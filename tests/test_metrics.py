@@ -7,6 +7,8 @@ from sklearn.metrics import log_loss, top_k_accuracy_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from pskd_timm import InputError, score
+from pskd_timm.metrics import ece, ece_floor, outcomes
+from pskd_timm.outcomes import batch_outcomes
 
 
 def random_problem(n=400, k=10, seed=0, sharpness=3.0):
@@ -108,6 +110,35 @@ def test_all_right_and_all_wrong():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_true_class_of_probability_zero_costs_the_same_finite_nats_in_every_type(dtype):
     assert score(np.array([[1, 0]], dtype=dtype), [1])["nll"] == pytest.approx(-np.log(np.finfo(np.float32).tiny))
+
+
+def test_outcomes_on_the_device_are_those_of_the_arrays_with_the_nll_of_the_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-3, 4, (500, 7), generator=generator).float()  # many ties
+    labels = torch.randint(7, (500,), generator=generator)
+    probabilities = logits.softmax(1)
+    on_device, arrays = batch_outcomes(logits, probabilities, labels), outcomes(probabilities.numpy(), labels.numpy())
+    for name in ("confidence", "correct", "top5_correct"):
+        assert (getattr(on_device, name).numpy() == getattr(arrays, name)).all(), name
+    np.testing.assert_allclose(on_device.nll, arrays.nll, rtol=1e-5, atol=1e-6)
+    assert batch_outcomes(torch.tensor([[200.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([1])).nll.item() == 200
+
+
+@pytest.mark.parametrize("num_samples", [40, 3000])
+def test_the_ece_of_perfect_calibration_is_what_outcomes_drawn_one_by_one_give(num_samples):
+    rng = np.random.default_rng(1)
+    confidence = rng.uniform(0.3, 1, num_samples).astype(np.float32)
+    drawn = [100 * ece(confidence, rng.uniform(size=num_samples) < confidence) for _ in range(2000)]
+    floor = ece_floor(confidence)
+    assert floor.mean == pytest.approx(np.mean(drawn), rel=0.04)
+    assert floor.high == pytest.approx(np.quantile(drawn, 0.95), rel=0.06)
+    assert floor == ece_floor(confidence[::-1])  # seeded, and no matter in which order
+
+
+def test_the_ece_of_perfect_calibration_shrinks_with_the_root_of_the_samples_and_is_0_for_certainty():
+    confidence = np.random.default_rng(2).uniform(0.3, 1, 40_000)
+    assert ece_floor(confidence[:400]).mean / ece_floor(confidence).mean == pytest.approx(10, rel=0.2)
+    assert ece_floor(np.ones(50)) == (0.0, 0.0)
 
 
 def test_one_sample_two_classes():

@@ -684,19 +684,26 @@ def test_an_ece_that_perfect_calibration_explains_is_not_bold_and_its_floor_stan
 def test_runs_whose_data_had_other_contents_are_refused(copied):
     def fingerprint(path, **digests):
         values = json.loads(path.read_text())
-        path.write_text(json.dumps(values | {"data_fingerprint": {"class_names": "a", "contents": "b"} | digests}))
+        known = {"class_names": "a", "contents": "b", "test_contents": "b"}
+        path.write_text(json.dumps(values | {"data_fingerprint": known | digests}))
 
     results = sorted(copied.rglob("result.json"))
-    for path in results[:-1]:  # one was written by an earlier version
+    for path in results[:-1]:
         fingerprint(path)
+    values = json.loads(results[-1].read_text())
+    del values["data_fingerprint"]  # as an earlier version wrote it
+    results[-1].write_text(json.dumps(values))
     assert len(find_runs([copied])) == 4
     fingerprint(results[0], contents="c")
     with pytest.raises(InputError, match=r"tested on different data \(fingerprint of contents [bc], [bc]\)"):
         find_runs([copied])
-    # With other settings of the training data, what was read of it may differ; the classes may not.
+    # With other settings of the training data, what was read of it may differ; classes and test images may not.
     recipe = results[0].with_name("recipe.yaml")
     recipe.write_text(recipe.read_text().replace("limit_train: 300", "limit_train: 200"))
     assert len(find_runs([copied])) == 4
+    fingerprint(results[0], test_contents="c")
+    with pytest.raises(InputError, match="fingerprint of test contents"):
+        find_runs([copied])
     fingerprint(results[0], class_names="c")
     with pytest.raises(InputError, match="fingerprint of class names"):
         find_runs([copied])

@@ -1,10 +1,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy.stats import binomtest, norm
 
-from pskd_timm.metrics import Outcomes, summarize
+from pskd_timm.metrics import Metric, Outcomes, summarize
 from pskd_timm.reports.significance import BOOTSTRAPPED, Sorted, against, in_words, interval_and_p, mcnemar, resampled
 
 
@@ -18,7 +17,7 @@ def predictions(num_samples, seed, accuracy=0.7, decimals=8):
 
 def figures(table):
     """The three figures by the package's own metrics, which sort and average over ties."""
-    column = {name: torch.tensor(table[name].to_numpy()) for name in table}
+    column = {name: table[name].to_numpy() for name in table}
     found = summarize(Outcomes(column["confidence"], column["correct"], column["correct"], column["nll"]))
     return [found[name] for name in BOOTSTRAPPED]
 
@@ -97,12 +96,58 @@ def test_an_interval_without_zero_and_a_small_p_go_together():
 
 def test_plain_words_say_who_is_better_or_that_nobody_can_tell():
     def tests(*rows):
-        return pd.DataFrame(rows, columns=["metric", "difference", "p"])
+        return pd.DataFrame(rows, columns=["metric", "difference", "p"]).assign(
+            better=lambda table: (table.difference > 0) == table.metric.isin(["accuracy"])
+        )
 
     both = tests(("top1_error", -2.0, 0.003), ("nll", 0.1, 0.0001), ("ece", -1, 0.4))
     assert in_words("PS-KD", "Baseline", both) == (
         "PS-KD makes fewer errors (p = 0.003) and has a higher NLL (p ≤ 0.002) than Baseline; "
-        "no difference in ECE can be told from this many samples."
+        "no difference in ECE can be shown with this many samples."
     )
     neither = in_words("A", "B", tests(("top1_error", -2.0, 0.3), ("nll", 0.1, 0.05), ("ece", -1, 0.4)))
-    assert neither == "A against B: no difference in error, NLL and ECE can be told from this many samples."
+    assert neither == "A against B: no difference in error, NLL and ECE can be shown with this many samples."
+    accuracy = Metric("accuracy", "token accuracy", "%", higher_is_better=True)
+    found = in_words("A", "B", tests(("accuracy", 2.0, 0.01)), [accuracy])
+    assert found == "A has a higher token accuracy (p = 0.010) than B."
+
+
+def grouped(num_groups, seed):
+    """Samples in groups of 1 to 6, all of a group with one accuracy of its own."""
+    rng = np.random.default_rng(seed)
+    group = np.repeat(np.arange(num_groups), rng.integers(1, 7, num_groups))
+    table = predictions(len(group), seed)
+    of_group = rng.normal(0, 2, num_groups)[group]
+    return table.assign(group=group, nll=table.nll + of_group, correct=of_group < rng.normal(0.5, 0.3, len(group)))
+
+
+def test_groups_are_drawn_whole():
+    table = grouped(30, 0)
+    found = resampled([table], resamples=400)[0]
+    rng = np.random.default_rng(1)
+    by_group = [part for _, part in table.groupby("group")]
+    drawn = [figures(pd.concat([by_group[g] for g in rng.integers(30, size=30)])) for _ in range(400)]
+    np.testing.assert_allclose(found[0], figures(table), rtol=1e-10)
+    np.testing.assert_allclose(found[1:].std(axis=0), np.std(drawn, axis=0), rtol=0.2)
+    alone = resampled([table.drop(columns="group")], resamples=400)[0]
+    assert found[1:, 0].std() > 1.5 * alone[1:, 0].std()
+
+
+def test_groups_change_sides_whole_in_mcnemars_test():
+    rng = np.random.default_rng(3)
+    group = np.repeat(np.arange(11), 4)
+    a, b = rng.uniform(size=(1, 44)) < 0.3, rng.uniform(size=(1, 44)) < 0.5
+    difference = np.bincount(group, (a.astype(int) - b)[0])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 11)).reshape(11, -1)
+    share = (np.abs(difference @ signs) >= abs(difference.sum()) - 1e-9).mean()
+    assert mcnemar(a, b, group) == pytest.approx(share, rel=1e-10)
+
+
+def test_a_metric_of_a_column_of_its_own_is_resampled_and_one_without_is_left_out():
+    metrics = [Metric("tokens", "tokens", higher_is_better=True), Metric("bleu", "BLEU", higher_is_better=True)]
+    a, b = (grouped(60, 5).assign(tokens=lambda table: 100.0 * table.correct) for _ in range(2))
+    b["tokens"] += np.random.default_rng(0).normal(2, 0.5, len(b))
+    found = against("a", {"a": [a], "b": [b]}, metrics=metrics)
+    assert found.metric.tolist() == ["tokens"] and found.better.all()
+    assert found.difference[0] == pytest.approx(b.tokens.mean() - a.tokens.mean())
+    assert 0 < found.low[0] < found.difference[0] < found.high[0]

@@ -1,5 +1,6 @@
 """wandb offline, read back with its own reader."""
 
+import io
 import json
 import math
 import os
@@ -14,11 +15,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from pskd_timm import METHODS, load_recipe, train
 from pskd_timm.cli import main, make_parser
 from pskd_timm.data import load_data
-from pskd_timm.metrics import ECE_BINS, METRICS
+from pskd_timm.metrics import ECE_BINS, METRICS, ece_floor
 from pskd_timm.recipe_files import SHIPPED
 from pskd_timm.reports.plots import COLOURS
 from pskd_timm.run.result import read_lines
@@ -129,7 +131,7 @@ def test_wandb_ends_with_figures_charts_and_the_most_confident_mistakes(tracked)
     mistakes = table(run_dir, "most_confident_mistakes")
     wrong = predictions[~predictions.correct].nlargest(len(mistakes), "confidence")
     assert mistakes.confidence.tolist() == pytest.approx(wrong.confidence.tolist())
-    shown = predictions.loc[mistakes["sample"]]
+    shown = predictions.set_index("index").loc[mistakes["sample"]]
     assert (shown.label.astype(str).tolist(), shown.prediction.astype(str).tolist()) == (
         mistakes.label.tolist(),
         mistakes.prediction.tolist(),
@@ -334,3 +336,60 @@ def test_every_setting_in_the_sweep_is_one_of_the_command_line():
         for value in values["values"]:
             arguments, rest = make_parser().parse_known_args([*words[2:-1], f"--{name}={value}"])
             assert not rest and str(vars(arguments)[name]) == str(value)
+
+
+def test_wandb_says_what_ece_perfect_calibration_would_give(tracked):
+    run_dir, _, ending = tracked
+    confidence = pd.read_parquet(run_dir / "predictions.parquet").confidence.to_numpy()
+    assert ending["summary"]["ece_if_calibrated"] == pytest.approx(ece_floor(confidence)._asdict())
+
+
+def test_a_run_keeps_pictures_of_its_most_confident_mistakes(tracked):
+    run_dir, *_ = tracked
+    predictions = pd.read_parquet(run_dir / "predictions.parquet").set_index("index")
+    kept = pd.read_parquet(run_dir / "mistakes.parquet").rename(columns={"index": "index_of"})
+    wrong = predictions[~predictions.correct].confidence.sort_values(ascending=False)
+    assert kept.confidence.tolist() == pytest.approx(wrong[: len(kept)].tolist()) and len(kept) == min(24, len(wrong))
+    test = load_data(load_recipe(str(run_dir / "recipe.yaml")).data, load_recipe("digits").augment).test
+    rows = {source: row for row, source in enumerate(test.source_id.tolist())}
+    for row in kept.itertuples():
+        assert (row.label, row.prediction) == tuple(predictions.loc[row.index_of, ["label", "prediction"]])
+        with Image.open(io.BytesIO(row.image)) as image:
+            np.testing.assert_array_equal(np.asarray(image).transpose(2, 0, 1), test.images[rows[row.index_of]])
+
+
+@pytest.mark.parametrize("loading", ["resident", "streaming"])
+def test_predictions_of_a_folder_name_the_row_in_the_source_and_the_file(tmp_path, loading):
+    shade = {}
+    for part, count in (("train", 10), ("test", 6)):
+        for i in range(2 * count):
+            path = tmp_path / "images" / part / ("dark", "light")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shade[path.relative_to(tmp_path / "images").as_posix()] = 10 + 5 * i
+            Image.new("RGB", (16, 16), (10 + 5 * i,) * 3).save(path)
+    settings = {
+        "data.path": str(tmp_path / "images"),
+        "data.image_size": 16,
+        "data.loading": loading,
+        "data.workers": 0,
+        "data.limit_test": 8,
+        "data.holdout_fraction": 0.2,
+        "model.name": "cifar_preact_resnet_tiny",
+        "model.kwargs": {"width": 4},
+        "epochs": 1,
+        "batch_size": 10,
+        "optim.warmup_epochs": 0,
+        "threads": 1,
+        "tracking.wandb": "disabled",
+        "output_dir": str(tmp_path / "runs"),
+    }
+    run_dir = train(load_recipe("custom", settings)).run_dir
+    listed = {part: sorted(name for name in shade if name.startswith(part)) for part in ("train", "test")}
+    for name, part, count in (("predictions", "test", 8), ("holdout", "train", 4), ("best/predictions", "test", 8)):
+        table = pd.read_parquet(run_dir / f"{name}.parquet")
+        assert len(table) == count
+        assert [listed[part][row] for row in table["index"]] == table.path.tolist()
+        assert [("dark", "light").index(path.split("/")[1]) for path in table.path] == table.label.tolist()
+    for row in pd.read_parquet(run_dir / "mistakes.parquet").itertuples():
+        with Image.open(io.BytesIO(row.image)) as image:
+            assert image.getpixel((3, 3)) == (shade[row.path],) * 3

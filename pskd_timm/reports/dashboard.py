@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import write_atomic
 from ..metrics import METRICS, Metric
 from ..recipe import Recipe
@@ -115,5 +115,5 @@ def _publish(workspace) -> str:
         workspace.entity = workspace.entity or wandb.Api().default_entity
         workspace.save()
     except Exception as error:  # wandb raises errors of its own for a missing account, network or permission
-        raise InputError(f"the dashboard cannot be published: {str(error).splitlines()[0]}") from None
+        raise InputError(f"the dashboard cannot be published: {first_line(error)}") from None
     return workspace.url

@@ -325,7 +325,9 @@ def trials(
     return axes.figure
 
 
-def search(table: pd.DataFrame, metrics: Sequence[Metric], chosen_by: str, method: str) -> Figure:
+def search(
+    table: pd.DataFrame, chosen_by: str, method: str, metrics: Sequence[Metric] = tuple(METRICS.values())
+) -> Figure:
     """One picture of a search that ranks by the metric named `chosen_by`: a row a searched setting, with each metric
     against it."""
     keys, shown = searched(table, metrics), shown_in_search(metrics)

@@ -28,6 +28,7 @@ OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 # Of the data section, what leaves the tested samples the same; a search may also choose the size they are shown in.
 _SAME_TEST = {"limit_train", "holdout_fraction", "label_noise", "loading", "image_size"}
+_TRAINING_ALONE = {"limit_train", "holdout_fraction", "label_noise"}
 PART_NAMES = {"test": "test part", "holdout": "held-out part"}
 PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
 RESULT = TypeAdapter(RunResult)
@@ -37,17 +38,16 @@ FLOORS = ("ece_if_calibrated", "ece_if_calibrated_95")  # columns: an EceFloor
 def columns(metrics: Sequence[Metric] = tuple(METRICS.values())) -> list[str]:
     """The columns of `rows`: how a run ended, its last and best epoch's metrics, the ECE of perfect calibration."""
     names = [metric.name for metric in metrics]
-    best = ["best_epoch", *(f"best_{name}" for name in names)]
+    names += FLOORS if "ece" in names else ()
     return [
         "method",
         "seed",
         "status",
         *names,
         "seconds",
-        *best,
+        "best_epoch",
+        *(f"best_{name}" for name in names),
         "num_classes",
-        *FLOORS,
-        *(f"best_{f}" for f in FLOORS),
     ]
 
 
@@ -302,11 +302,12 @@ def _facts_of_test(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
     """What two finished runs of the same data must agree in: a name and both values."""
     for key in ("num_classes", "num_test"):
         yield key, one.values[key], other.values[key]
-    # Where the settings of the data are the same, so must be what was read; else the classes alone.
+    # Where the settings of the data are the same, so must be what was read; of the training part alone, what was tested on.
     settings = [{k: v for k, v in _identity(run).items() if k.startswith("data.")} for run in (one, other)]
+    different = {k.removeprefix("data.") for k in settings[0] if settings[0][k] != settings[1].get(k)}
     first, this = (run.values.get("data_fingerprint", {}) for run in (one, other))
-    for kind in first.keys() & this.keys():
-        if settings[0] == settings[1] or kind == "class_names":
+    for kind in [kind for kind in first if kind in this]:
+        if not different or kind == "class_names" or (kind == "test_contents" and different <= _TRAINING_ALONE):
             yield f"fingerprint of {kind.replace('_', ' ')}", first[kind], this[kind]
 
 

@@ -12,6 +12,8 @@ from .runs import FLOORS
 
 MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
 FLOOR_HEADER = "ECE % if calibrated"
+FLOOR_WIDTH = {FLOOR_HEADER: 11}  # of the terminal's column
+WIDE = 140  # columns of a terminal that has room for everything
 FLOOR_NOTE = (
     f"{FLOOR_HEADER}: what a network whose confidences are exactly right would measure on so few samples, its mean and, "
     "in brackets, what 95 % of such measurements stay below; an ECE below that cannot be told from 0, nor be the best"
@@ -63,7 +65,7 @@ def _best(rows: pd.DataFrame, mean: pd.DataFrame, metrics: Sequence[Metric]) -> 
 
 def ece_floors(rows: pd.DataFrame) -> dict[str, EceFloor]:
     """Method → the ECE of perfect calibration, each of its two figures the mean over runs; where predictions were kept."""
-    if "ece" not in rows:
+    if not set(FLOORS) <= set(rows):
         return {}
     done = rows[rows.status == "finished"].groupby("method", sort=False)[list(FLOORS)].mean().dropna()
     return {method: EceFloor(*values) for method, values in zip(done.index, done.to_numpy(), strict=True)}
@@ -112,7 +114,7 @@ def footnote(rows: pd.DataFrame, metrics: Sequence[Metric]) -> str:
 def best_epoch(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
     """The same rows with the best epoch's figures in the place of the last one's."""
     names = [*(metric.name for metric in metrics), *FLOORS]
-    return rows.assign(**{name: rows[f"best_{name}"] for name in names})
+    return rows.assign(**{name: rows[f"best_{name}"] for name in names if f"best_{name}" in rows})
 
 
 def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str) -> list[list[str]]:
@@ -134,15 +136,18 @@ def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str) -> list[list
     return lines
 
 
-def terminal_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str):
-    """A rich table; the best of each column in bold."""
+def terminal_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str, width: int = WIDE):
+    """A rich table; the best of each column in bold. In fewer columns than WIDE it has the metrics that are `in_brief`."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=escape(heading), title_justify="left", caption=footnote(rows, metrics), caption_justify="left")
-    heads, *body = _text(rows, metrics, "**")
+    heads, *body = _text(rows, metrics if width >= WIDE else [m for m in metrics if m.in_brief], "**")
     for i, header in enumerate(heads):
-        table.add_column(header, justify="left" if i == 0 else "right")
+        # Where it is narrow, heads wrap first, never a method's name.
+        table.add_column(
+            header, justify="left" if i == 0 else "right", no_wrap=i == 0, max_width=FLOOR_WIDTH.get(header)
+        )
     for line in body:
         table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in line))
     return table

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from accelerate import Accelerator
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import Lines, without_nan, write_atomic
 from ..metrics import Outcomes, ece_floor, reliability_bins, risk_curve, thinned
 from ..outcomes import Predictions
@@ -98,7 +98,7 @@ class Tracker:
             self.accelerator.init_trackers(recipe.tracking.project, recipe.model_dump(), {"wandb": options})
         except Exception as error:  # wandb raises errors of its own for a missing account, network or permission
             raise InputError(
-                f"tracking.wandb {recipe.tracking.wandb}: {str(error).splitlines()[0]} (tracking.wandb offline needs no account)"
+                f"tracking.wandb {recipe.tracking.wandb}: {first_line(error)} (tracking.wandb offline needs no account)"
             ) from None
 
     def _wandb_id(self) -> str | None:
