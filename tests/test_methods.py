@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from reference import Echo, cross_entropy, kl, softmax
 from torch import nn
 
 from pskd_timm import CSKD, METHODS, PSKD, TFKD, Batch, InputError, LabelSmoothing
@@ -12,30 +13,8 @@ from pskd_timm.methods.baseline import Baseline
 N, K, B, E = 23, 7, 5, 4
 
 
-def softmax(z):
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
 def one_hot(labels):
     return np.eye(K)[labels]
-
-
-def cross_entropy(q, z):
-    return -(q * np.log(softmax(z))).sum(1).mean()
-
-
-def kl(q, p):
-    return (q * (np.log(q) - np.log(p))).sum(1).mean()
-
-
-class Echo(nn.Module):
-    """A network whose logits are its input: the test chooses them."""
-
-    num_classes = K
-
-    def forward(self, x):
-        return x
 
 
 def batch_of(z, labels, index, partners=None):
@@ -55,7 +34,7 @@ def problem():
 
 
 def loss_of(method, z, labels, partners=None):
-    loss, logits = ready(method).loss(Echo(), batch_of(z, labels, np.arange(B), partners))
+    loss, logits = ready(method).loss(Echo(K), batch_of(z, labels, np.arange(B), partners))
     assert np.array_equal(logits.numpy(), z)
     return loss.item()
 
@@ -87,7 +66,7 @@ def test_cskd_teaches_the_anchor_only(problem):
     z, labels, partners = problem
     batch = batch_of(z, labels, np.arange(B), partners)
     batch.inputs.requires_grad_(), batch.partner_inputs.requires_grad_()
-    ready(CSKD()).loss(Echo(), batch)[0].backward()
+    ready(CSKD()).loss(Echo(K), batch)[0].backward()
     assert batch.inputs.grad.abs().sum() > 0 and batch.partner_inputs.grad is None
 
 
@@ -126,7 +105,7 @@ def test_tfkds_variants_are_their_formulas(problem, trained, reduction, multipli
     weight = (multiplier or (0.5 if trained else 1)) * (25 if trained else 1) / (K if reduction == "mean" else 1)
     p = softmax(z / 5) if temper_student else softmax(z)
     expected = 0.7 * cross_entropy(one_hot(labels), z) + 0.3 * weight * kl(q, p)
-    teacher = Echo() if trained else None
+    teacher = Echo(K) if trained else None
     if trained:
         teacher.forward = lambda x: torch.tensor(theirs)
     method = TFKD(teacher, alpha, temperature, multiplier, reduction=reduction, temper_student=temper_student)
@@ -145,7 +124,7 @@ def test_tfkd_with_the_virtual_teacher_is_the_released_formula(problem, multipli
 
 def test_tfkd_with_a_trained_teacher_is_the_released_formula(problem):
     z, labels, _ = problem
-    teacher = Echo()
+    teacher = Echo(K)
     teacher.forward = lambda x: torch.flip(x, [1])
     kl_el = kl(softmax(z[:, ::-1] / 6), softmax(z / 6)) / K
     expected = 0.05 * cross_entropy(one_hot(labels), z) + 0.95 * 50 * 36 * kl_el
@@ -155,7 +134,7 @@ def test_tfkd_with_a_trained_teacher_is_the_released_formula(problem):
 
 
 def test_tfkd_refuses_a_teacher_of_other_classes():
-    teacher = Echo()
+    teacher = Echo(K)
     teacher.num_classes = 3
     with pytest.raises(InputError, match=f"3 classes, the data {K}"):
         ready(TFKD(teacher))
@@ -174,7 +153,7 @@ def test_tfkds_teacher_stays_in_eval_mode_and_learns_nothing():
     teacher = Network(nn.Linear(K, K), nn.Dropout(0.5))
     method = ready(TFKD(teacher))
     batch = batch_of(np.ones((B, K), dtype=np.float32), [0] * B, np.arange(B))
-    assert method.loss(Echo(), batch)[0] == method.loss(Echo(), batch)[0]
+    assert method.loss(Echo(K), batch)[0] == method.loss(Echo(K), batch)[0]
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
@@ -208,7 +187,7 @@ def test_pskd_equals_an_independent_recomputation_in_losses_rows_and_alpha(dtype
         for start in range(0, N, B):  # 23 samples in batches of 5: the last has three
             index = ids[start : start + B]
             z = rng.normal(size=(len(index), K)) * 2
-            loss, _ = pskd.loss(Echo(), batch_of(z, labels[index], index))
+            loss, _ = pskd.loss(Echo(K), batch_of(z, labels[index], index))
             assert loss.dtype == torch.float64
             assert loss.item() == pytest.approx(expected.loss(epoch, index, z, labels[index]), rel=tolerance)
         pskd.end_epoch()
@@ -221,7 +200,7 @@ def test_pskds_first_epoch_is_plain_cross_entropy(problem):
     z, labels, _ = problem
     pskd = ready(PSKD(alpha=0.8))
     pskd.begin_epoch(0, torch.arange(B))
-    loss, _ = pskd.loss(Echo(), batch_of(z, labels, np.arange(B)))
+    loss, _ = pskd.loss(Echo(K), batch_of(z, labels, np.arange(B)))
     assert loss.item() == pytest.approx(cross_entropy(one_hot(labels), z), rel=1e-12)
 
 
@@ -233,7 +212,7 @@ def test_no_gradient_flows_into_pskds_stored_predictions(problem):
     pskd.store.write(torch.arange(B), torch.tensor(last))
     batch = batch_of(z, labels, np.arange(B))
     batch.inputs.requires_grad_()
-    pskd.loss(Echo(), batch)[0].backward()
+    pskd.loss(Echo(K), batch)[0].backward()
     target = 0.2 * one_hot(labels) + 0.8 * last
     assert batch.inputs.grad.numpy() == pytest.approx((softmax(z) - target) / B, rel=1e-9)
     assert not pskd.store.rows.requires_grad
@@ -244,7 +223,7 @@ def test_pskd_takes_the_softmax_in_float32_of_half_precision_logits(problem):
     half = torch.tensor(z).bfloat16()
     pskd = ready(PSKD(alpha=0.8, store_dtype="float32"))
     pskd.begin_epoch(0, torch.arange(B))
-    loss, _ = pskd.loss(Echo(), Batch(half, torch.tensor(labels), torch.arange(B)))
+    loss, _ = pskd.loss(Echo(K), Batch(half, torch.tensor(labels), torch.arange(B)))
     assert loss.dtype == torch.float32
     assert torch.equal(pskd.store.rows[:B], half.float().softmax(1))
 
@@ -310,13 +289,13 @@ def test_a_snapshot_teacher_that_starts_in_mid_way_takes_the_network_it_was_give
 def test_a_snapshot_teacher_is_not_asked_in_epochs_where_alpha_is_zero(problem):
     z, labels, _ = problem
     pskd = PSKD(teacher="snapshot", alpha_warmup_epochs=2)
-    pskd.setup(num_samples=N, num_classes=K, num_epochs=E, device="cpu", model=Echo())
+    pskd.setup(num_samples=N, num_classes=K, num_epochs=E, device="cpu", model=Echo(K))
     asked = []
     for epoch in range(E):
         pskd.begin_epoch(epoch, torch.arange(B))
         if epoch == 1:
             pskd.snapshot.frozen.register_forward_hook(lambda *_: asked.append(pskd.alpha_now))
-        loss, _ = pskd.loss(Echo(), batch_of(z, labels, np.arange(B)))
+        loss, _ = pskd.loss(Echo(K), batch_of(z, labels, np.arange(B)))
         if epoch < 2:
             assert loss.item() == pytest.approx(cross_entropy(one_hot(labels), z), rel=1e-12)
         pskd.end_epoch()
@@ -330,7 +309,7 @@ def test_pskds_schedule_reaches_the_loss(problem):
     for epoch, alpha in enumerate((0.0, 0.8 * 0.25, 0.8 * 0.75, 0.8)):  # (1 − cos πt)/2 at t = 1/3, 2/3, 1
         pskd.begin_epoch(epoch, torch.arange(B))
         pskd.store.write(torch.arange(B), torch.tensor(last))
-        loss, _ = pskd.loss(Echo(), batch_of(z, labels, np.arange(B)))
+        loss, _ = pskd.loss(Echo(K), batch_of(z, labels, np.arange(B)))
         assert loss.item() == pytest.approx(cross_entropy((1 - alpha) * one_hot(labels) + alpha * last, z), rel=1e-12)
         pskd.end_epoch()
 

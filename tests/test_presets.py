@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import Echo, cross_entropy, kl, softmax
 from timm import create_model
-from torch import nn
 
 from pskd_timm import METHODS, Batch, InputError, load_recipe
 from pskd_timm.cli import main
@@ -21,33 +21,11 @@ from pskd_timm.recipe import METHOD_SECTIONS, sections
 K, B = 100, 6
 
 
-class Echo(nn.Module):
-    """A network whose logits are its input."""
-
-    num_classes = K
-
-    def forward(self, x):
-        return x
-
-
 class Reversed(Echo):
     """A teacher with an opinion of its own."""
 
     def forward(self, x):
         return x.flip(1)
-
-
-def softmax(z):
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
-def cross_entropy(q, z):
-    return -(q * np.log(softmax(z))).sum(1).mean()
-
-
-def kl(q, p):
-    return (q * (np.log(q) - np.log(p))).sum(1).mean()
 
 
 @pytest.fixture
@@ -65,7 +43,7 @@ def taught(recipe, num_samples=B):
     """The recipe's method, set up for K classes; a trained teacher is `Reversed`."""
     section = getattr(recipe, recipe.method).model_dump()
     if section.get("teacher") == "trained":
-        method = METHODS["tfkd"](**{**section, "teacher": Reversed()})
+        method = METHODS["tfkd"](**{**section, "teacher": Reversed(K)})
     else:
         method = METHODS[recipe.method].from_section(section)
     method.setup(num_samples=num_samples, num_classes=K, num_epochs=recipe.epochs, device="cpu")
@@ -75,7 +53,7 @@ def taught(recipe, num_samples=B):
 
 def loss_of(recipe, z, labels, partners):
     batch = Batch(*map(torch.tensor, (z, labels, np.arange(B), partners)))
-    return taught(recipe).loss(Echo(), batch)[0].item()
+    return taught(recipe).loss(Echo(K), batch)[0].item()
 
 
 def test_every_constant_of_a_method_says_where_its_default_comes_from():
@@ -204,7 +182,7 @@ def test_the_gradient_is_that_of_the_stated_label_smoothing_times_the_stated_sca
     recipe = recipe_of(method, **settings)
     stated = recipe.effective_loss(K)
     z, labels = torch.tensor(problem[0], requires_grad=True), torch.tensor(problem[1])
-    found = gradient(taught(recipe).loss(Echo(), Batch(z, labels, torch.arange(B)))[0], z)
+    found = gradient(taught(recipe).loss(Echo(K), Batch(z, labels, torch.arange(B)))[0], z)
     same = stated.gradient_scale * F.cross_entropy(z, labels, label_smoothing=stated.smoothing)
     assert found == pytest.approx(gradient(same, z), rel=1e-9, abs=1e-15)
 
@@ -239,7 +217,7 @@ def test_the_gradient_of_small_logits_is_that_of_the_stated_weights(problem, met
         rows = torch.full((B, K), 0.01 / (K - 1), dtype=torch.float64)
         rows[torch.arange(B), labels] = 0.99
         target = rows / recipe.tfkd.temperature * stated.temperature  # at the student's temperature: what T makes of it
-    found = gradient(method.loss(Echo(), Batch(z, labels, torch.arange(B), partners))[0], z)
+    found = gradient(method.loss(Echo(K), Batch(z, labels, torch.arange(B), partners))[0], z)
     plain = F.kl_div(z.log_softmax(1), target.softmax(1), reduction="batchmean")
     pull = stated.gradient_scale_of_small_logits - stated.cross_entropy
     same = stated.cross_entropy * F.cross_entropy(z, labels) + pull * plain
@@ -265,7 +243,7 @@ def test_where_a_prediction_is_wholly_wrong_the_gradient_is_cross_entropys_times
     if recipe.method == "pskd":
         method.store.write(torch.arange(1), right.softmax(1))
     labels = torch.tensor([K - 1])
-    found = gradient(method.loss(Echo(), Batch(z, labels, torch.arange(1), right))[0], z)
+    found = gradient(method.loss(Echo(K), Batch(z, labels, torch.arange(1), right))[0], z)
     same = recipe.effective_loss(K).gradient_scale * F.cross_entropy(z, labels)
     assert found == pytest.approx(gradient(same, z), rel=1e-9, abs=1e-12)
 

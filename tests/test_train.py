@@ -55,12 +55,23 @@ def finished(tmp_path_factory):
     return recipe, train(recipe)
 
 
+def machine():
+    """What the last digits of a loss depend on."""
+    processors = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return [torch.__version__, torch.backends.cpu.get_cpu_capability(), *processors[:1]]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_curve_of_twenty_steps_is_the_golden_one(tiny, method):
-    # A refactor leaves it unchanged; a change of behaviour changes golden.json in the same commit and says why.
-    result = train(tiny(method=method, epochs=4))
-    assert len(losses(result.run_dir)) == 20
-    assert losses(result.run_dir) == pytest.approx(json.loads(GOLDEN.read_text())[method], rel=1e-3)
+    # A refactor leaves it unchanged; a change of behaviour changes golden.json in the same commit and says why. To record:
+    # GOLDEN=new pytest -n 0 tests/test_train.py -k golden
+    found = losses(train(tiny(method=method, epochs=4)).run_dir)
+    golden = json.loads(GOLDEN.read_text())
+    if os.environ.get("GOLDEN") == "new":
+        GOLDEN.write_text(json.dumps(golden | {"recorded_on": machine(), method: found}, indent=1))
+    # Another torch or another kind of processor rounds differently, and twenty steps make more of it.
+    exact = golden["recorded_on"] == machine()
+    assert len(found) == 20 and found == pytest.approx(golden[method], rel=1e-6 if exact else 1e-3)
 
 
 def test_the_moving_average_of_a_short_run_follows_its_weights(tiny):
