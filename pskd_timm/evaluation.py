@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from .models.weights import load_weights
 from .recipe import Recipe
 from .run.folder import read_metrics, read_recipe, read_result
 from .run.launch import place_network, prepare_scoring
-from .run.released import load_weights
 from .tasks import open_task
 from .tasks.base import Task
 
@@ -34,7 +34,7 @@ def evaluate(
 
 
 def evaluate_checkpoint(path: str | Path, recipe: Recipe, progress: Callable | None = None) -> dict[str, float]:
-    """The metrics, on the part that the recipe scores, of its network with a file's weights (see run/released.py)."""
+    """The metrics, on the part that the recipe scores, of its network with a file's weights (see models/weights.py)."""
     task = open_task(recipe, progress)
     network = task.network()
     load_weights(path, network)

@@ -19,12 +19,12 @@ from .recipe_files import as_recipe
 from .run import checkpoint, folder
 from .run.checkpoint import Progress, TrainState, cpu_copy
 from .run.graph import StepGraph, check_recordable
+from .run.init_from import start_from
 from .run.launch import connect, forget_single_process, place_network
 from .run.meters import Clock, RunningMeans
 from .run.mistakes import find_mistakes, write_mistakes
 from .run.outputs import better, run_result, write_predictions, write_result
 from .run.profile import profiled
-from .run.released import start_from
 from .run.result import Result
 from .run.stopping import RESUMES, SaveSchedule, StopSignals
 from .run.tracking import Tracker

@@ -348,6 +348,72 @@ def test_digits_of_8_by_8_in_grey_train(name):
     assert loss.isfinite()
 
 
+# What timm's own test suite asks of a network
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_intermediates_are_the_maps_of_features_only_and_pruning_keeps_them(name):
+    model, x = trained(name).eval(), images(size=32)
+    features, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(features, model.forward_features(x))
+    assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+    assert [32 // m.shape[2] for m in maps] == [info["reduction"] for info in model.feature_info]
+    hooked = []
+    for layer in (model.stem, *model.stages):
+        layer.register_forward_hook(lambda m, i, output: hooked.append(output))
+    model(x)
+    for ours, theirs in zip(maps, hooked, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    (last,) = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(last, features)
+    early = model.forward_intermediates(x, indices=[0, 1], stop_early=True, intermediates_only=True)
+    with pytest.raises(ValueError, match="NCHW"):
+        model.forward_intermediates(x, output_fmt="NLC")
+    assert model.prune_intermediate_layers([0, 1], prune_norm=True) == [0, 1]
+    assert len(model.stages) == 1 and model.get_classifier() is not None
+    for pruned, before in zip(model.forward_intermediates(x, intermediates_only=True), early, strict=True):
+        torch.testing.assert_close(pruned, before)
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_timms_feature_getter_gives_the_maps_of_its_list_of_features(name):
+    getter = timm.create_model(name, features_only=True, feature_cls="getter", out_indices=(1, 2)).eval()
+    maps = getter(images(size=32))
+    assert [m.shape[1] for m in maps] == getter.feature_info.channels()
+    assert [32 // m.shape[2] for m in maps] == getter.feature_info.reduction()
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_a_scripted_network_computes_the_same(name):
+    with timm.layers.set_scriptable(True):
+        model = trained(name).eval()
+    x = images()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_torch_fx_traces_a_network_for_evaluation_and_for_training(name):
+    from timm.models._features_fx import create_feature_extractor, get_graph_node_names
+
+    model, x = trained(name), images(4)
+    train_nodes, eval_nodes = get_graph_node_names(model)
+    traced = create_feature_extractor(model, {eval_nodes[-1]: "logits"})
+    with torch.no_grad():
+        torch.testing.assert_close(traced.eval()(x)["logits"], model.eval()(x))
+    traced.train()(x)["logits"].square().mean().backward()
+    assert all(p.grad is not None for p in traced.parameters())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_parameter_gets_a_finite_gradient(name):
+    model = timm.create_model(name, num_classes=42).train()
+    model(images(4)).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 # Gradient checkpointing
 
 

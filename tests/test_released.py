@@ -1,5 +1,9 @@
 """Files of the PS-KD authors' released code, written here by a small network of that code's layout."""
 
+import argparse
+from collections import defaultdict
+from pathlib import PosixPath
+
 import numpy as np
 import pytest
 import timm
@@ -10,7 +14,7 @@ from torch import nn
 from pskd_timm import InputError, convert_checkpoint, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
-from pskd_timm.run.released import read_file
+from pskd_timm.models.weights import load_weights, read_weights_file
 from runs import newest
 
 N = 60
@@ -118,12 +122,65 @@ def test_evaluate_scores_a_released_file_as_the_old_network_would(file, released
         "digits",
     ]
     assert main([*command, *options]) == 0
-    assert f"nll {nll:.4f}" in capsys.readouterr().out
+    assert f"NLL {nll:.3f}" in capsys.readouterr().out
 
 
 def test_bare_weights_are_a_start_at_the_first_epoch(released, recipe, tmp_path):
     torch.save(released["net"], tmp_path / "bare.pth")
     assert [line["epoch"] for line in train(recipe(epochs=1, init_from=str(tmp_path / "bare.pth"))).history] == [1]
+
+
+class Loop(nn.Module):
+    """A training loop's module around a network, as Lightning's are, with a loss that has weights of its own."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.model, self.criterion = network, nn.Linear(2, 2)
+
+
+def about_a_run():
+    """What training scripts write beside the weights."""
+    arguments = argparse.Namespace(lr=0.1, output=PosixPath("/some/where"), sizes=[32, 32], note=None)
+    return {"args": arguments, "metrics": defaultdict(list, top1=[1.0]), "best": np.float64(3.0), "epoch": 7}
+
+
+def checkpoints(network):
+    """By name, a checkpoint in each layout that people have and that holds `network`'s weights."""
+    state = network.state_dict()
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    return {
+        "bare": state,
+        "timm": {"arch": "x", "state_dict": state, "version": 2},
+        "model": {"model": state},
+        "compiled": {"state_dict": torch.compile(network).state_dict()},
+        "parallel": {"state_dict": nn.DataParallel(network).state_dict()},
+        "compiled and parallel": {"state_dict": nn.DataParallel(torch.compile(network)).state_dict()},
+        "moving average": {"state_dict": other, "state_dict_ema": nn.DataParallel(network).state_dict()},
+        "torch's average": {"model": torch.optim.swa_utils.AveragedModel(network).state_dict()},
+        "lightning": {"pytorch-lightning_version": "2.5", "state_dict": Loop(network).state_dict()},
+        "lightning, compiled": {"state_dict": Loop(torch.compile(network)).state_dict()},
+    }
+
+
+@pytest.mark.parametrize("layout", checkpoints(nn.Linear(1, 1)))
+@pytest.mark.parametrize("name", ["cifar_preact_resnet_tiny", "resnet18"])
+def test_weights_of_timms_lightnings_and_ones_own_loops_are_found_without_running_code(name, layout, tmp_path):
+    torch.manual_seed(1)
+    network = timm.create_model(name, num_classes=3)
+    torch.save(checkpoints(network)[layout] | about_a_run(), tmp_path / "model_best.pth.tar")
+    filled = timm.create_model(name, num_classes=3)
+    load_weights(tmp_path / "model_best.pth.tar", filled)
+    for (key, ours), theirs in zip(filled.state_dict().items(), network.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), key
+
+
+def test_evaluate_and_init_from_take_timms_checkpoint(recipe, tmp_path, capsys):
+    network = timm.create_model("cifar_preact_resnet_tiny", num_classes=10)
+    torch.save({"state_dict": network.state_dict()} | about_a_run(), tmp_path / "last.pth.tar")
+    result = train(
+        recipe(epochs=1, init_from=str(tmp_path / "last.pth.tar"), **{"model.name": "cifar_preact_resnet_tiny"})
+    )
+    assert [line["epoch"] for line in result.history] == [1]
 
 
 class Payload:
@@ -134,7 +191,9 @@ class Payload:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (Payload(), "would run code"),
+        (Payload(), r"would run code of its own \(builtins.print\)"),
+        ({"state_dict": {}, "hyper_parameters": nn.Linear(1, 1)}, r"would run code of its own \(torch.nn"),
+        ({"epoch": 3, "lr": 0.1}, "no weights in it, only epoch, lr"),
         (b"no checkpoint", "no checkpoint that can be read"),
         ([1, 2], "a dictionary of weights, this is list"),
         ({"net": {"linear.weight": torch.zeros(3, 3)}}, "does not fit the model"),
@@ -167,7 +226,7 @@ def test_a_released_file_that_does_not_fit_the_run_is_refused(file, recipe, over
 
 def test_numpy_predictions_are_read_too(released, tmp_path):
     torch.save(released | {"prev_predictions": released["prev_predictions"].numpy()}, tmp_path / "old.pth")
-    assert read_file(tmp_path / "old.pth")["prev_predictions"].shape == (N, 10)
+    assert read_weights_file(tmp_path / "old.pth")["prev_predictions"].shape == (N, 10)
 
 
 def test_a_network_with_a_small_stem_is_trained_saved_loaded_and_evaluated(recipe):

@@ -3,9 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 
+import torch
 import torch.nn as nn
 from timm.layers import ClassifierHead, create_conv2d
 from timm.models import build_model_with_cfg
+from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from .recompute import recompute
@@ -25,12 +27,17 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = recompute(block, x) if self.grad_checkpointing else block(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108, as TorchScript needs it
+                x = recompute(block, x)
+            else:
+                x = block(x)
         return x
 
 
 class CifarNet(nn.Module):
     """Stem, stages (each after the first halves the map), final norm or none, pooled classifier, as timm has them."""
+
+    __jit_unused_properties__ = ("head_hidden_size",)
 
     def __init__(
         self,
@@ -77,6 +84,45 @@ class CifarNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         return self.norm(self.stages(self.stem(x)))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """`forward_features`, and what the stem (0) and the stages (1, 2, …) gave at `indices`, each [B, C, H, W].
+
+        An int stands for the last so many of them, None for all. `norm` applies the final norm to the last stage's,
+        `stop_early` runs no stage beyond the last index.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt should be NCHW, got {output_fmt}")
+        last_stage = len(self.stages)
+        wanted, highest = feature_take_indices(last_stage + 1, indices)
+        layers, found = [self.stem, *self.stages], []
+        for i, layer in enumerate(layers[: highest + 1] if stop_early else layers):
+            x = layer(x)
+            if i in wanted:
+                found.append(self.norm(x) if norm and i == last_stage else x)
+        if intermediates_only:
+            return found
+        return (self.norm(x) if i == last_stage else x), found
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates` of the same `indices` does not need, and return them from 0."""
+        wanted, highest = feature_take_indices(len(self.stages) + 1, indices)
+        self.stages = self.stages[:highest]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return self.head(x, pre_logits=pre_logits)

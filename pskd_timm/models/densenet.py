@@ -22,7 +22,7 @@ class DenseLayer(nn.Module):
         self.bn2 = nn.BatchNorm2d(4 * growth)
         self.conv2 = create_conv2d(4 * growth, growth, 3)
 
-    def forward(self, *features: Tensor) -> Tensor:
+    def forward(self, features: list[Tensor]) -> Tensor:
         x = self.conv1(F.relu(self.bn1(torch.cat(features, 1)), inplace=True))
         return self.conv2(F.relu(self.bn2(x), inplace=True))
 
@@ -50,9 +50,12 @@ class DenseStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         features = [self.transition(x)]
         for layer in self.blocks:
-            new = recompute(layer, *features) if self.grad_checkpointing else layer(*features)
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108, as TorchScript needs it
+                new = recompute(layer, features)
+            else:
+                new = layer(features)
             # In front, as in the PS-KD code: the order decides which weight meets which channel.
-            features = [new, *features]
+            features = [new] + features  # noqa: RUF005, TorchScript knows no stars
         return torch.cat(features, 1)
 
 

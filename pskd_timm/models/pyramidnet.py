@@ -31,7 +31,7 @@ class PyramidBottleneck(nn.Module):
         y = self.conv3(F.relu(self.bn3(y), inplace=True))
         y = self.shake_drop(self.bn4(y))
         missing = y.shape[1] - x.shape[1]
-        return y + F.pad(self.pool(x), (0, 0, 0, 0, 0, missing))
+        return y + F.pad(self.pool(x), [0, 0, 0, 0, 0, missing])
 
 
 class PyramidNet(CifarNet):

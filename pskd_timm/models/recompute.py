@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute(block: nn.Module, *inputs: Tensor) -> Tensor:
+def recompute(block: nn.Module, *inputs: Tensor | list[Tensor]) -> Tensor:
     """Run `block`, keep only its inputs, and run it again in the backward pass without updating running statistics."""
     if torch.compiler.is_compiling():
         # The compiler recomputes pure operations only, so nothing is updated twice, and it traces no contexts.

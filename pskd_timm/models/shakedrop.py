@@ -2,9 +2,11 @@
 
 import torch
 import torch.nn as nn
+from timm.models import register_notrace_module
 from torch import Tensor
 
 
+@register_notrace_module  # torch.fx cannot follow a number of samples into a draw
 class ShakeDrop(nn.Module):
     """With probability `p`, drawn once a batch, scales samples by α ~ U(-1, 1) and their gradients by β ~ U(0, 1).
 

@@ -1,63 +1,18 @@
-"""Files of the PS-KD authors' released code, and bare weights: read safely, scored, and continued from.
+"""Training that starts from a file: its weights and, where it is one of the PS-KD authors' code, all that it holds.
 
 Such a file holds {'net': weights, 'epoch': the last epoch done, from 0, 'optimizer', 'prev_predictions': N×K, …}.
 """
 
-import pickle
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy._core import multiarray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import InputError
 from ..models.convert import convert_checkpoint
+from ..models.weights import load_weights
 from ..store import PredictionStore
 from .checkpoint import Progress
-
-# NumPy arrays and numbers carry data only; everything else that weights_only does not know stays refused.
-NUMPY = [
-    np.ndarray,
-    np.dtype,
-    multiarray._reconstruct,
-    multiarray.scalar,
-    *{type(np.dtype(code)) for code in "efdilqBhH?"},
-]
-
-
-def read_file(path: str | Path) -> dict:
-    """The dictionary in a .pth or .safetensors file; InputError if it is none or would run code when read."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(NUMPY):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "global" in str(error):
-            raise InputError(f"{path}: refused: reading it would run code of its own, not only load weights") from None
-        raise InputError(f"{path}: no checkpoint that can be read") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"{path}: no checkpoint that can be read: {reason}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: a checkpoint is a dictionary of weights, this is {type(found).__name__}")
-    return found
-
-
-def load_weights(path: str | Path, model: nn.Module) -> dict:
-    """Fill `model` with a file's weights, whatever names they have there, and return the file's dictionary."""
-    found = read_file(path)
-    try:
-        model.load_state_dict(convert_checkpoint(found, model))
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} does not fit the model: {error}") from None
-    return found
 
 
 def start_from(path: str | Path, model: nn.Module, optimizer, store: PredictionStore | None, epochs: int) -> Progress:
@@ -80,7 +35,7 @@ def _fill(store: PredictionStore, table: torch.Tensor, path):
     if tuple(table.shape) != expected:
         raise InputError(f"init_from: {path} has predictions {list(table.shape)}, this run needs {list(expected)}")
     rows = table[store.own]
-    # The released code starts with zeros: such a row was never seen.
+    # The authors' code starts with zeros: such a row was never seen.
     seen = rows.sum(dim=1) > 0
     store.home[seen.to(store.device)] = store.format.encode(rows[seen]).to(store.device)
 
