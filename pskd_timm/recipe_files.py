@@ -37,7 +37,7 @@ def find_recipe(name: str) -> Path:
     raise InputError(f"no recipe {name!r}{hint}")
 
 
-class _UniqueKeys(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _UniqueKeys(yaml.SafeLoader):
     """PyYAML lets the second of two equal keys win without a word."""
 
     def construct_mapping(self, node, deep=False):
