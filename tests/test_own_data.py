@@ -67,12 +67,6 @@ def recipe_for(folder, output, **settings):
     return load_recipe("custom", given | {key.replace("__", "."): value for key, value in settings.items()})
 
 
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    """These runs hold out ten pictures: too few for a temperature to be of use, enough to see that it is the right one."""
-    monkeypatch.setattr("pskd_timm.calibration.FEWEST", 1)
-
-
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     return train(recipe_for(folder, tmp_path_factory.mktemp("runs"))).run_dir
