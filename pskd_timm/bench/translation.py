@@ -23,12 +23,12 @@ from .rounds import peak, ratio, rounds, timed, wait
 
 TITLE = "a step over target tokens (transformer_tiny, 10,000 pieces, 4,096 tokens), a run beside Seq2SeqTrainer, beam search"
 OPTIONS = ("text",)
-PAIRS, WORDS = 3_000, 9_000  # of the made-up corpus
+PAIRS, WORDS = 1_500, 9_000  # of the made-up corpus
 TAUGHT = {
     "pskd top-20": {"store_format": "topk", "store_topk": 20},
     "pskd snapshot": {"teacher": "snapshot"},
 }
-SECONDS, TURNS, SENTENCES, LENGTH = 60.0, 2, 1000, 14
+SECONDS, TURNS, SENTENCES, LENGTH = 30.0, 2, 1000, 14
 
 
 def measure(say: Callable[[str], None], text: str | None = None) -> list[dict]:
