@@ -213,7 +213,8 @@ def test_two_processes_give_the_losses_and_figures_of_one(corpus, tmp_path, teac
 def test_the_report_has_the_runs_of_translation(finished, corpus, tmp_path):
     found = report([finished.run_dir.parents[1]], tmp_path)
     assert found.rows.status.tolist() == ["finished"], found.rows
-    assert found.rows.nll.tolist() == [finished.last["nll"]]
+    assert found.rows.bleu.tolist() == [finished.last["bleu"]]
+    assert "BLEU" in (tmp_path / "comparison.md").read_text()
 
 
 def test_show_says_what_the_store_takes_and_refuses_a_full_one_that_is_too_large(corpus, capsys, monkeypatch):

@@ -201,7 +201,7 @@ def check_history(folder: Path, metrics: Sequence[Metric]):
     lines = path.read_bytes().splitlines() if path.is_file() else []
     if not lines:
         raise InputError("metrics.jsonl is empty or missing")
-    model = _figures_model(metrics)
+    model = _figures_model([metric for metric in metrics if not metric.only_at_end])
     for number, line in enumerate(lines, start=1):
         what = f"metrics.jsonl, line {number}"
         with _said_of(what):

@@ -21,10 +21,9 @@ from .sentences import Sentences
 
 METRICS = (
     *metrics.METRICS.values(),  # over target tokens
-    # Of whole sentences, once the run has ended.
-    Metric("bleu", "BLEU", digits=1, higher_is_better=True, in_brief=False),
-    Metric("bleu_lowercase", "BLEU, lower case", digits=1, higher_is_better=True, in_brief=False),
-    Metric("chrf", "chrF", digits=1, higher_is_better=True, in_brief=False),
+    Metric("bleu", "BLEU", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
+    Metric("bleu_lowercase", "BLEU, lower case", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
+    Metric("chrf", "chrF", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
 )
 BATCH_TOKENS = 2048  # target tokens looked at together: their probabilities of all pieces fit into memory
 
