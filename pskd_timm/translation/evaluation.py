@@ -22,7 +22,7 @@ from .sentences import Sentences
 METRICS = (
     *metrics.METRICS.values(),  # over target tokens
     Metric("bleu", "BLEU", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
-    Metric("bleu_lowercase", "BLEU, lower case", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
+    Metric("bleu_lowercase", "BLEU lower-cased", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
     Metric("chrf", "chrF", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
 )
 BATCH_TOKENS = 2048  # target tokens looked at together: their probabilities of all pieces fit into memory
