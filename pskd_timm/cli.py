@@ -50,8 +50,7 @@ def make_parser() -> Parser:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        default=list(METHOD_SECTIONS),
-        help=f"of: {' '.join(METHOD_SECTIONS)} (default: all)",
+        help=f"of: {' '.join(METHOD_SECTIONS)} (default: all that the recipe's task has)",
     )
     compare.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="default: 0")
     compare.add_argument(
@@ -101,6 +100,11 @@ def make_parser() -> Parser:
     predict.add_argument("--json", metavar="FILE", help="write the predictions there too")
     predict.add_argument("--top", type=int, metavar="N", default=5, help="classes to name for each image (default: 5)")
     predict.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
+    translate = command("translate", "translate lines with a finished run", run_translate, takes_recipe=False)
+    translate.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
+    translate.add_argument("file", metavar="FILE", nargs="?", default="-", help="a line a sentence (default: -, stdin)")
+    translate.add_argument("--json", metavar="FILE", help="write translations and each token's confidence there too")
+    translate.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     push = command(
         "push", "write a finished run with its model card for timm and the hub", run_push, takes_recipe=False
     )
@@ -115,9 +119,12 @@ def make_parser() -> Parser:
     export.add_argument("--format", choices=["onnx"], default="onnx", help="default: onnx")
     export.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
-    parts = ["step", "data", "store", "metrics", "start"]
+    parts = ["step", "data", "store", "metrics", "start", "translation"]
     bench.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {' '.join(parts)} (default: all, under five minutes)"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"of {' '.join(parts)} (default: all but translation, under five minutes)",
     )
     bench.add_argument(
         "--processes", nargs="+", type=int, metavar="N", help="store: so many each time (default: 1 2 4)"
@@ -126,6 +133,7 @@ def make_parser() -> Parser:
         "--sizes", nargs="+", metavar="NxK", help="store: samples x classes (default: 50000x100 300000x1000)"
     )
     bench.add_argument("--images", metavar="DIR", help="data: JPEG files to stream (default: random ones)")
+    bench.add_argument("--text", metavar="DIR", help="translation: pairs in de and en (default: random words)")
     bench.add_argument("--json", metavar="PATH", help="write the figures there too")
     dashboard = command("dashboard", "build wandb's workspace that compares a recipe's runs", run_dashboard, False)
     dashboard.add_argument("runs", metavar="RUNS", help="a comparison's folder (runs/digits), or its recipe")
@@ -238,10 +246,11 @@ def run_compare(arguments, rest):
     from .comparison import compare
     from .progress import Display
 
-    for method in arguments.methods:
+    methods = arguments.methods or recipe.methods
+    for method in methods:
         recipe.check_method(method)
     with Display(arguments.quiet) as display:
-        found = compare(recipe, arguments.methods, arguments.seeds, arguments.jobs, display)
+        found = compare(recipe, methods, arguments.seeds, arguments.jobs, display)
     tell(found)
     return FAILED if found.failed else DONE
 
@@ -288,10 +297,10 @@ def run_show(arguments, rest):
     recipe.check_method(recipe.method)
     from rich.console import Console
 
-    from .show import cost_lines, loss_lines, sources_table
+    from .show import run_lines, sources_table
 
     Console(width=None if sys.stdout.isatty() else 140).print(sources_table(recipe))
-    print("\n".join(loss_lines(recipe) + cost_lines(recipe)))
+    print("\n".join(run_lines(recipe)))
     return DONE
 
 
@@ -380,6 +389,28 @@ def run_predict(arguments, rest):
     return FAILED if unreadable else DONE
 
 
+def run_translate(arguments, rest):
+    refuse(rest, arguments)
+    check_file("--json", arguments.json)
+    from .files import write_atomic
+    from .progress import Display
+    from .translation.text import read_lines, split_lines
+    from .translation.translate import translate
+
+    from_stdin = arguments.file == "-"
+    lines = split_lines(sys.stdin.buffer.read(), "stdin") if from_stdin else read_lines(Path(arguments.file))
+    with Display(not sys.stderr.isatty(), sys.stderr) as display:  # stdout is for the translations
+        found = translate(arguments.run_dir, lines, arguments.best, bool(arguments.json), display.advance)
+    print("\n".join(row["translation"] for row in found))
+    if arguments.json:
+        try:
+            write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
+        print(f"pskd-timm: wrote {arguments.json}", file=sys.stderr)
+    return DONE
+
+
 def run_push(arguments, rest):
     refuse(rest, arguments)
     from .export import push
@@ -416,7 +447,7 @@ def refuse(rest: list[str], arguments: argparse.Namespace):
 
 
 def run_bench(arguments, rest):
-    from .bench import PARTS, bench
+    from .bench import PARTS, QUICK_PARTS, bench
     from .bench.store import parse_size
     from .files import write_atomic
 
@@ -427,7 +458,11 @@ def run_bench(arguments, rest):
     check_file("--json", arguments.json)
     sizes = [parse_size(text) for text in arguments.sizes] if arguments.sizes else None
     found = bench(
-        dict.fromkeys(arguments.parts or PARTS), sizes=sizes, processes=arguments.processes, images=arguments.images
+        dict.fromkeys(arguments.parts or QUICK_PARTS),
+        sizes=sizes,
+        processes=arguments.processes,
+        images=arguments.images,
+        text=arguments.text,
     )
     if arguments.json:
         write_atomic(Path(arguments.json), json.dumps(found, indent=1))

@@ -10,6 +10,33 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
+class _SparseCrossEntropy(torch.autograd.Function):
+    """`sparse_cross_entropy` with one table of the logits' size kept and one made for the gradient, where torch's own
+    operations would make one for each of the target's parts."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, classes: Tensor, weights: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(logits, dim=1)
+        ctx.save_for_backward(log_p, classes, weights, rest)
+        ctx.mark_non_differentiable(log_p)
+        return -(weights * log_p.gather(1, classes)).sum(dim=1) - rest * log_p.sum(dim=1), log_p
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        log_p, classes, weights, rest = ctx.saved_tensors
+        total = weights.sum(dim=1) + rest * log_p.shape[1]
+        found = log_p.exp().mul_((grad * total)[:, None]).sub_((grad * rest)[:, None])
+        return found.scatter_add_(1, classes, -grad[:, None] * weights), None, None, None
+
+
+def sparse_cross_entropy(logits: Tensor, classes: Tensor, weights: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies [B] of `logits` [B, K] against rows of `rest` [B] each plus `weights` [B, k] at `classes` [B, k].
+
+    A class may stand in a row twice. Also returns log-probabilities [B, K], without gradient.
+    """
+    return _SparseCrossEntropy.apply(logits, classes, weights, rest)
+
+
 def tempered_kl(
     logits: Tensor, target_logits: Tensor, temperature: float, student_temperature: float | None = None
 ) -> Tensor:

@@ -9,8 +9,8 @@ from .errors import InputError
 
 
 class Metric(NamedTuple):
-    """How a metric is shown: its key in result.json, title, unit, decimals, which direction is better, and whether also
-    in lines with room for few."""
+    """How a metric is shown: its key in result.json, title, unit, decimals, which direction is better, whether also in lines
+    with room for few, and whether it is computed only once a run has ended, not after each epoch."""
 
     name: str
     title: str
@@ -18,6 +18,7 @@ class Metric(NamedTuple):
     digits: int = 2
     higher_is_better: bool = False
     in_brief: bool = True
+    only_at_end: bool = False
 
     @property
     def header(self) -> str:

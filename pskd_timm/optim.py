@@ -38,6 +38,7 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
             weight_decay=section.weight_decay,
             momentum=section.momentum,
             filter_bias_and_bn=not section.decay_norm_and_bias,
+            **({"betas": tuple(section.betas)} if section.betas else {}),
         )
     except Exception as error:  # some need packages or a GPU of their own
         raise InputError(f"optim.name {section.name} cannot be made: {str(error).splitlines()[0]}") from None
@@ -71,6 +72,10 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def lr_at(step: int, steps_per_epoch: int, epochs: int, section: OptimSection) -> float:
     """Learning rate of global step `step` (0-based)."""
     epoch = step / steps_per_epoch
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / section.warmup_steps
+    if section.schedule == "inverse_sqrt":
+        return section.lr * math.sqrt(section.warmup_steps / (step + 1))
     if step < first_step(section.warmup_epochs, steps_per_epoch):
         return section.lr * (step + 1) / (section.warmup_epochs * steps_per_epoch + 1)
     if section.schedule == "step":

@@ -40,6 +40,11 @@ class Predictions:
     paths: list[str] | None = None
     group: Tensor | None = None
 
+    @property
+    def guesses(self) -> Tensor:
+        """The most probable class of each sample [N]."""
+        return self.probabilities.argmax(dim=1)
+
     def score(self) -> dict[str, float]:
         """The six metrics over the whole split."""
         return metrics.summarize(self.outcomes)
@@ -61,7 +66,7 @@ class Predictions:
             **self.source,
             **({} if self.group is None else {"group": np.asarray(self.group)}),
             "label": self.labels.numpy(),
-            "prediction": self.probabilities.argmax(dim=1).numpy(),
+            "prediction": self.guesses.numpy(),
             **{name: np.asarray(values) for name, values in self.outcomes._asdict().items()},
             "probabilities": pyarrow.FixedSizeListArray.from_arrays(flat, self.probabilities.shape[1]),
         }

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -27,9 +27,9 @@ class Row(NamedTuple):
 class Display:
     """Shows one run, or one comparison; `quiet` shows nothing."""
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, file: TextIO | None = None):
         self.quiet = quiet
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self.bars = _Bars(console=self.console)
         self.tasks = {}

@@ -17,6 +17,7 @@ from .errors import InputError, nearest
 from .methods import METHOD_SECTIONS, MethodSection
 from .section import Area, Count, Fraction, NonNegative, Positive, Section
 from .tasks import TASKS
+from .translation.section import Translation
 
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 # YAML 1.1 reads a bare `no` or `off` as false.
@@ -149,10 +150,12 @@ class Optim(Section):
     """Nesterov's form of momentum (SGD)."""
     weight_decay: NonNegative = 5e-4
     """Weight decay."""
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
+    """β₁ and β₂ of Adam and its kin; by default the optimizer's own."""
     decay_norm_and_bias: bool = True
     """Decay norm weights and biases too, as the paper's code does."""
-    schedule: Literal["step", "cosine", "constant"] = "step"
-    """How the learning rate falls: by `decay_rate` at `milestones`, along a half cosine to `min_lr`, or not at all."""
+    schedule: Literal["step", "cosine", "constant", "inverse_sqrt"] = "step"
+    """How `lr` falls: by `decay_rate` at `milestones`, along half a cosine to `min_lr`, not at all, as √(warmup_steps/step)."""
     milestones: list[Positive] = [0.5, 0.75]
     """When the learning rate drops: below 1 a part of the run, from 1 on an epoch."""
     decay_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
@@ -161,8 +164,18 @@ class Optim(Section):
     """Where the cosine ends."""
     warmup_epochs: NonNegative = 0.0
     """Epochs over which the learning rate rises linearly to its peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """The same in steps, in place of `warmup_epochs`; `inverse_sqrt` falls from there."""
     clip_grad_norm: Positive | None = None
     """Largest norm of the gradient; longer gradients are scaled down to it."""
+
+    @model_validator(mode="after")
+    def _warms_up_once(self):
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError("warmup_epochs and warmup_steps say the same: give one of them")
+        if self.schedule == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError("schedule inverse_sqrt needs warmup_steps, from which the learning rate falls")
+        return self
 
 
 class Checkpoint(Section):
@@ -232,6 +245,7 @@ class RecipeBase(Section):
     augment: Augment = Augment()
     model: Model
     optim: Optim = Optim()
+    translation: Translation = Translation()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
@@ -291,9 +305,19 @@ class RecipeBase(Section):
         """What the method's loss amounts to with `num_classes` classes, in `epoch` (0-based; by default the last)."""
         return self.method_section.effective_loss(num_classes, self.epochs, self.epochs - 1 if epoch is None else epoch)
 
+    @property
+    def methods(self) -> list[str]:
+        """The methods that the recipe's task has: those that need a second input of each one's class go with images alone."""
+        return [name for name in METHOD_SECTIONS if self.task == "images" or not getattr(self, name).needs_partners]
+
     def check_method(self, method: str):
-        """Raise InputError where `method` does not go with the rest: mixed inputs, its preset."""
+        """Raise InputError where `method` does not go with the rest: the task, mixed inputs, its preset."""
         section = getattr(self, method)
+        if method not in self.methods:
+            raise InputError(
+                f"method {method} compares two inputs of one class, which task {self.task} has not: "
+                f"it goes with {', '.join(self.methods)}"
+            )
         mixes = self.augment.mixup or self.augment.cutmix
         if mixes and not section.takes_mixed_inputs:
             raise InputError(
@@ -334,6 +358,8 @@ Recipe = create_model(
     **{name: (section, section()) for name, section in METHOD_SECTIONS.items()},
 )
 
+# Sections that one task alone reads.
+SECTION_TASKS = {"augment": "images", "translation": "translation"}
 _NO_OUTCOME = {
     "name",
     "preset",

@@ -6,8 +6,9 @@ from .errors import InputError
 from .methods import METHOD_SECTIONS
 from .methods.sections import Scale
 from .progress import readable
-from .recipe import Recipe, flatten
+from .recipe import SECTION_TASKS, Recipe, flatten
 from .recipe_files import find_recipe, read_yaml, shipped_recipes
+from .tasks import open_task
 
 
 def sources_table(recipe: Recipe):
@@ -20,7 +21,8 @@ def sources_table(recipe: Recipe):
         table.add_column(header, overflow="fold")
     for key, value in flatten(recipe.model_dump()).items():
         section = key.split(".")[0]
-        if section not in METHOD_SECTIONS or section == recipe.method:
+        of_another_task = SECTION_TASKS.get(section, recipe.task) != recipe.task
+        if not of_another_task and (section not in METHOD_SECTIONS or section == recipe.method):
             source = source_line(recipe, key, value)
             quiet = recipe.source_of(key) == "default"
             table.add_row(key, escape(str(value)), escape(source), style="dim" if quiet else None)
@@ -39,6 +41,14 @@ def source_line(recipe: Recipe, key: str, value) -> str:
             if there and there.values.get(setting) == value:
                 return f"{source} (as in preset {name}: {there.source})"
     return source
+
+
+def run_lines(recipe: Recipe) -> list[str]:
+    """What the loss of the recipe's method amounts to, and what the run will cost."""
+    if recipe.task == "images":
+        return loss_lines(recipe) + cost_lines(recipe)
+    task = open_task(recipe)
+    return recipe.effective_loss(task.num_classes).lines(recipe.optim.lr) + task.cost_lines()
 
 
 def loss_lines(recipe: Recipe) -> list[str]:

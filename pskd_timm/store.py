@@ -17,6 +17,7 @@ from .errors import InputError
 DTYPES = ("float16", "float32", "float64")
 NO_SAMPLE = torch.iinfo(torch.int64).min
 UNSEEN = -1.0  # first number of a row that was never written: no probability is negative
+LOOKED_AT = 64  # rows of each write whose `topk` error is computed, which takes all classes
 EXCHANGE_BYTES = 16 * 2**20  # what a rank sends, and receives, in one round of an exchange
 
 
@@ -72,16 +73,23 @@ class TopRows:
         return self._values(rows)[:, 0] < 0
 
     def encode(self, probabilities: Tensor) -> Tensor:
-        values, classes = probabilities.topk(self.k, dim=1)
+        return self.pack(*probabilities.topk(self.k, dim=1))
+
+    def pack(self, values: Tensor, classes: Tensor) -> Tensor:
+        """The k largest probabilities [B, k] and their classes [B, k] as rows of the table."""
         return self._pack(values.to(self.dtype), classes.to(self.index_dtype))
 
     def decode(self, rows: Tensor) -> Tensor:
+        values, classes, rest = self.parts(rows)
+        return rest[:, None].repeat(1, self.num_classes).scatter_(1, classes, values)
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The probabilities kept [B, k], their classes [B, k], and that of each other class [B]; zeros where never written."""
         values = self._values(rows).to(torch.promote_types(self.dtype, torch.float32))
         classes = _aligned(rows[:, self.value_bytes :]).view(self.index_dtype).long()
         # Rounded values can add up to a little more than 1.
-        rest = (1.0 - values.sum(dim=1, keepdim=True)).clamp_min(0.0) / (self.num_classes - self.k)
-        rest = rest * (values[:, :1] >= 0)
-        return rest.repeat(1, self.num_classes).scatter(1, classes, values.clamp_min(0.0))
+        rest = (1.0 - values.sum(dim=1)).clamp_min(0.0) / (self.num_classes - self.k)
+        return values.clamp_min(0.0), classes, rest * (values[:, 0] >= 0)
 
     def _values(self, rows: Tensor) -> Tensor:
         return _aligned(rows[:, : self.value_bytes]).view(self.dtype)
@@ -228,17 +236,36 @@ class PredictionStore:
         unseen = self.format.unseen(rows)[:, None].to(last.dtype)
         return last.scatter_add_(1, labels.to(self.device)[:, None], unseen).to(index.device)
 
+    def read_top(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a store with `topk` keeps of the samples `index` [B]: probabilities [B, k], classes [B, k], each other's [B].
+
+        All three are zero for samples never seen.
+        """
+        parts = self.format.parts(self.rows.index_select(0, self._slots(index.to(self.device))))
+        return tuple(part.to(index.device) for part in parts)
+
     def write(self, index: Tensor, probabilities: Tensor):
         """Overwrite the rows of the samples `index` [B] with `probabilities` [B, K]."""
         probabilities = probabilities.detach().to(self.device)
         rows = self.format.encode(probabilities)
         self.rows.index_copy_(0, self._slots(index.to(self.device)), rows)
         if isinstance(self.format, TopRows):
-            self._off[0] += 0.5 * (probabilities - self.format.decode(rows)).abs().sum()
-            self._off[1] += len(rows)
+            self._note_error(probabilities[:LOOKED_AT], rows[:LOOKED_AT])
+
+    def write_top(self, index: Tensor, log_probabilities: Tensor):
+        """`write`, in a store with `topk`, from `log_probabilities` [B, K]: the other probabilities are never computed."""
+        log_probabilities = log_probabilities.detach().to(self.device)
+        values, classes = log_probabilities.topk(self.format.k, dim=1)
+        rows = self.format.pack(values.exp(), classes)
+        self.rows.index_copy_(0, self._slots(index.to(self.device)), rows)
+        self._note_error(log_probabilities[:LOOKED_AT].exp(), rows[:LOOKED_AT])
+
+    def _note_error(self, probabilities: Tensor, rows: Tensor):
+        self._off[0] += 0.5 * (probabilities - self.format.decode(rows)).abs().sum()
+        self._off[1] += len(rows)
 
     def topk_error(self) -> float:
-        """Mean probability mass, from 0 to 1, that `topk` put on the wrong classes in the rows written so far.
+        """Mean probability mass, from 0 to 1, that `topk` put on the wrong classes, of the first 64 rows of each write so far.
 
         It is half the sum of absolute differences of a row; all ranks call it together.
         """

@@ -103,7 +103,7 @@ def search(
     optuna = _optuna()
     if "WORLD_SIZE" in os.environ:
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
-    metrics = [known.name for known in task_class(recipe.task).metrics]
+    metrics = [known.name for known in task_class(recipe.task).metrics if not known.only_at_end]
     if metric not in metrics:
         raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, metrics)} (of {', '.join(metrics)})")
     seeds = list(dict.fromkeys(seeds))

@@ -197,9 +197,10 @@ LAYERS = [
         "progress",
         "metrics",
     },
-    {"methods.__init__", "methods.sections", "tasks.__init__", "recipe", "recipe_files"},
+    {"methods.__init__", "methods.sections", "tasks.__init__", "translation.__init__", "translation.section"}
+    | {"recipe", "recipe_files"},
     {"run.__init__", "run.result", "run.folder", "ranks", "calibration", "outcomes", "store", "models", "optim"},
-    {"run.launch", "teacher", "methods", "data"},
+    {"run.launch", "teacher", "methods", "data", "translation"},
     {"tasks"},
     {"methods.build"},
     {"run"},

@@ -3,10 +3,11 @@
 import time
 from importlib import import_module
 
-PARTS = ("step", "data", "store", "metrics", "start")
+QUICK_PARTS = ("step", "data", "store", "metrics", "start")
+PARTS = (*QUICK_PARTS, "translation")
 
 
-def bench(parts=PARTS, say=print, **options) -> dict[str, list[dict]]:
+def bench(parts=QUICK_PARTS, say=print, **options) -> dict[str, list[dict]]:
     """Measure the named `parts`, telling each figure as it is known; `options` go to the parts that know them."""
     found = {}
     for name in parts:

@@ -89,6 +89,8 @@ class PSKD(Method):
     def loss(self, model, batch):
         logits = model(batch.inputs)
         wide = losses.at_least_float32(logits)
+        if self.topk and batch.permutation is None:
+            return self._loss_of_top_rows(wide, batch), logits
         last = self.last_prediction(model, batch).to(wide.dtype)
         log_p = F.log_softmax(wide, dim=1)
         cross_entropy = batch.label_loss(partial(F.nll_loss, log_p))
@@ -100,6 +102,22 @@ class PSKD(Method):
             self.store.write(batch.index, wide.detach().softmax(dim=1))
         alpha = self._alpha.to(wide.dtype)
         return (1.0 - alpha) * cross_entropy + alpha * last_cross_entropy, logits
+
+    def _loss_of_top_rows(self, logits, batch):
+        """`loss` with a store of the k largest, whose rows are never spread out over all the classes."""
+        values, classes, rest = self.store.read_top(batch.index)
+        values, rest = values.to(logits.dtype), rest.to(logits.dtype)
+        labels = batch.labels[:, None]
+        unseen = (values[:, :1] == 0).to(logits.dtype)  # the label stands in for it
+        alpha = self._alpha.to(logits.dtype)
+        weights = torch.cat([1.0 - alpha + alpha * unseen, alpha * (values - rest[:, None])], dim=1)
+        loss, log_p = losses.sparse_cross_entropy(logits, torch.cat([labels, classes], dim=1), weights, alpha * rest)
+        cross_entropy = -log_p.gather(1, labels)
+        of_top = ((values - rest[:, None]) * log_p.gather(1, classes)).sum(dim=1)
+        last = (unseen * cross_entropy)[:, 0] - of_top - rest * log_p.sum(dim=1)
+        self.parts = torch.stack([cross_entropy.mean(), last.mean()])
+        self.store.write_top(batch.index, log_p)
+        return loss.mean()
 
     def last_prediction(self, model, batch):
         """The last predictions, probabilities [B, K]; one-hot labels where there is none yet, or a snapshot would not count.

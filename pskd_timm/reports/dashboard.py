@@ -66,7 +66,7 @@ def make_workspace(recipe: Recipe, metrics: list[Metric], entity: str, project: 
 
     final = {f"last.{metric.name}": metric.header for metric in metrics}
     bars = [panels.BarPlot(title=f"{title}, last epoch", metrics=[key], **over_seeds) for key, title in final.items()]
-    every_epoch = [curve(metric.name, metric.header, "epoch") for metric in metrics]
+    every_epoch = [curve(metric.name, metric.header, "epoch") for metric in metrics if not metric.only_at_end]
     training = [curve(key, title, "epoch" if "train" in key else "Step") for key, title in TRAINING.items()]
     mistakes = panels.WeavePanelSummaryTable(table_name="most_confident_mistakes")
     sections = [

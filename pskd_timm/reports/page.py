@@ -25,7 +25,7 @@ from ..recipe import flatten
 from . import paper, plots, significance
 from .mistakes import data_uri, is_small, shown_mistakes
 from .plots import title
-from .runs import HOLDOUT, PART_NAMES, PREDICTIONS, Run, by_method, probability_parts, scored_part
+from .runs import HOLDOUT, PREDICTIONS, Run, by_method, part_name, probability_parts, scored_part
 from .tables import (
     FLOOR_HEADER,
     Cell,
@@ -166,16 +166,16 @@ def facts(found: list[Run]) -> list[tuple[str, str]]:
 def tested_on(values: dict) -> str:
     """What the figures of a run's result.json are of."""
     what = counted(values)
-    samples = {
-        "test": f"{values['num_test']:,} {what}",
-        "holdout": f"{values['num_holdout']:,} held-out training {what}",
-    }
-    return f"{samples[values['evaluated_on']]}, {values['num_classes']} classes"
+    part = values["evaluated_on"]
+    samples = f"{values['num_test']:,} {what}{'' if part == 'test' else f' of {part}'}"
+    if part == "holdout":
+        samples = f"{values['num_holdout']:,} held-out training {what}"
+    return f"{samples}, {values['num_classes']:,} classes"
 
 
 def counted(values: dict) -> str:
     """What a run's samples are called."""
-    return "images" if values["task"] == "images" else "samples"
+    return {"images": "images", "translation": "tokens"}.get(values["task"], "samples")
 
 
 def _distinct(words) -> str:
@@ -243,7 +243,7 @@ def figure_tables(
     """The tables of the last and of the best epoch; each figure with the paper's beside it where it has one."""
     if not (rows.status == "finished").any():
         return []
-    chosen = _distinct(PART_NAMES[run.values["best"]["chosen_on"]] for run in found if run.values)
+    chosen = _distinct(part_name(run.values["best"]["chosen_on"]) for run in found if run.values)
     scored = scored_part(by_method(found))
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
     what = over_seeds(len(runs) for runs in by_method(found).values())
@@ -477,7 +477,7 @@ def value_and_text(value) -> tuple:
 def evaluated_on(finished: dict[str, list[Run]]) -> str:
     """The part that the curves' figures are from."""
     parts = {run.values["best"]["chosen_on"] for runs in finished.values() for run in runs}
-    return " and ".join(PART_NAMES[part] for part in sorted(parts))
+    return " and ".join(part_name(part) for part in sorted(parts))
 
 
 def temperatures(finished: dict[str, list[Run]]) -> tuple[list[dict], list[str]]:

@@ -29,7 +29,7 @@ PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 # Of the data section, what leaves the tested samples the same; a search may also choose the size they are shown in.
 _SAME_TEST = {"limit_train", "holdout_fraction", "label_noise", "loading", "image_size"}
 _TRAINING_ALONE = {"limit_train", "holdout_fraction", "label_noise"}
-PART_NAMES = {"test": "test part", "holdout": "held-out part"}
+PART_NAMES = {"test": "test part", "holdout": "held-out part"}  # other parts by their own name
 PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
 RESULT = TypeAdapter(RunResult)
 FLOORS = ("ece_if_calibrated", "ece_if_calibrated_95")  # columns: an EceFloor
@@ -201,7 +201,7 @@ def check_history(folder: Path, metrics: Sequence[Metric]):
     lines = path.read_bytes().splitlines() if path.is_file() else []
     if not lines:
         raise InputError("metrics.jsonl is empty or missing")
-    model = _figures_model(metrics)
+    model = _figures_model([metric for metric in metrics if not metric.only_at_end])
     for number, line in enumerate(lines, start=1):
         what = f"metrics.jsonl, line {number}"
         with _said_of(what):
@@ -252,12 +252,16 @@ def _check_predictions(path: Path, values: RunResult):
         classes = file.read(columns=["label", "prediction"]).to_pandas()
     except (ArrowException, OSError) as error:
         raise InputError(f"{path.name} cannot be read: {str(error).partition('. ')[0]}") from None
-    if missing := [name for name in [*OUTCOMES, "probabilities"] if name not in file.schema_arrow.names]:
+    kept = ["probabilities"] if values["task"] == "images" else []  # of a token there are too many to be kept
+    if missing := [name for name in [*OUTCOMES, *kept] if name not in file.schema_arrow.names]:
         raise InputError(f"{path.name} has no column {missing[0]!r}")
-    of_rows = getattr(file.schema_arrow.field("probabilities").type, "list_size", None)
+    of_rows = values["num_classes"]
+    if kept:
+        of_rows = getattr(file.schema_arrow.field("probabilities").type, "list_size", None)
     if of_rows != values["num_classes"] or not classes.isin(range(of_rows)).all(axis=None):
         raise InputError(f"{path.name} has other classes than result.json's {values['num_classes']}")
-    expected = values[f"num_{values['evaluated_on'] if path.name == PREDICTIONS else 'holdout'}"]
+    of_holdout = path.name == HOLDOUT or values["evaluated_on"] == "holdout"
+    expected = values["num_holdout" if of_holdout else "num_test"]
     if expected and len(classes) != expected:  # earlier versions wrote 0
         raise InputError(f"{path.name} has {len(classes)} samples, result.json {expected}")
 
@@ -366,9 +370,14 @@ def by_method(runs: list[Run]) -> dict[str, list[Run]]:
     return {m: [r for r in finished if r.method == m] for m in dict.fromkeys(run.method for run in finished)}
 
 
+def part_name(part: str) -> str:
+    """What people call an evaluated part."""
+    return PART_NAMES.get(part, f"{part} part")
+
+
 def scored_part(finished: dict[str, list[Run]]) -> str:
     """What the figures are of: the test part, or, where that stayed unread as in a search, the held-out part."""
-    return next((PART_NAMES[run.values["evaluated_on"]] for runs in finished.values() for run in runs), "test part")
+    return next((part_name(run.values["evaluated_on"]) for runs in finished.values() for run in runs), "test part")
 
 
 def history(runs: dict[str, list[Run]]) -> pd.DataFrame:

@@ -28,7 +28,7 @@ def find_mistakes(predictions: Predictions, examples: Callable[[torch.Tensor], l
     columns = {
         **{name: [values[row] for row in rows] for name, values in predictions.source.items()},
         "label": predictions.labels.numpy()[rows],
-        "prediction": predictions.probabilities.argmax(dim=1).numpy()[rows],
+        "prediction": predictions.guesses.numpy()[rows],
         "confidence": np.asarray(each.confidence)[rows],
         kind: list(shown),
     }

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 TASKS = {
     "images": "pskd_timm.tasks.images:ImageTask",
+    "translation": "pskd_timm.tasks.translation:TranslationTask",
 }
 
 

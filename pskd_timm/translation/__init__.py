@@ -1,0 +1,1 @@
+"""Translation with encoder–decoders: text, batches by tokens, networks, evaluation, beam search."""
