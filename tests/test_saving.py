@@ -73,6 +73,21 @@ def test_transformers_loads_a_saved_network_with_its_class_names(tmp_path, name,
     assert {row["label"]: row["score"] for row in found} == pytest.approx(ours, abs=1e-4)
 
 
+@pytest.mark.parametrize("name, kwargs, size, small_input", NETWORKS)
+@pytest.mark.parametrize("num_classes", [3, 5])
+def test_a_run_may_start_from_a_saved_network(tmp_path, name, kwargs, size, small_input, num_classes):
+    model, images = saved(tmp_path / "first", name, kwargs, size, small_input)
+    section = Model(name=f"local-dir:{tmp_path / 'first'}", pretrained=True)
+    again = create_model(section, num_classes, (size, size)).eval()
+    assert again.num_classes == num_classes
+    features = [each.forward_features(images) for each in (again, model)]
+    one, other = (of if isinstance(of, list) else [of] for of in features)  # CoAT has several
+    assert len(one) == len(other) and all(map(torch.equal, one, other))
+    check_saves(again)
+    save_model(again, tmp_path / "second", [0.5] * 3, [0.5] * 3, (size, size), 1.0, CLASSES)
+    assert torch.equal(load_model(tmp_path / "second").eval()(images), again(images))
+
+
 def test_timm_alone_refuses_a_network_with_a_small_stem(tmp_path):
     saved(tmp_path, "resnet18", {}, 32, True)
     code = f"import timm; timm.create_model('local-dir:{tmp_path}', pretrained=True)"

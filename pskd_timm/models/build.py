@@ -22,31 +22,55 @@ def check_name(name: str):
 
 
 def create_model(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """The model of a recipe for `num_classes` and RGB images of `image_size` (H, W), tried on one of them."""
+    """The model of a recipe for `num_classes` and RGB images of `image_size` (H, W), tried on one of them.
+
+    `local-dir:FOLDER` is a network that a run or `push` saved, with `pretrained` its weights too.
+    """
     check_name(section.name)
     _check_arguments(section)
-    arguments = {"num_classes": num_classes, **section.kwargs}
-    if _is_bound_to_a_size(section.name):
-        arguments.setdefault("img_size", image_size)
+    make = _from_folder if section.name.startswith(LOCAL) else _from_timm
     try:
-        model = timm.create_model(section.name, pretrained=section.pretrained, **arguments)
+        model, arguments = make(section, num_classes, image_size)
+    except InputError:
+        raise
     except Exception as error:  # each model raises what it likes
         hint = " (--model.kwargs '{}' drops the recipe's arguments)" if section.kwargs else ""
         weights = ""
         if section.pretrained:
             weights, hint = " and pretrained weights", f"{hint} (--model.pretrained false starts without)"
-        made = f"model {section.name} cannot be made with {arguments}{weights}"
+        made = f"model {section.name} cannot be made with {section.kwargs}{weights}"
         raise InputError(f"{made}: {first_line(error)}{hint}") from None
-    if section.small_input:
+    if section.small_input and not getattr(model, "has_small_input", False):
         try:
             model = small_input(model)
         except ValueError as error:
             raise InputError(f"model.small_input: {error}") from None
-    model.has_small_input, model.started_pretrained = section.small_input, section.pretrained
-    # What `create_model` was given, for the config.json that loads the model again.
-    model.creation_arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
+        model.has_small_input = True
+    model.has_small_input = getattr(model, "has_small_input", False)
+    model.started_pretrained = section.pretrained
+    # What the model was made with, for the config.json that loads it again.
+    model.creation_arguments = {key: value for key, value in arguments.items() if key not in ("num_classes", "base")}
     _try(model, section.name, num_classes, image_size)
     return model
+
+
+def _from_timm(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
+    arguments = {"num_classes": num_classes, **section.kwargs}
+    if _is_bound_to_a_size(section.name):
+        arguments.setdefault("img_size", image_size)
+    return timm.create_model(section.name, pretrained=section.pretrained, **arguments), arguments
+
+
+def _from_folder(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
+    folder = Path(section.name.removeprefix(LOCAL)).expanduser()
+    config = read_config(folder)
+    config["model_args"] = config.get("model_args", {}) | section.kwargs
+    model = from_config(config)
+    if section.pretrained:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    if model.num_classes != num_classes:
+        model.reset_classifier(num_classes)
+    return model, config["model_args"]
 
 
 def _is_bound_to_a_size(name: str) -> bool:
@@ -90,6 +114,7 @@ def _check_arguments(section: ModelSection):
         raise InputError("model.kwargs.global_pool '': the network then returns a map of logits: leave it out")
 
 
+LOCAL = "local-dir:"  # what timm calls a model that lies in a folder
 # Of a pretrained_cfg, what speaks of the weights that the architecture was published with, not of its structure.
 OF_PUBLISHED_WEIGHTS = (
     *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset"),
@@ -175,14 +200,27 @@ def contiguous_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_model(folder: str | Path) -> nn.Module:
-    """The model in a run's folder, with its weights, on the CPU. Raises InputError if there is none."""
-    folder = Path(folder).expanduser()
+def read_config(folder: Path) -> dict:
+    """What config.json says of the model saved in `folder`. Raises InputError if there is none.
+
+    This and model.safetensors are all that is read: timm itself looks for weights under other names too.
+    """
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no model here (a finished run has config.json and model.safetensors)")
     try:
-        # Not timm's own road, which looks for weights under other names too.
-        model = from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["architecture"], config["num_classes"]  # noqa: B018 (what a config.json must say)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: config.json cannot be read: {first_line(error)}") from None
+    return config
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """The model in a run's folder, with its weights, on the CPU. Raises InputError if there is none."""
+    folder = Path(folder).expanduser()
+    config = read_config(folder)
+    try:
+        model = from_config(config)
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except Exception as error:  # each model raises what it likes
         raise InputError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
