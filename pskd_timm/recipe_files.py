@@ -21,8 +21,9 @@ if not SHIPPED.is_dir():
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package, as `show` and `compare` take them."""
-    names = {path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml")}
-    return sorted(names - {"sweep"})  # that one is wandb's, not a recipe
+    paths = (path.relative_to(SHIPPED).with_suffix("") for path in SHIPPED.rglob("*.yaml"))
+    # The sweep is wandb's, and what lies in results/ are recipes of runs.
+    return sorted(path.as_posix() for path in paths if path.parts[0] not in ("sweep", "results"))
 
 
 def find_recipe(name: str) -> Path:
