@@ -12,6 +12,7 @@ from PIL import Image
 from pskd_timm import Result
 from pskd_timm.recipe_files import SHIPPED
 from pskd_timm.reports.plots import COLOURS
+from pskd_timm.run.folder import read_result
 
 NOTEBOOK = SHIPPED / "compare_methods.ipynb"
 
@@ -30,6 +31,10 @@ def done(tmp_path_factory):
         elif cell.cell_type == "code":
             cells.setdefault(heading, []).append(cell)
     return folder, cells
+
+
+def finished(run_dir):
+    return Result(run_dir, read_result(run_dir))
 
 
 def text(cell):
@@ -51,24 +56,24 @@ def test_it_trains_two_methods_and_draws_their_curves_while_it_does(done):
     }
     assert {COLOURS["baseline"], COLOURS["pskd"]} <= colours
     for method in ("baseline", "pskd"):
-        assert len(Result.read(folder / f"runs/notebook/{method}/seed0").history) == 6
+        assert len(finished(folder / f"runs/notebook/{method}/seed0").history) == 6
 
 
-def test_its_figures_are_the_runs_own(done):
+def test_its_metrics_are_the_runs_own(done):
     folder, cells = done
-    shown = cells["Look at the figures"][0].outputs[-1].data["text/html"]
+    shown = cells["Look at the metrics"][0].outputs[-1].data["text/html"]
     for method in ("baseline", "pskd"):
-        last = Result.read(folder / f"runs/notebook/{method}/seed0").last
+        last = finished(folder / f"runs/notebook/{method}/seed0").last
         assert all(f"{last[name]:.2f}" in shown for name in ("top1_error", "nll", "ece", "aurc"))
     assert (folder / "runs/notebook/report.html").is_file()
     assert all(picture(cell).width > 200 for cell in cells["Look at the calibration"])
 
 
-def test_it_stops_a_run_and_goes_on_in_the_next_cell(done):
+def test_it_stops_a_run_and_resumes_it_in_the_next_cell(done):
     folder, cells = done
-    stopped, continued = cells["Stop, and go on"]
-    assert text(stopped) == "stopped\n" and "cskd, seed 0" in continued.outputs[-1].data["text/html"]
-    history = Result.read(folder / "runs/notebook/cskd/seed0").history
+    stopped, resumed = cells["Stop and resume"]
+    assert text(stopped) == "stopped\n" and "cskd, seed 0" in resumed.outputs[-1].data["text/html"]
+    history = finished(folder / "runs/notebook/cskd/seed0").history
     assert [line["epoch"] for line in history] == list(range(1, 7))
 
 
