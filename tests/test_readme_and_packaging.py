@@ -3,6 +3,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,14 @@ def blocks(language, folder=None):
 
 
 def commands(marked=None):
-    """The words of each of the README's commands; `marked` chooses those that say, or do not say, that they need more."""
+    """The words of each of the READMEs' commands, as the shell passes them on.
+
+    `marked` chooses those that say, or do not say, that they need more.
+    """
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
     if marked is not None:
         lines = [line for line in lines if ("  # needs" in line) == marked]
-    words = [shlex.split(line, comments=True) for line in lines]
+    words = [list(takewhile(lambda word: word not in (">", "|"), shlex.split(line, comments=True))) for line in lines]
     return [line[line.index(start) + 1 :] for line in words for start in ("pskd-timm", "pskd_timm") if start in line]
 
 
@@ -112,6 +116,13 @@ def test_the_loop_of_ones_own_in_the_readme_runs_and_learns():
     }
     exec(blocks("python")[0], scope)
     assert scope["pskd"].store.gather().argmax(1).eq(labels).float().mean() > 0.9
+
+
+def test_the_page_of_the_rooms_names_every_module_and_folder_of_the_package():
+    package = ROOT / "pskd_timm"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert {name for name in modules | rooms if f"`{name}`" not in PAGES["pskd_timm"]} == set()
 
 
 def test_accelerates_configuration_is_one_process_that_the_command_line_overrides():

@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@120
-# Signals, exit codes and going on: as in single_node.sh.
+# Signals, exit codes and resuming: as in single_node.sh.
 set -uo pipefail
 
 methods=(baseline label_smoothing cskd tfkd pskd)

@@ -9,7 +9,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@300
-# Signals, exit codes and going on: as in single_node.sh.
+# Signals, exit codes and resuming: as in single_node.sh.
 set -uo pipefail
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

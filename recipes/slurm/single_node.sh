@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@300
 # Slurm sends USR1 to every rank five minutes before the time is up, TERM where the job is preempted. Each rank saves and ends
-# with 138 or 143; the job goes back into the queue and the same command goes on. The ranks meet every tracking.log_every
+# with 138 or 143; the job goes back into the queue and the same command resumes the run. The ranks meet every tracking.log_every
 # steps: that many steps and a save must fit into the time that Slurm leaves them.
 set -uo pipefail
 
