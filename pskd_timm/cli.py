@@ -44,7 +44,7 @@ def make_parser() -> Parser:
 
     train = command("train", "train one network with one method", run_train)
     add_settings(train)
-    train.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
+    train.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
     compare = command("compare", "train every method with every seed and put them into one table", run_compare)
     compare.add_argument(
         "--methods",
@@ -59,9 +59,9 @@ def make_parser() -> Parser:
         metavar="N",
         help="runs at once, each with its share of cores or its own GPU (default: one a GPU, else as many as `threads` allows)",
     )
-    compare.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
+    compare.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
     add_settings(compare, without=("method", "seed"))
-    report = command("report", "compare runs that are there: tables and one HTML page", run_report, takes_recipe=False)
+    report = command("report", "compare existing runs: tables and one HTML page", run_report, takes_recipe=False)
     report.add_argument("runs", metavar="RUNS", nargs="+", help="run folders, or folders that hold some (runs/digits)")
     report.add_argument(
         "--output", metavar="DIR", help="where to write (default: the folder that holds all of the runs)"
@@ -75,14 +75,14 @@ def make_parser() -> Parser:
         default=[],
         help="what to choose: pskd.alpha=0.3:0.9, optim.lr=0.01:0.3:log, optim.name=sgd,adamw",
     )
-    search.add_argument("--trials", type=int, metavar="N", default=8, help="choices to train (default: 8)")
+    search.add_argument("--trials", type=int, metavar="N", default=8, help="trials to run (default: 8)")
     search.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="of each trial (default: 0)")
     search.add_argument(
         "--metric", metavar="NAME", default="nll", help="lowest on the held-out part wins (default: nll)"
     )
     search.add_argument("--prune", action="store_true", help="stop trials that do worse than the median (Optuna's)")
     search.add_argument("--search_seed", type=int, metavar="SEED", default=0, help="fixes what is drawn (default: 0)")
-    search.add_argument("--quiet", action="store_true", help="say nothing but what must be said")
+    search.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
     add_settings(search, without=("seed",))
     show = command("show", "print a recipe, where each value comes from, and what the run will cost", run_show)
     add_settings(show)

@@ -111,9 +111,9 @@ class Augment(Section):
     random_erasing: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Probability of setting a box of 2 to 33 % of the image, ratio 0.3 … 3.3, to the mean colour (Zhong et al., AAAI 2020)."""
     mixup: NonNegative = 0.0
-    """a of the Beta(a, a) that mixup draws an image's own share from (timm's usual 0.2 … 0.8); 0 turns it off."""
+    """a of the Beta(a, a) that mixup's λ is drawn from (timm's usual 0.2 … 0.8); 0 turns it off."""
     cutmix: NonNegative = 0.0
-    """a of the Beta(a, a) that cutmix draws an image's own share from (usually 1); 0 turns it off; with mixup half each."""
+    """a of the Beta(a, a) that cutmix's λ is drawn from (usually 1); 0 turns it off; with mixup half each."""
     mix_prob: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Part of the batches that mixup and cutmix mix; the others renew the predictions that PS-KD stores."""
     mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
@@ -199,7 +199,7 @@ class Tracking(Section):
     tags: list[str] = []
     """Tags that wandb gives the run beside its data set, network and seed."""
     notes: str | None = None
-    """What wandb notes down about the run."""
+    """Notes that wandb keeps with the run."""
     artifact: bool = False
     """Hand the weights of the last and the best epoch to wandb as an artifact."""
     log_every: Count = 50
@@ -210,11 +210,11 @@ class Tracking(Section):
 
 class RecipeBase(Section):
     name: Annotated[str, Field(pattern=r"^(\w[\w .+-]*)?$")] = ""
-    """What the runs are filed under; by default the recipe file's name."""
+    """Name of the runs' folder; by default the recipe file's name."""
     task: str = "images"
     """What is trained: `images`, or another line of the tasks' table."""
     method: Literal[tuple(METHOD_SECTIONS)] = "pskd"
-    """How the network is taught."""
+    """Training method."""
     preset: Literal["official", "pskd"] | None = None
     """Published constants for the methods' sections: their own authors' (`official`) or those of PS-KD's table (`pskd`)."""
     preset_of: Names = []

@@ -8,7 +8,7 @@ PARTS = (*QUICK_PARTS, "translation")
 
 
 def bench(parts=QUICK_PARTS, say=print, **options) -> dict[str, list[dict]]:
-    """Measure the named `parts`, telling each figure as it is known; `options` go to the parts that know them."""
+    """Measure the named `parts`, printing each figure once measured; `options` go to the parts that know them."""
     found = {}
     for name in parts:
         began = time.perf_counter()

@@ -25,7 +25,7 @@ from ..fingerprint import digest
 from ..ranks import warn_on_main
 from .sources import Table
 
-VERSION = 4  # of what a cached file holds; a change makes old files be decoded anew
+VERSION = 4  # of what a cached file holds; a change makes old files be decoded again
 CHUNK = 512
 SKIPS = "--data.damaged skip leaves such training images out"
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held

@@ -324,7 +324,7 @@ def _image_folder(folder: Path):
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    """Bytes of a file and when it was changed last, which no program can set back: a changed file is decoded anew."""
+    """Bytes of a file and when it was changed last, which no program can set back: a changed file is decoded again."""
     try:
         status = file.stat()
     except OSError:  # a link to nowhere: a damaged image

@@ -1,4 +1,4 @@
-"""A split whose images stay encoded: decoded anew for every batch, by worker processes."""
+"""A split whose images stay encoded: decoded again for every batch, by worker processes."""
 
 import math
 import random

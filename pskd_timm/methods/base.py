@@ -79,7 +79,7 @@ class Method:
 
     @property
     def variant(self) -> Hashable:
-        """Whatever beside tensors decides what `loss` does: another value asks for another recording of the step."""
+        """Anything besides tensors that decides what `loss` does; a new value means the step is recorded again."""
         return None
 
     def describe(self) -> str | None:

@@ -62,7 +62,7 @@ def read_weights_file(path: str | Path) -> dict:
         refused = _names_of_code(path)
         if refused:
             raise InputError(
-                f"{path}: refused: reading it would run code of its own ({refused}), not only load weights"
+                f"{path}: refused: reading it would run code of its own ({refused}): save model.state_dict() instead"
             ) from None
         raise InputError(f"{path}: no checkpoint that can be read") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,7 +16,7 @@ from .checkpoint import Progress
 
 
 def start_from(path: str | Path, model: nn.Module, optimizer, store: PredictionStore | None, epochs: int) -> Progress:
-    """Where a run that goes on with a file stands: its weights, and momentum, predictions and epoch where it has them."""
+    """Where a run that starts from a file stands: its weights, and momentum, predictions and epoch where it has them."""
     found = load_weights(path, model)
     if "net" not in found:
         return Progress()

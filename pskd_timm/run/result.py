@@ -80,12 +80,12 @@ class Result:
 
     @property
     def last(self) -> EpochFigures:
-        """Number and test figures of the last epoch."""
+        """Number of the last epoch and its metrics on the scored part."""
         return self.values["last"]
 
     @property
     def best(self) -> EpochFigures:
-        """Number and test figures of the best epoch, and which part it was chosen on."""
+        """Number of the best epoch, its metrics on the scored part, and the part it was chosen on."""
         return self.values["best"]
 
     @property
@@ -95,7 +95,7 @@ class Result:
 
     @property
     def frame(self) -> "pd.DataFrame":
-        """The test figures of the last and of the best epoch, a row each."""
+        """The metrics of the last and of the best epoch on the scored part, a row each."""
         import pandas as pd
 
         names = [metric["name"] for metric in self.values["metrics"]]
