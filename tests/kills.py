@@ -95,7 +95,7 @@ def score(settings: dict, rank: int, world_size: int, port: int):
     )
     if rank == 0:
         tensors = found.outcomes._asdict() | {"probabilities": found.probabilities}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors = {name: torch.as_tensor(values).contiguous() for name, values in tensors.items()}
         save_file(tensors, Path(settings["output_dir"]) / f"on{world_size}.safetensors")
     if world_size > 1:
         dist.barrier()

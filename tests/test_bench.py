@@ -42,7 +42,10 @@ def test_bench_measures_the_parts_that_are_named_with_the_options_they_know(tmp_
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["stor"], "bench has no part 'stor', only step, data, store, metrics, start: did you mean store?"),
+        (
+            ["stor"],
+            "bench has no part 'stor', only step, data, store, metrics, start, translation: did you mean store?",
+        ),
         (["store", "--sizes", "5x"], "'5x' should be SAMPLESxCLASSES"),
         (["store", "--processes", "0"], "--processes must be from 1 to 64"),
         (["store", "--json", "/nowhere/b.json"], "there is no folder /nowhere"),

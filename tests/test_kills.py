@@ -5,7 +5,8 @@ import random
 import pytest
 
 from kills import SETTINGS, differences, kill_once, to_end
-from pskd_timm import METHODS, Result
+from pskd_timm import METHODS
+from pskd_timm.run.folder import read_result
 
 
 def killed_and_whole(tmp_path, method, world_size, kills, seed):
@@ -13,7 +14,7 @@ def killed_and_whole(tmp_path, method, world_size, kills, seed):
     whole = to_end(settings | {"output_dir": str(tmp_path / "whole")}, world_size)
     draw = random.Random(seed)
     settings["output_dir"] = str(tmp_path / "killed")
-    seconds = 0.6 * Result.read(whole).values["seconds"]
+    seconds = 0.6 * read_result(whole)["seconds"]
     outcomes = [kill_once(settings, world_size, draw, seconds) for _ in range(kills)]
     killed = to_end(settings, world_size)
     return [outcome for outcome in outcomes if outcome], differences(whole, killed)

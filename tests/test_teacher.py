@@ -43,8 +43,8 @@ def test_compare_trains_each_seeds_baseline_before_its_student_and_records_it_be
     assert "teacher" not in result(recipe, "baseline")
     told = (Path(recipe.output_dir) / "comparison.md").read_text()
     for seed, note in enumerate(found.notes[1:]):  # after the line about the most frequent class
-        assert f"- {note}" in told and f"baseline/seed{seed} (epoch 1): error" in note
-        assert f"nll {result(recipe, 'baseline', seed)['last']['nll']:.3f}" in note
+        assert f"- {note}" in told and f"baseline/seed{seed} (epoch 1): top-1 error" in note
+        assert f"NLL {result(recipe, 'baseline', seed)['last']['nll']:.3f}" in note
 
 
 def test_a_run_alone_uses_the_finished_baseline_and_says_what_to_run_where_there_is_none(compared, tmp_path):
