@@ -100,12 +100,17 @@ def load_model(folder: str | Path) -> nn.Module:
         config = json.loads((folder / "config.json").read_text())
         if not config.get("small_input"):
             return timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
-        # timm builds the large stem, so the small one takes its place before the weights come.
-        model = small_input(timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False))
+        model = build_model(folder)
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model
     except Exception as error:  # each model raises what it likes
         raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
+
+
+def build_model(folder: Path) -> nn.Module:
+    """The model that config.json describes, which was trained with `small_input`, without its weights."""
+    # timm builds the large stem, so the small one takes its place before the weights come.
+    return small_input(timm.create_model(f"local-dir:{folder.resolve()}", pretrained=False))
 
 
 def normalisation(model: nn.Module, recipe: Recipe) -> tuple[list[float], list[float]]:
