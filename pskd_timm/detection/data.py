@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from .. import rng
 from ..errors import InputError, nearest
 from ..files import warn
+from ..fingerprint import digest
 from .settings import VOC_CLASSES
 from .settings import Data as DataSection
 
@@ -61,10 +62,19 @@ class Part:
 
     def picture(self, i: int) -> Image.Image:
         """The i-th picture as RGB. Raises InputError where it cannot be decoded."""
+        return self._read(i, lambda picture: picture.convert("RGB"))
+
+    def size(self, i: int) -> tuple[int, int]:
+        """Width and height of the i-th picture, of which only the head is read. Raises InputError where that cannot be done."""
+        return self._read(i, lambda picture: picture.size)
+
+    def _read(self, i: int, what: Callable):
         try:
-            return self.open(i).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"data: the picture {self.names[i]} cannot be decoded: {str(error)[:200]}") from None
+            with self.open(i) as picture:
+                return what(picture)
+        except Exception as error:  # each of Pillow's readers raises what it likes
+            why = str(error)[:200] or type(error).__name__
+            raise InputError(f"data: the picture {self.names[i]} cannot be decoded: {why}") from None
 
 
 class DetectionData(NamedTuple):
@@ -73,6 +83,16 @@ class DetectionData(NamedTuple):
     train: Part
     test: Part
     class_names: list[str]
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the names of the classes and of the pictures, and of the boxes (fingerprint.py)."""
+        parts = (self.train, self.test)
+        return {
+            "class_names": digest(name.encode() + b"\0" for name in self.class_names),
+            "samples": digest(name.encode() + b"\0" for part in parts for name in (*part.names, "")),
+            "labels": digest(values.tobytes() for part in parts for objects in part.objects for values in objects),
+        }
 
 
 def open_data(section: DataSection) -> DetectionData:
@@ -145,8 +165,13 @@ def _voc_part(devkit: Path, sets: list[str], other: Others) -> Part:
                 raise InputError(f"data: the picture {name} is in {names[name]} and in {image_set}: name one of them")
             names[name] = image_set
     pictures = [_picture_path(devkit, name) for name in names]
-    objects = [_voc_objects(devkit, name, path, other) for name, path in zip(names, pictures, strict=True)]
-    return Part(list(names), objects, partial(_open_path, pictures))
+    part = Part(list(names), [], partial(_open_path, pictures))
+    # The size is that of the picture: the annotation's own `size` is not always right.
+    annotations = [devkit / name.replace("/", "/Annotations/", 1) for name in names]
+    part.objects = [
+        read_annotation(path.with_name(f"{path.name}.xml"), part.size(i), other) for i, path in enumerate(annotations)
+    ]
+    return part
 
 
 def _open_path(paths: list[Path], i: int) -> Image.Image:
@@ -184,16 +209,6 @@ def _picture_path(devkit: Path, name: str) -> Path:
         if (path := devkit / year / "JPEGImages" / f"{stem}{suffix}").is_file():
             return path
     raise InputError(f"{devkit / year / 'JPEGImages' / stem}.jpg: the picture is missing")
-
-
-def _voc_objects(devkit: Path, name: str, picture: Path, other: Others) -> Objects:
-    year, _, stem = name.partition("/")
-    path = devkit / year / "Annotations" / f"{stem}.xml"
-    try:
-        size = Image.open(picture).size  # of its header; the annotation's own `size` is not always right
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{picture}: cannot be read as a picture: {str(error)[:200]}") from None
-    return read_annotation(path, size, other)
 
 
 def read_annotation(path: Path, size: tuple[int, int], other: Others) -> Objects:

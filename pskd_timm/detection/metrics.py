@@ -6,7 +6,6 @@ All detections are one flat table, matched at once for all pictures and classes;
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ..metrics import Metric, ece
 from .data import Objects
@@ -231,4 +230,4 @@ def score(detections: Table, truths: Table, num_classes: int) -> Scores:
 
 def calibration_error(scores: np.ndarray, correct: np.ndarray) -> float:
     """ECE in [0, 1] of detections; 0 where there is none, for none claims too much."""
-    return ece(torch.from_numpy(scores), torch.from_numpy(correct)).item() if len(scores) else 0.0
+    return ece(scores, correct) if len(scores) else 0.0

@@ -80,7 +80,10 @@ def measure(features: nn.Module, name: str) -> list[tuple[int, int]]:
 
 
 def make_features(section: ModelSection) -> tuple[nn.Module, dict]:
-    """The network that gives the maps of `section.backbone`, and timm's description of it. Raises InputError where it has none."""
+    """The network that gives the maps of `section.backbone`, and timm's description of it.
+
+    Raises InputError where it cannot be had, or has no maps.
+    """
     backbone, run = section.backbone, run_folder(section.backbone)
     if run is None and not timm.is_model(backbone.split(".")[0].removeprefix("timm/")) and ":" not in backbone:
         raise InputError(

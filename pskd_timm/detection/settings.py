@@ -10,10 +10,21 @@ from ..recipe import Optim as ImageOptim
 from ..recipe import Tracking as ImageTracking
 from ..section import Count, Fraction, NonNegative, Positive, Section
 
-VOC_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa "
-    "train tvmonitor"
-).split()
+VOC_CLASSES = [
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+]
+VOC_CLASSES += ["horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

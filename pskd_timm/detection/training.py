@@ -1,6 +1,5 @@
 """One detection run, from top to bottom: build, resume, epochs of batches, evaluate, log, save."""
 
-import math
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +12,7 @@ from .. import ranks, rng
 from ..errors import Diverged, InputError
 from ..metrics import Metric
 from ..models.build import contiguous_state
-from ..optim import lr_at, make_optimizer
+from ..optim import grad_norm, lr_at, make_optimizer
 from ..order import epoch_order, even_slice, num_batches, rank_batches
 from ..progress import Display
 from ..run import checkpoint, folder
@@ -73,7 +72,7 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
     model.broadcast_buffers = False  # they are brought together where they matter: before an evaluation
     means = RunningMeans(accelerator, LOSSES)
     progress = Progress()
-    state = TrainState(detector, None, optimizer, accelerator.scaler, None, means.sums)
+    state = TrainState(detector, None, optimizer, accelerator.scaler, None, means.sums, data.fingerprint)
 
     def forward_backward(pictures: list[Example], weight: float):
         with accelerator.autocast():
@@ -127,16 +126,18 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
                     with nullcontext() if micro_batch is micro_batches[-1] else accelerator.no_sync(model):
                         forward_backward(micro_batch, weight)
                 to_log = (step + 1) % recipe.tracking.log_every == 0
-                if recipe.optim.clip_grad_norm or to_log:
-                    longest = recipe.optim.clip_grad_norm or math.inf
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), longest)
+                if recipe.optim.clip_grad_norm:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip_grad_norm)
+                elif to_log:
+                    accelerator.unscale_gradients(optimizer)
+                    norm = grad_norm(model.parameters())
                 optimizer.step()
                 optimizer.zero_grad()
                 progress.step += 1
                 if to_log:
                     now = means.read(progress, f"epoch {epoch + 1}, step {progress.step}")
                     del now["error"]
-                    line = {"epoch": epoch + 1, **now, "lr": lr, "grad_norm": grad_norm.item()}
+                    line = {"epoch": epoch + 1, **now, "lr": lr, "grad_norm": norm.item()}
                     tracker.log_step(step + 1, line)
                     display.step(epoch + 1, progress.step, progress.num_seen, line)
                 if progress.step < steps:
@@ -242,6 +243,7 @@ def run_result(recipe: DetectionRecipe, data: DetectionData, detector, scores, p
         "num_holdout": 0,
         "num_classes": len(data.class_names),
         "class_names": data.class_names,
+        "data_fingerprint": data.fingerprint,
         "num_objects": dict(zip(data.class_names, num_objects.tolist(), strict=True)),
         "num_parameters": sum(weights.numel() for weights in detector.parameters()),
         "num_processes": world_size,
