@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 from . import __version__
+from .detection.recipes import DEFAULT as DETECTION
+from .detection.recipes import load_detection_recipe
+from .detection.settings import DetectionRecipe
 from .errors import Diverged, InputError, RankError, nearest
 from .methods import METHOD_SECTIONS
 from .recipe import Recipe, settings
@@ -45,6 +48,18 @@ def make_parser() -> Parser:
     train = command("train", "train one network with one method", run_train)
     add_settings(train)
     train.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
+    detect = command("detect", "train a detector (Faster R-CNN) on a backbone", run_detect, takes_recipe=False)
+    detect.add_argument(
+        "backbone", metavar="BACKBONE", help="a finished run's folder, local-dir:DIR, hf-hub:ID, or a timm model"
+    )
+    detect.add_argument(
+        "--recipe", metavar="RECIPE", default=DETECTION, help=f"a YAML file, or a shipped one (default: {DETECTION})"
+    )
+    detect.add_argument(
+        "--pretrained", action="store_true", help="start a timm model by name from its pretrained weights"
+    )
+    add_settings(detect, without=("model.backbone", "model.pretrained"), kind=DetectionRecipe)
+    detect.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
     compare = command("compare", "train every method with every seed and put them into one table", run_compare)
     compare.add_argument(
         "--methods",
@@ -147,10 +162,10 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, without=()):
+def add_settings(parser: argparse.ArgumentParser, without=(), kind=Recipe):
     """An option for every setting, with its sentence; values are checked by the recipe, not here."""
     groups = {}
-    for key, field in settings().items():
+    for key, field in settings(kind).items():
         if key in without:
             continue
         section = key.rpartition(".")[0] or "run"
@@ -188,16 +203,42 @@ def load(arguments, rest) -> Recipe:
 def run_train(arguments, rest):
     recipe = load(arguments, rest)
     recipe.check_method(recipe.method)
+
+    def run(display):
+        from .training import train
+
+        return train(recipe, display=display)
+
+    return run_to_end(recipe, run, arguments.quiet)
+
+
+def run_detect(arguments, rest):
+    refuse(rest, arguments)
+    given = {key: value for key, value in vars(arguments).items() if key in settings(DetectionRecipe)}
+    given["model.backbone"] = arguments.backbone
+    if arguments.pretrained:
+        given["model.pretrained"] = "true"
+    recipe = load_detection_recipe(arguments.recipe, given)
+
+    def run(display):
+        from .detection.training import train_detector
+
+        return train_detector(recipe, display=display)
+
+    return run_to_end(recipe, run, arguments.quiet)
+
+
+def run_to_end(recipe: Recipe | DetectionRecipe, run, quiet: bool) -> int:
+    """The exit code of `run(display)`, which trains as `recipe` says, with a line for whatever ends it."""
     from safetensors import SafetensorError
     from torch import OutOfMemoryError, distributed
 
     from .progress import Display
     from .ranks import tells_of_a_lost_rank
-    from .training import train
 
     try:
-        with Display(arguments.quiet) as display:
-            result = train(recipe, display=display)
+        with Display(quiet) as display:
+            result = run(display)
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
         return FAILED

@@ -59,7 +59,7 @@ class Display:
         total = run.epochs * run.steps
         done = (epoch - 1) * run.steps + step
         left = self.left(run.name, done, total)
-        facts = [f"loss {values['loss']:.3f}", f"error {values['error']:.1f} %"]
+        facts = [f"loss {values['loss']:.3f}"] + ([f"error {values['error']:.1f} %"] if "error" in values else [])
         facts += [f"α {values['alpha']:.2f}"] if "alpha" in values else []
         facts += [f"lr {values['lr']:.3g}", f"{run.per_second(epoch, num_seen):,.0f} {run.counts}/s"]
         count = f"step {step}/{run.steps} {left}"
@@ -150,10 +150,11 @@ class _Training:
 
     def words(self, line: dict, left: str) -> str:
         """An epoch in a line of words."""
+        error = f"  error {line['train_error']:.2f} %" if "train_error" in line else ""
         alpha = f"  alpha {line['alpha']:.3f}" if "alpha" in line else ""
         return (
-            f"{self.name}  epoch {line['epoch']}/{self.epochs}  loss {line['train_loss']:.3f}  "
-            f"error {line['train_error']:.2f} %{alpha}  {line['evaluated_on']}: {format_metrics(line, self.metrics)}  "
+            f"{self.name}  epoch {line['epoch']}/{self.epochs}  loss {line['train_loss']:.3f}"
+            f"{error}{alpha}  {line['evaluated_on']}: {format_metrics(line, self.metrics)}  "
             f"{line[f'{self.counts}_per_second']:,.0f} {self.counts}/s  {left}"
         ).rstrip()
 
@@ -161,17 +162,19 @@ class _Training:
         """The head of the table of epochs; with an image's metrics it fits 80 columns."""
         alpha = f"{'α':>5}" if "alpha" in line else ""
         pace = f"{self.counts}/s"
-        return f"{'epoch':>6}{'loss':>7}{'error %':>8}{alpha} │ {' '.join(self._heads(line))} │ {pace:>8}"
+        error = f"{'error %':>8}" if "train_error" in line else ""
+        return f"{'epoch':>6}{'loss':>7}{error}{alpha} │ {' '.join(self._heads(line))} │ {pace:>8}"
 
     def row(self, line: dict) -> str:
         """A row of the table of epochs."""
         alpha = f"{line['alpha']:>5.2f}" if "alpha" in line else ""
+        error = f"{line['train_error']:>8.2f}" if "train_error" in line else ""
         values = [
             f"{metric.format(line[metric.name]):>{len(head)}}"
             for metric, head in zip(self.metrics, self._heads(line), strict=True)
         ]
         return (
-            f"{line['epoch']:>6}{line['train_loss']:>7.3f}{line['train_error']:>8.2f}{alpha} │ {' '.join(values)} │ "
+            f"{line['epoch']:>6}{line['train_loss']:>7.3f}{error}{alpha} │ {' '.join(values)} │ "
             f"{line[f'{self.counts}_per_second']:>8,.0f}"
         )
 

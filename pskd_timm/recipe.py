@@ -374,29 +374,29 @@ _NO_OUTCOME = {
 }
 
 
-def sections() -> dict[str, type[Section]]:
+def sections(recipe: type[Section] = Recipe) -> dict[str, type[Section]]:
     """The sections of a recipe by name."""
     return {
         name: f.annotation
-        for name, f in Recipe.model_fields.items()
+        for name, f in recipe.model_fields.items()
         if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
     }
 
 
-def settings() -> dict[str, Any]:
+def settings(recipe: type[Section] = Recipe) -> dict[str, Any]:
     """Every setting by its dotted name, with pydantic's description of it."""
-    found = {name: field for name, field in Recipe.model_fields.items() if name not in sections()}
-    for section, cls in sections().items():
+    found = {name: field for name, field in recipe.model_fields.items() if name not in sections(recipe)}
+    for section, cls in sections(recipe).items():
         found |= {f"{section}.{name}": field for name, field in cls.model_fields.items()}
     return found
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict, recipe: type[Section] = Recipe) -> dict[str, Any]:
     """{"optim": {"lr": 0.1}} as {"optim.lr": 0.1}; a dictionary that is a setting's value stays one."""
     flat = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and not prefix and key in sections():
-            flat |= flatten(value, f"{key}.")
+        if isinstance(value, dict) and key in sections(recipe):
+            flat |= {f"{key}.{name}": of_section for name, of_section in value.items()}
         else:
-            flat[prefix + key] = value
+            flat[key] = value
     return flat

@@ -12,6 +12,7 @@ from . import presets
 from .errors import InputError, nearest
 from .methods import METHOD_SECTIONS
 from .recipe import Recipe, flatten, sections, settings
+from .section import Section
 
 # In a wheel the recipes lie inside the package, in a checkout beside it.
 SHIPPED = Path(__file__).parent / "recipes"
@@ -22,8 +23,8 @@ if not SHIPPED.is_dir():
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package, as `show` and `compare` take them."""
     paths = (path.relative_to(SHIPPED).with_suffix("") for path in SHIPPED.rglob("*.yaml"))
-    # The sweep is wandb's, and what lies in results/ are recipes of runs.
-    return sorted(path.as_posix() for path in paths if path.parts[0] not in ("sweep", "results"))
+    # The sweep is wandb's, those of detection/ are read by `pskd-timm detect`, and what lies in results/ is of finished runs.
+    return sorted(path.as_posix() for path in paths if path.parts[0] not in ("sweep", "detection", "results"))
 
 
 def find_recipe(name: str) -> Path:
@@ -53,7 +54,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict:
+def read_yaml(path: Path, kind: type[Section] = Recipe) -> dict:
     """The mapping in a YAML file."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
@@ -67,7 +68,7 @@ def read_yaml(path: Path) -> dict:
         what = "empty" if tree is None else type(tree).__name__
         raise InputError(f"{path}: a recipe is a YAML mapping of settings, this is {what}")
     for name, value in tree.items():
-        if name in sections() and not isinstance(value, dict):
+        if name in sections(kind) and not isinstance(value, dict):
             raise InputError(f"{path}: {name} should be a section of settings ({name}: {{…}}), got {value!r}")
         if "." in name:
             raise InputError(f"{path}: write {name} as a section: {name.replace('.', ': {', 1)}: …}}")
@@ -88,17 +89,17 @@ def _yaml_value(text: str):
         raise InputError(f"cannot read {text!r}: write lists as [3, 4] and mappings as '{{width: 16}}'") from None
 
 
-def _override(flat: dict, key: str, value):
+def _override(flat: dict, key: str, value, kind: type[Section]):
     """Set the dotted `key`, which may reach into a setting that is a mapping (model.kwargs.width)."""
     parent, _, name = key.rpartition(".")
-    if key not in settings() and parent in settings():
+    if key not in settings(kind) and parent in settings(kind):
         mapping = flat.get(parent) if isinstance(flat.get(parent), dict) else {}
         flat[parent] = {**mapping, name: _yaml_value(value) if isinstance(value, str) else value}
     else:
         flat[key] = value
 
 
-def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(name: str, overrides: dict[str, Any] | None = None, kind: type[Section] = Recipe) -> Section:
     """The recipe of a file or shipped name, with settings replaced by `overrides`, by dotted name.
 
     Raises InputError that names the setting, what is wrong with it and where it came from.
@@ -107,7 +108,7 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         >>> recipe = load_recipe("cifar100/preact_resnet18", {"method": "pskd", "pskd.alpha": 0.7})
     """
     path = find_recipe(str(name))
-    return with_overrides(read_yaml(path), overrides, str(path), default_name(path))
+    return with_overrides(read_yaml(path, kind), overrides, str(path), default_name(path), kind)
 
 
 def as_recipe(recipe: Recipe | str | Path, overrides: dict[str, Any] | None = None, **lists: Iterable) -> Recipe:
@@ -148,33 +149,38 @@ def _current_names(flat: dict[str, Any]) -> dict[str, Any]:
     return {FORMER_NAMES.get(key, key): value for key, value in flat.items()}
 
 
-def with_overrides(written: dict, overrides: dict[str, Any] | None, origin: str, name: str) -> Recipe:
-    """The recipe of the settings `written` in `origin` with `overrides` by dotted name laid over them."""
-    flat = _current_names(flatten(written))
+def with_overrides(
+    written: dict, overrides: dict[str, Any] | None, origin: str, name: str, kind: type[Section] = Recipe
+) -> Section:
+    """The recipe of the settings `written` in `origin` with `overrides` by dotted name laid over them.
+
+    `kind` is its class: Recipe, or what another command takes instead.
+    """
+    flat = _current_names(flatten(written, kind))
     sources = dict.fromkeys(flat, origin)
-    for key, value in _current_names(flatten(overrides or {})).items():
-        _override(flat, key, _value(value))
+    for key, value in _current_names(flatten(overrides or {}, kind)).items():
+        _override(flat, key, _value(value), kind)
         parent = key.rpartition(".")[0]
-        sources[parent if key not in settings() and parent in settings() else key] = "command line"
-    tree: dict[str, Any] = {key: {} for key, value in written.items() if value == {} and key in sections()}
+        sources[parent if key not in settings(kind) and parent in settings(kind) else key] = "command line"
+    tree: dict[str, Any] = {key: {} for key, value in written.items() if value == {} and key in sections(kind)}
     for key, value in flat.items():
         section, _, setting = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[setting] = value
     tree.setdefault("name", name)
-    recipe = _validated(tree, sources, origin)
-    if recipe.preset:
+    recipe = _validated(tree, sources, origin, kind)
+    if kind is Recipe and recipe.preset:
         for method in METHOD_SECTIONS:
             _fill_from_preset(tree, sources, method, recipe.published(method))
-        recipe = _validated(tree, sources, origin)
+        recipe = _validated(tree, sources, origin, kind)
     recipe._sources = sources
     return recipe
 
 
-def _validated(tree: dict, sources: dict[str, str], origin: str) -> Recipe:
+def _validated(tree: dict, sources: dict[str, str], origin: str, kind: type[Section]) -> Section:
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_explain(error.errors()[0], sources, origin)) from None
+        raise InputError(_explain(error.errors()[0], sources, origin, kind)) from None
 
 
 def _fill_from_preset(tree: dict, sources: dict[str, str], method: str, preset: presets.Preset | None):
@@ -185,21 +191,21 @@ def _fill_from_preset(tree: dict, sources: dict[str, str], method: str, preset: 
             sources[f"{method}.{setting}"] = f"preset {preset.name} of {preset.of}: {preset.source}"
 
 
-def _explain(error: dict, sources: dict[str, str], origin: str) -> str:
+def _explain(error: dict, sources: dict[str, str], origin: str, kind: type[Section]) -> str:
     """One of pydantic's errors in a line."""
     parts = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-"))]
-    key = ".".join(parts[:2] if parts and parts[0] in sections() else parts[:1])
+    key = ".".join(parts[:2] if parts and parts[0] in sections(kind) else parts[:1])
     where = sources.get(key, origin)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown setting {key!r}{nearest(key, settings())}"
+        return f"{where}: unknown setting {key!r}{nearest(key, settings(kind))}"
     if error["type"] == "missing":
-        return f"{where}: {key} is missing: {_description(key)}"
+        return f"{where}: {key} is missing: {_description(key, kind)}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if error["type"] == "string_pattern_mismatch":
         message = "should be a plain name of letters, digits, spaces and . _ + -"
     if error["type"] == "list_type":
         message += ", written [3, 4]"
-    if error["type"] == "value_error" and key not in settings():
+    if error["type"] == "value_error" and key not in settings(kind):
         return f"{_origins(message, key, sources) or origin}: {key + ': ' if key else ''}{message}"
     if error["type"] == "value_error":
         return f"{where}: {key}: {message}"
@@ -213,6 +219,6 @@ def _origins(message: str, section: str, sources: dict[str, str]) -> str:
     return " and ".join(dict.fromkeys(sources[name] for name in named if name in sources))
 
 
-def _description(key: str) -> str:
-    field = settings().get(key)
+def _description(key: str, kind: type[Section]) -> str:
+    field = settings(kind).get(key)
     return field.description.split("\n")[0] if field is not None else "a section of the recipe"

@@ -205,6 +205,7 @@ LAYERS = [
     {"methods.build"},
     {"run"},
     {"training", "evaluation", "checks", "reports"},
+    {"detection"},
     {"comparison", "study", "show", "prediction", "export", "bench", "adaptors"},
     {"cli"},
     {"__main__"},

@@ -14,6 +14,7 @@ from ..files import write_atomic
 from ..metrics import METRICS, Metric
 from ..recipe import Recipe
 from ..recipe_files import load_recipe
+from ..section import Section
 from .result import RunResult
 
 LOCK = ".lock"  # file that is locked while a process is at work on the run
@@ -27,11 +28,11 @@ EARLIER = {
 }
 
 
-def read_recipe(run_dir: Path, overrides: dict | None = None) -> Recipe:
+def read_recipe(run_dir: Path, overrides: dict | None = None, kind: type[Section] = Recipe) -> Section:
     """The resolved recipe of a run. Raises InputError where the folder holds no run."""
     if not (run_dir / "recipe.yaml").is_file():
         raise InputError(f"{run_dir}: no run here (a run folder has a recipe.yaml)")
-    return load_recipe(str(run_dir / "recipe.yaml"), overrides)
+    return load_recipe(str(run_dir / "recipe.yaml"), overrides, kind)
 
 
 def read_result(run_dir: Path) -> RunResult:
@@ -57,7 +58,7 @@ def is_finished(recipe: Recipe) -> bool:
     run_dir = recipe.run_dir
     if recipe.resume == "never" or not (run_dir / "recipe.yaml").is_file():
         return False
-    there, here = read_recipe(run_dir).identity(), recipe.identity()
+    there, here = read_recipe(run_dir, kind=type(recipe)).identity(), recipe.identity()
     different = [key for key in here if there.get(key) != here[key]]
     if different and (checkpoints(run_dir) or (run_dir / "result.json").is_file()):
         key = different[0]

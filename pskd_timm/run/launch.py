@@ -40,9 +40,10 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError("mixed_precision fp16 needs a GPU; bf16 and no run everywhere")
     if recipe.model.sync_bn and not torch.cuda.is_available():
         raise InputError("model.sync_bn needs GPUs: torch has no batch norm over processes for the CPU")
-    if recipe.model.compile == "graphs" and not torch.cuda.is_available():
+    compiles = getattr(recipe.model, "compile", "off")  # detectors are not compiled
+    if compiles == "graphs" and not torch.cuda.is_available():
         raise InputError("model.compile graphs needs a GPU: default and max-autotune run everywhere")
-    if recipe.model.compile == "graphs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if compiles == "graphs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("model.compile graphs is for one process: use default or max-autotune with several")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)

@@ -18,11 +18,14 @@ class RunningMeans:
         self.sums = torch.zeros(3 + len(part_names), device=accelerator.device)  # loss, errors, samples, parts
 
     def add(self, loss, logits, labels, parts):
-        wrong = (logits.detach().argmax(dim=1) != labels).sum()
-        self.sums[0] += loss.detach() * len(labels)
-        self.sums[1] += wrong
-        self.sums[2] += len(labels)
-        self.sums[3:].add_(parts, alpha=len(labels))
+        self.sums[1] += (logits.detach().argmax(dim=1) != labels).sum()
+        self.add_loss(loss, len(labels), parts)
+
+    def add_loss(self, loss, count, parts):
+        """As `add`, where nothing is right or wrong: the mean `loss` and its `parts` over `count` samples."""
+        self.sums[0] += loss.detach() * count
+        self.sums[2] += count
+        self.sums[3:].add_(parts, alpha=count)
 
     def total(self, where: str) -> list[float]:
         """The sums over all ranks (all ranks call it together); raises Diverged where the loss is not finite."""
