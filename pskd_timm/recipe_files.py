@@ -108,7 +108,10 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None, kind: type[S
         >>> recipe = load_recipe("cifar100/preact_resnet18", {"method": "pskd", "pskd.alpha": 0.7})
     """
     path = find_recipe(str(name))
-    return with_overrides(read_yaml(path, kind), overrides, str(path), default_name(path), kind)
+    written = read_yaml(path, kind)
+    if kind is Recipe and written.get("task") == "detection":
+        raise InputError(f"{path}: a recipe or run of a detector, which only `pskd-timm detect` takes")
+    return with_overrides(written, overrides, str(path), default_name(path), kind)
 
 
 def as_recipe(recipe: Recipe | str | Path, overrides: dict[str, Any] | None = None, **lists: Iterable) -> Recipe:

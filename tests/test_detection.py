@@ -289,10 +289,10 @@ def test_every_shipped_recipe_is_one(name):
 @pytest.mark.parametrize(
     "words, line",
     [
-        (["--optim.rl", "1"], "unknown option --optim.rl: did you mean --optim.lr"),
+        (["--optim.rl", "1"], "unknown option --optim.rl: did you mean optim.lr"),
         (["--recipe", "detection/vok"], "no detection recipe 'detection/vok': did you mean detection/voc"),
         (["--batch_size", "0"], "batch_size should be greater than or equal to 1, got '0'"),
-        (["--model.short_side", "[2000]"], "short_side 2000 must not exceed max_side 1333"),
+        (["--data.path", "x", "--model.short_side", "[2000]"], "short_side 2000 must not exceed max_side 1333"),
         (["--data.path", "nowhere"], "data.path: nowhere is not there"),
         ([], "name the pictures"),
     ],
@@ -308,3 +308,13 @@ def test_a_recipe_file_with_an_unknown_setting_is_told_the_nearest(tmp_path):
     path.write_text("epochs: 1\ndata: {path: x}\nmodel: {backbone: resnet18, fpn_chanels: 8}\n")
     with pytest.raises(InputError, match="unknown setting 'model.fpn_chanels': did you mean model.fpn_channels"):
         load_detection_recipe(path)
+
+
+@pytest.mark.parametrize("command", ["report", "evaluate"])
+def test_commands_that_do_not_take_a_detectors_run_say_so_in_a_line(tmp_path, capsys, command):
+    run = tmp_path / "resnet18" / "seed0"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("task: detection\nepochs: 1\ndata: {path: x}\nmodel: {backbone: resnet18}\n")
+    assert main([command, str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "of a detector, which only `pskd-timm detect` takes" in said and said.count("\n") == 1

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from pskd_timm.cli import main, make_parser
+from pskd_timm.detection.recipes import shipped as shipped_for_detectors
 from pskd_timm.recipe_files import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def test_every_command_of_the_readme_parses_and_names_a_recipe_that_is_there(wor
     assert not rest
     # Some commands take a finished run instead.
     name = getattr(arguments, "recipe", "RECIPE").removeprefix("recipes/").removesuffix(".yaml")
-    assert name in shipped_recipes() or name == "RECIPE"
+    assert name in shipped_recipes() + shipped_for_detectors() or name == "RECIPE"
 
 
 def test_the_readmes_first_commands_are_the_set_up():
@@ -151,7 +152,7 @@ def test_a_wheel_holds_the_recipes_and_shows_them_from_any_folder(tmp_path):
         path.relative_to(tmp_path / "site/pskd_timm/recipes").with_suffix("").as_posix()
         for path in (tmp_path / "site/pskd_timm/recipes").rglob("*.yaml")
     }
-    assert shipped == {*shipped_recipes(), "sweep"}
+    assert shipped == {*shipped_recipes(), *shipped_for_detectors(), "sweep"}
     assert (tmp_path / "site/pskd_timm/recipes/compare_methods.ipynb").is_file()
     assert len(list((tmp_path / "site/pskd_timm/recipes/slurm").glob("*.sh"))) == 3
     assert all((tmp_path / "site/pskd_timm/reports" / name).is_file() for name in ("page.html", "paper_results.csv"))
