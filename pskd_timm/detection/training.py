@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ranks, rng
 from ..errors import Diverged, InputError
+from ..files import write_atomic
 from ..metrics import Metric
 from ..models.build import contiguous_state
 from ..optim import grad_norm, lr_at, make_optimizer
@@ -218,7 +219,7 @@ def write_weights(run_dir: Path, recipe: DetectionRecipe, detector, best: dict[s
 
     for place, weights in ((run_dir, contiguous_state(detector)), (run_dir / "best", best)):
         place.mkdir(exist_ok=True)
-        (place / "model.safetensors").write_bytes(encode(weights))
+        write_atomic(place / "model.safetensors", encode(weights))
     save_description(recipe.model, detector, run_dir / "backbone")
 
 
