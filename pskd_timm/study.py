@@ -103,7 +103,7 @@ def search(
     optuna = _optuna()
     if "WORLD_SIZE" in os.environ:
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
-    metrics = [known.name for known in task_class(recipe.task).metrics if not known.only_at_end]
+    metrics = {known.name: known for known in task_class(recipe.task).metrics if not known.only_at_end}
     if metric not in metrics:
         raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, metrics)} (of {', '.join(metrics)})")
     seeds = list(dict.fromkeys(seeds))
@@ -128,7 +128,11 @@ def search(
             sampler = optuna.samplers.TPESampler(
                 n_startup_trials=RANDOM_TRIALS, seed=rng.derive_key(search_seed, SAMPLER, number) % 2**32
             )
-            study = optuna.create_study(sampler=sampler, pruner=_pruner(optuna, recipe.epochs))
+            study = optuna.create_study(
+                sampler=sampler,
+                pruner=_pruner(optuna, recipe.epochs),
+                direction="maximize" if metrics[metric].higher_is_better else "minimize",
+            )
             study.add_trials([_known(optuna, trial, ranges, metric) for trial in done])
             asked = study.ask()
             values = {key: drawn_from.draw(asked, key) for key, drawn_from in ranges.items()}
@@ -146,7 +150,8 @@ def search(
         finished = [trial for trial in done if trial.state == DONE]
         if not finished:
             raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
-        best = min(finished, key=lambda trial: trial.figures[metric])
+        better = max if metrics[metric].higher_is_better else min
+        best = better(finished, key=lambda trial: trial.figures[metric])
         chosen = with_overrides(recipe.model_dump(), best.settings, str(folder), recipe.name)
         return SearchResult(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
 
