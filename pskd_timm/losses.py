@@ -1,4 +1,4 @@
-"""Losses: tensors in, tensor out. Means over B; at least float32 whatever the logits' precision."""
+"""Losses: tensors in, tensors out. Means over B unless said otherwise; at least float32 whatever the logits' precision."""
 
 import torch
 import torch.nn.functional as F

@@ -51,8 +51,7 @@ def train(
     where SIGINT, SystemExit(128 + number) where SIGTERM or SIGUSR1 asks the run to stop.
 
     Example:
-        >>> result = train("digits", {"method": "pskd", "optim.lr": 0.05, "epochs": 5})
-        >>> result.last["ece"], result.run_dir
+        >>> train("digits", {"method": "pskd", "optim.lr": 0.05, "epochs": 5}).last["ece"]
     """
     recipe = as_recipe(recipe, overrides, callbacks=callbacks)
     if not all(map(callable, callbacks)):
@@ -84,7 +83,10 @@ def train(
     state = TrainState(
         network, ema, optimizer, accelerator.scaler, method.store, means.sums, task.fingerprint, method=method
     )
-    scored_on, chosen_on = task.parts[0], task.parts[-1]
+    scored_on, chosen_on = (
+        task.parts[0],
+        task.parts[-1],
+    )  # the part that is reported; the one that chooses the best epoch
 
     def forward_backward(batch: Batch, weight: float):
         with accelerator.autocast():
@@ -103,8 +105,7 @@ def train(
         checkpoint.save(run_dir, progress, state, recipe.checkpoint.keep, before_commit=tracker.sync)
         schedule.saved_at = time.monotonic()
 
-    schedule = SaveSchedule(recipe.checkpoint, recipe.tracking.log_every)
-    clock = Clock()
+    schedule, clock = SaveSchedule(recipe.checkpoint, recipe.tracking.log_every), Clock()
     lock = folder.run_lock(run_dir)
     ranks.on_main(lambda: folder.prepare(recipe, lock))
     tracker = Tracker(accelerator, recipe, task, loader.steps, display.quiet)
@@ -119,8 +120,7 @@ def train(
                 ema.set(network)
             display.say(f"{run_dir}: starting from {recipe.init_from} after epoch {progress.epoch}")
         tracker.forget_after(progress.epoch, progress.step)
-        first_epoch = progress.epoch
-        done = progress.epoch * loader.steps + progress.step
+        first_epoch, done = progress.epoch, progress.epoch * loader.steps + progress.step
         display.begin(
             f"{recipe.method} seed {recipe.seed}", recipe.epochs, loader.steps, done, task.metrics, task.counts
         )
@@ -135,7 +135,6 @@ def train(
                 model.train()
                 for micro_batches in loader.batches(batches, epoch, recipe.grad_accum_steps):
                     step = epoch * loader.steps + progress.step
-                    global_size = loader.global_size(epoch, progress.step)
                     # Dropout and the like draw from torch's generator: seeded here, a resumed run draws the same.
                     torch.manual_seed(rng.derive_key(recipe.seed, STEP, step, rank))
                     lr = lr_at(step, loader.steps, recipe.epochs, recipe.optim)
@@ -143,7 +142,7 @@ def train(
                         group["lr"] = lr
                     for batch in micro_batches:
                         # DDP averages over ranks; the weight makes of uneven shares the mean over the global batch.
-                        weight = len(batch.labels) * world_size / global_size
+                        weight = len(batch.labels) * world_size / loader.global_size(epoch, progress.step)
                         with nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(model):
                             forward_backward(batch, weight)
                     to_log = (step + 1) % recipe.tracking.log_every == 0
