@@ -41,6 +41,8 @@ class Classifier:
         """The last epoch's network of the run in a folder, or with `best` the best epoch's."""
         run = Path(run).expanduser()
         recipe = read_recipe(run)
+        if recipe.task != "images":
+            raise InputError(f"{run}: a run of task {recipe.task}, which classifies no images")
         read_result(run)  # the run is finished
         folder = run / "best" if best else run
         model = load_model(folder).eval().to(prepare_scoring(recipe))
