@@ -155,6 +155,16 @@ def test_flips_depend_on_seed_epoch_and_picture_alone_and_half_of_them_happen(de
     assert next(iter(examples(part, [[0]], 0, 0)))[0].labels.tolist() == (part.objects[0].labels + 1).tolist()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_picture_is_named_in_a_line_whichever_process_decodes_it(devkit, workers):
+    path = devkit / "VOC2007/JPEGImages/000001.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    part = open_data(Data(path=str(devkit), train=["VOC2007/train"], test=["VOC2007/val"])).train
+    with pytest.raises(InputError) as caught:
+        list(examples(part, [[0], [1]], 0, workers))
+    assert "the picture VOC2007/000001 cannot be decoded" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def hf_dataset(tmp_path, listed: bool):
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
     from datasets import Image as ImageFeature

@@ -6,7 +6,7 @@ xmin − 1 … xmax, so that a box has the same area and overlap as by VOC's own
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -299,8 +299,14 @@ class _Examples(Dataset):
     def __len__(self):
         return len(self.part)
 
-    def __getitem__(self, item: tuple[int, int]) -> Example:
-        epoch, index = item
+    def __getitem__(self, item: tuple[int, int]) -> Example | InputError:
+        # An error that a worker raised would come back with its traceback as its text.
+        try:
+            return self._example(*item)
+        except InputError as error:
+            return error
+
+    def _example(self, epoch: int, index: int) -> Example:
         pixels = np.array(self.part.picture(index))
         boxes, labels, _ = self.part.objects[index]
         draw = rng.uniform(rng.derive_key(self.seed, FLIP, epoch), torch.tensor([index])).item() if self.hflip else 1.0
@@ -312,13 +318,17 @@ class _Examples(Dataset):
 
 def examples(
     part: Part, batches: list[list[int]], epoch: int, workers: int, hflip: float = 0.0, seed: int = 0
-) -> DataLoader:
-    """The pictures of each of `batches` (indices into `part`), as a list of Example a batch."""
+) -> Iterator[list[Example]]:
+    """The pictures of each of `batches` (indices into `part`). Raises InputError at one that cannot be decoded."""
     numbered = [[(epoch, int(index)) for index in batch] for batch in batches]
-    return DataLoader(
+    loader = DataLoader(
         _Examples(part, hflip, seed),
         batch_sampler=numbered,
         collate_fn=list,
         num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
     )
+    for pictures in loader:
+        if errors := [each for each in pictures if isinstance(each, InputError)]:
+            raise errors[0]
+        yield pictures
