@@ -20,9 +20,10 @@ from .data.augmentation import normalize
 from .errors import InputError, first_line
 from .files import write_atomic
 from .metrics import score
-from .models.build import normalisation
+from .models.base import CifarNet
+from .models.build import LOCAL, normalisation
 from .prediction import Classifier, describe_calibration
-from .recipe import Recipe
+from .recipe import METHOD_SECTIONS, Recipe
 from .recipe_files import differing
 from .reports.plots import reliability_and_risk, title
 from .reports.tables import telling_metrics
@@ -92,10 +93,18 @@ def recipe_for_others(recipe: Recipe) -> str:
         tree["data"]["path"] = Path(tree["data"]["path"]).name
     if "init_from" in tree:
         tree["init_from"] = Path(tree["init_from"]).name
-    section = tree.get(recipe.method, {})
-    if recipe.method_section.trained_teacher not in (None, BASELINE):
-        section["teacher"] = Path(section["teacher"]).name
+    tree["model"]["name"] = name_for_others(recipe)
+    for method in METHOD_SECTIONS:
+        section = tree.get(method, {})
+        if getattr(recipe, method).trained_teacher not in (None, BASELINE):
+            section["teacher"] = Path(section["teacher"]).name
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def name_for_others(recipe: Recipe) -> str:
+    """The model's name; of one that was read from a folder of this machine only the folder's own name."""
+    name = recipe.model.name
+    return f"{LOCAL}{Path(name.removeprefix(LOCAL)).name}" if name.startswith(LOCAL) else name
 
 
 def result_for_others(values: RunResult) -> dict:
@@ -109,7 +118,7 @@ def result_for_others(values: RunResult) -> dict:
 def plain(text: str) -> str:
     """`text` as Markdown shows it literally: no markup, no line breaks, no control characters."""
     visible = "".join(character if character.isprintable() else " " for character in text)
-    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", visible)
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&$])", r"\\\1", visible)
 
 
 CHOSEN_ON = {"holdout": "held-out images", "test": "test images themselves: the figures are a little too good"}
@@ -150,13 +159,14 @@ Classes, in the order of the outputs: {classes}.
 
 def model_card(result: Result, classifier: Classifier, best: bool, timm_name: str) -> str:
     """README.md as the hub reads it: YAML with the figures, then the table, the picture, how to load it and the recipe."""
-    recipe, name = classifier.recipe, classifier.recipe.model.name
+    recipe = classifier.recipe
     imports, loading = "", f'timm.create_model("{timm_name}", pretrained=True)'
-    if recipe.model.small_input or name.startswith("cifar_"):
+    model = classifier.model
+    if model.has_small_input or isinstance(model, CifarNet):
         imports = "import pskd_timm.models  # registers this network with timm\n"
     return card_head(result, recipe, best) + CARD.format(
         name=recipe.name,
-        model=name,
+        model=name_for_others(recipe),
         method=title(recipe.method),
         num_classes=len(classifier.class_names),
         version=__version__,
@@ -204,7 +214,7 @@ def card_head(result: Result, recipe: Recipe, best: bool) -> str:
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "pskd_timm", "calibration", recipe.method],
         metrics=["accuracy"],
-        model_name=f"{recipe.name} {recipe.model.name} {recipe.method}",
+        model_name=f"{recipe.name} {name_for_others(recipe)} {recipe.method}",
         eval_results=[
             EvalResult(**about, dataset_split=result.values["evaluated_on"], metric_type=name, metric_value=value)
             for name, value in measured.items()

@@ -61,9 +61,11 @@ class Classifier:
             return np.asarray(fit(image, self.recipe.data.image_size, self.recipe.data.crop_pct))
         # The data were all of one size, which these pictures need not be.
         height, width = self.image_size
-        return np.asarray(
-            image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-        )
+        if image.size == (width, height):
+            return np.asarray(image)
+        if height == width:
+            return np.asarray(fit(image, height, 1.0))
+        return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """What a run leaves for other people's tools: timm and transformers load the saved network, or refuse it."""
 
+import html
 import json
+import re
 import subprocess
 import sys
 
@@ -8,12 +10,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load_file
 
-from pskd_timm import InputError
+from pskd_timm import InputError, load_recipe, train
+from pskd_timm.data.decode import fit
+from pskd_timm.export import plain, push, recipe_for_others
 from pskd_timm.models import build
 from pskd_timm.models.build import check_saves, create_model, load_model, save_model
+from pskd_timm.prediction import predict
 from pskd_timm.recipe import Model
 
 CLASSES = ["ä cat", "dog", "hot dog"]
@@ -45,7 +52,7 @@ def test_timm_and_we_load_a_saved_network_as_it_was(tmp_path, name, kwargs, size
 
 def test_the_file_says_how_the_network_was_tested_and_nothing_of_weights_that_were_never_loaded(tmp_path):
     published = timm.get_pretrained_cfg("resnet50")
-    assert published.test_input_size and published.license and published.tag  # what must not be kept
+    assert published.test_input_size and published.origin_url and published.tag  # what must not be kept
     saved(tmp_path, "resnet50", {}, 32, False, crop_pct=0.875)
     config = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     left_out = {"tag", "license", "origin_url", "paper_ids", "hf_hub_id", "url", "test_input_size", "test_crop_pct"}
@@ -73,6 +80,67 @@ def test_transformers_loads_a_saved_network_with_its_class_names(tmp_path, name,
     assert {row["label"]: row["score"] for row in found} == pytest.approx(ours, abs=1e-4)
 
 
+def pictures(folder, sizes, per_class):
+    """A folder of noisy pictures in colours of their class."""
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            width, height = sizes[i % len(sizes)]
+            pixels = rng.integers(0, 160, (height, width, 3), np.uint8)
+            pixels[..., k] += 90
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+SIZES = [(40, 30), (31, 47), (36, 36), (90, 33)]
+VIT = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [("resnet10t", {}), ("vit_tiny_patch16_224", VIT), ("cifar_preact_resnet_tiny", {"width": 4})],
+    ids=["CNN", "ViT", "cifar"],
+)
+def test_a_pushed_run_says_the_same_in_predict_in_transformers_and_in_its_cards_own_code(
+    tmp_path, monkeypatch, name, kwargs
+):
+    from transformers import pipeline
+
+    data = pictures(tmp_path / "data", SIZES, 8)
+    settings = {"data.path": str(data), "data.test_fraction": 0.25, "data.image_size": 32, "data.crop_pct": 0.9}
+    settings |= {"model.name": name, "model.kwargs": kwargs, "method": "pskd", "epochs": 2, "batch_size": 8}
+    settings |= {"threads": 1, "tracking.wandb": "disabled", "output_dir": str(tmp_path / "runs")}
+    run = train(load_recipe("custom", settings)).run_dir
+    push(run, str(tmp_path / "pushed"))
+
+    files = sorted(map(str, data.rglob("*.png")))[:12]
+    ours = [{row["class"]: row["confidence"] for row in each["top"]} for each in predict(run, files)["images"]]
+    theirs = pipeline("image-classification", model=str(tmp_path / "pushed"))(files)
+    assert [{row["label"]: row["score"] for row in each} for each in theirs] == [
+        pytest.approx(o, abs=1e-4) for o in ours
+    ]
+
+    monkeypatch.chdir(tmp_path)
+    code = (tmp_path / "pushed" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for file, expected in zip(files, ours, strict=True):
+        scope = {}
+        exec(code.replace("image.jpg", file), scope)
+        found = dict(zip(sorted(CLASSES), scope["confidences"][0].tolist(), strict=True))
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("size, crop_pct", [(32, 1.0), (32, 0.875), (224, 0.9), (64, 0.95), (33, 0.83)])
+def test_test_images_are_to_the_pixel_what_timms_transform_for_evaluation_shows(size, crop_pct):
+    plain_values = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bicubic", "crop_mode": "center"}
+    transform = timm.data.create_transform((3, size, size), crop_pct=crop_pct, **plain_values)
+    rng = np.random.default_rng(0)
+    for width, height in [*SIZES, (size, size), (300, 201), (75, 50)]:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        expected = (transform(image) * 255).round().byte().permute(1, 2, 0)
+        assert np.array_equal(fit(image, size, crop_pct), expected.numpy())
+
+
 @pytest.mark.parametrize("name, kwargs, size, small_input", NETWORKS)
 @pytest.mark.parametrize("num_classes", [3, 5])
 def test_a_run_may_start_from_a_saved_network(tmp_path, name, kwargs, size, small_input, num_classes):
@@ -86,6 +154,20 @@ def test_a_run_may_start_from_a_saved_network(tmp_path, name, kwargs, size, smal
     check_saves(again)
     save_model(again, tmp_path / "second", [0.5] * 3, [0.5] * 3, (size, size), 1.0, CLASSES)
     assert torch.equal(load_model(tmp_path / "second").eval()(images), again(images))
+
+
+@pytest.mark.parametrize("name, kwargs, size, small_input", [NETWORKS[2], NETWORKS[-1]])
+def test_a_run_may_start_from_a_pushed_network_on_the_hub(tmp_path, monkeypatch, name, kwargs, size, small_input):
+    snapshot = tmp_path / "models--me--mine" / "snapshots" / ("0" * 40)
+    (tmp_path / "models--me--mine" / "refs").mkdir(parents=True)
+    (tmp_path / "models--me--mine" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model, images = saved(snapshot, name, kwargs, size, small_input)
+    again = create_model(Model(name="hf-hub:me/mine", pretrained=True), 3, (size, size)).eval()
+    assert torch.equal(again(images), model(images))
+    check_saves(again)
+    save_model(again, tmp_path / "second", [0.5] * 3, [0.5] * 3, (size, size), 1.0, CLASSES)
+    assert torch.equal(load_model(tmp_path / "second").eval()(images), model(images))
 
 
 def test_timm_alone_refuses_a_network_with_a_small_stem(tmp_path):
@@ -113,6 +195,45 @@ def test_a_folder_that_is_not_ours_is_refused_in_a_line(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="no model here"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"model_args": {"checkpoint_path": "weights.pth"}}, r"name other files to read \(checkpoint_path\)"),
+        ({"model_args": {"pretrained": True}}, r"name other files to read \(pretrained\)"),
+        (
+            {"architecture": "pskd_small_input", "model_args": {"base": "hf-hub:some/model"}},
+            "timm has no model 'hf-hub:some/model'",
+        ),
+        ({"num_classes": "three"}, "the model cannot be loaded"),
+        ({"model_args": [1]}, "the model cannot be loaded"),
+    ],
+)
+def test_a_config_that_leads_elsewhere_is_refused(tmp_path, changes, says):
+    saved(tmp_path, "cifar_preact_resnet_tiny", {"width": 4}, 8, False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=says):
+        load_model(tmp_path)
+
+
+@timm.models.register_model
+def reads_a_number_from_a_tensor(pretrained=False, **kwargs):
+    return timm.create_model("resnet10t", drop_path_rate=torch.linspace(0, 0.1, 3)[1].item(), **kwargs)
+
+
+def test_a_network_whose_constructor_reads_numbers_from_tensors_can_be_saved_and_no_random_numbers_are_used(
+    monkeypatch,
+):
+    with pytest.raises(RuntimeError, match="meta"), torch.device("meta"):
+        reads_a_number_from_a_tensor()
+    model = timm.create_model("resnet10t", num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": "reads_a_number_from_a_tensor"}
+    model.creation_arguments, model.has_small_input, model.started_pretrained = {}, False, False
+    before = torch.get_rng_state()
+    check_saves(model)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_could_not_be_saved_or_built_again_is_refused_before_training():
@@ -162,3 +283,28 @@ def test_the_shared_weights_of_a_network_are_written_under_each_of_their_names(t
     places = [tensor.data_ptr() for tensor in model.state_dict().values()]
     assert len(set(places)) < len(places)
     assert load_file(tmp_path / "model.safetensors").keys() == build.contiguous_state(model).keys()
+
+
+def test_no_folder_of_this_machine_is_published():
+    settings = {"data.path": "/home/me/cats", "model.name": "local-dir:/home/me/runs/first", "method": "pskd"}
+    settings |= {
+        "tfkd.teacher": "/home/me/runs/teacher",
+        "init_from": "/home/me/start.pth",
+        "output_dir": "/home/me/out",
+    }
+    shown = recipe_for_others(load_recipe("custom", settings | {"data.cache_dir": "/home/me/cache"}))
+    assert "/home/me" not in shown
+    tree = yaml.safe_load(shown)
+    assert tree["model"]["name"] == "local-dir:first" and tree["tfkd"]["teacher"] == "teacher"
+
+
+@pytest.mark.parametrize(
+    "text", ["<b>bold</b>", "*a* _b_ `c` ~~d~~", "[x](y) ![z](w)", "a | b & c &lt; $d$", "# 猫", "\\"]
+)
+def test_markdown_shows_a_class_name_as_it_is(text):
+    shown = MarkdownIt("gfm-like", {"linkify": False}).render(f"Classes: {plain(text)}, dog.")
+    assert shown == f"<p>Classes: {html.escape(text)}, dog.</p>\n"
+
+
+def test_line_breaks_and_control_characters_of_a_class_name_are_spaces():
+    assert re.search(r"\w( +)\w", plain("a\r\n\x1b\u202eb"))[1] == " " * 4

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.transforms import functional as tv
 
 from ..cpus import num_cpus
 from ..errors import InputError
@@ -25,7 +27,7 @@ from ..fingerprint import digest
 from ..ranks import warn_on_main
 from .sources import Table
 
-VERSION = 4  # of what a cached file holds; a change makes old files be decoded again
+VERSION = 5  # of what a cached file holds; a change makes old files be decoded again
 CHUNK = 512
 SKIPS = "--data.damaged skip leaves such training images out"
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
@@ -265,9 +267,6 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def fit(image: Image.Image, size: int, crop_pct: float) -> Image.Image:
-    """The centre square of `size` pixels, once the shorter side is resized to size/crop_pct."""
-    scale = round(size / crop_pct) / min(image.size)
-    if scale != 1:
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+    """The centre square of `size` pixels, once the shorter side is resized to size/crop_pct: timm's transform for evaluation."""
+    image = tv.resize(image, math.floor(size / crop_pct), tv.InterpolationMode.BICUBIC)
+    return tv.center_crop(image, size)

@@ -6,6 +6,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import load_file, save
+from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from ..errors import InputError, first_line, nearest
@@ -58,7 +59,10 @@ def _from_timm(section: ModelSection, num_classes: int, image_size: tuple[int, i
     arguments = {"num_classes": num_classes, **section.kwargs}
     if _is_bound_to_a_size(section.name):
         arguments.setdefault("img_size", image_size)
-    return timm.create_model(section.name, pretrained=section.pretrained, **arguments), arguments
+    model = timm.create_model(section.name, pretrained=section.pretrained, **arguments)
+    if section.name.startswith(HUB):  # timm itself adds those in the repository's config.json
+        arguments = load_model_config_from_hf(section.name.removeprefix(HUB))[2] | arguments
+    return model, arguments
 
 
 def _from_folder(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
@@ -114,7 +118,9 @@ def _check_arguments(section: ModelSection):
         raise InputError("model.kwargs.global_pool '': the network then returns a map of logits: leave it out")
 
 
-LOCAL = "local-dir:"  # what timm calls a model that lies in a folder
+LOCAL, HUB = "local-dir:", "hf-hub:"  # what timm calls models that lie in a folder, or in a repository of the hub
+# Arguments of timm.create_model that make it read other files.
+READ_FILES = ("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 # Of a pretrained_cfg, what speaks of the weights that the architecture was published with, not of its structure.
 OF_PUBLISHED_WEIGHTS = (
     *("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset"),
@@ -164,8 +170,7 @@ def check_saves(model: nn.Module):
     name = model.pretrained_cfg["architecture"]
     try:
         config = json.loads(json.dumps(model_config(model, [0.5], [0.5], (1, 1), 1.0, [])))
-        with torch.device("meta"):
-            again = from_config(config)
+        again = _without_weights(config)
     except Exception as error:  # each model raises what it likes
         raise InputError(f"model {name} cannot be saved as it was made: {first_line(error)}") from None
     here, there = ({n: tuple(t.shape) for n, t in each.state_dict().items()} for each in (model, again))
@@ -176,11 +181,23 @@ def check_saves(model: nn.Module):
         )
 
 
+def _without_weights(config: dict) -> nn.Module:
+    """`from_config` without the time and the random numbers that weights take, where the network lets itself be built so."""
+    try:
+        with torch.device("meta"):
+            return from_config(config)
+    except Exception:  # constructors of timm up to 1.0.20 read numbers from tensors, which meta tensors do not hold
+        with torch.random.fork_rng(devices=[]):
+            return from_config(config)
+
+
 def from_config(config: dict) -> nn.Module:
     """The network that a config.json describes, with new weights; nothing but the file's own words is read."""
     architecture, arguments = config["architecture"], dict(config.get("model_args", {}))
     if not timm.is_model(architecture):
         raise ValueError(f"timm has no model {architecture!r}")
+    if refused := [name for name in arguments if name in READ_FILES]:
+        raise ValueError(f"its model_args name other files to read ({refused[0]})")
     arguments["num_classes"] = config["num_classes"]
     model = timm.create_model(architecture, pretrained=False, **arguments)
     if config.get("small_input"):  # as earlier versions marked it

@@ -47,6 +47,8 @@ def unstrided(conv: nn.Conv2d) -> nn.Conv2d:
 @register_model
 def pskd_small_input(pretrained: bool = False, base: str = "", **kwargs) -> nn.Module:
     """timm's model `base` with the stem of `small_input`: what config.json names, so that timm alone refuses such a folder."""
+    if not timm.is_model(base):
+        raise ValueError(f"timm has no model {base!r}")  # a folder or a repository is none
     config = kwargs.pop("pretrained_cfg", None) or {}
     config = config if isinstance(config, dict) else config.to_dict()
     if "num_classes" in config:
@@ -56,6 +58,7 @@ def pskd_small_input(pretrained: bool = False, base: str = "", **kwargs) -> nn.M
         **model.pretrained_cfg,
         **{key: value for key, value in config.items() if value is not None},
     }
+    model.has_small_input = True
     if pretrained:
         load_pretrained(model, model.pretrained_cfg, model.num_classes)
     return model
