@@ -11,7 +11,8 @@ from torch import Tensor
 class Batch:
     """What the network takes (`inputs`: images [B, C, H, W]), `labels` [B] and the rows `index` [B] of the prediction store.
 
-    `partner_inputs`, like `inputs`, holds another sample of each one's class, for the methods that ask for partners.
+    `partner_inputs`, like `inputs`, holds another sample of each one's class, or the same in a second view, for the methods
+    that ask for it. Where a step is split into several forward passes, `micro_batch` says which of them this is.
     In a mixed batch (mixup, cutmix) input i is `lam` [] (λ) parts sample i and 1 − λ parts sample `permutation[i]` [B].
 
     Example:
@@ -24,6 +25,7 @@ class Batch:
     partner_inputs: Any = None
     permutation: Tensor | None = None
     lam: Tensor | None = None
+    micro_batch: int = 0
 
     def mixed(self, rows: Tensor) -> Tensor:
         """`rows` [B, …] of the samples, mixed as the inputs are; unchanged in a batch that is not mixed."""

@@ -90,6 +90,15 @@ def largest(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def total(mine: Tensor) -> Tensor:
+    """The sum of every rank's `mine`, on every rank (all ranks call it together)."""
+    if rank_and_world_size()[1] == 1:
+        return mine.clone()
+    summed = mine.to(exchange_device(), copy=True)
+    dist.all_reduce(summed)
+    return summed.to(mine.device)
+
+
 def tells_of_a_lost_rank(error: RuntimeError) -> bool:
     """Whether an error means that another rank is gone or silent, and not that this one did something wrong."""
     if rank_and_world_size()[1] == 1:

@@ -222,7 +222,7 @@ def test_timms_task_refuses_plain_labels_and_methods_that_need_partners(plain):
     task = MethodTask(open_task(recipe).network(), method_of(recipe, data))
     with pytest.raises(InputError, match=r"wrap the training set, Indexed"):
         task(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(InputError, match="CSKD needs a partner"):
+    with pytest.raises(InputError, match="CSKD needs a second input"):
         MethodTask(open_task(recipe).network(), METHODS["cskd"]())
 
 

@@ -628,7 +628,7 @@ def photographs(root, count=8, size=(90, 70)):
 STREAMED = Augment(random_resized_crop=[0.2, 1.0], hflip=0.5)
 
 
-def streamed_views(data, rank=0, world_size=1, workers=0, epochs=(0, 1), first_batch=0, partners=True):
+def streamed_views(data, rank=0, world_size=1, workers=0, epochs=(0, 1), first_batch=0, partners="class"):
     """Sample → (image, partner) for each epoch."""
     split = replace(data.train, workers=workers)
     one = Loader(split, 2, 2, 5, STREAMED, [0.5] * 3, [0.5] * 3, 3, rank, world_size, partners)
@@ -819,7 +819,7 @@ def test_a_crop_moves_an_image_by_at_most_its_padding():
             assert moved[0, 0].nonzero().tolist() == [[6 - top, 8 - 6 if mirrored else 6]]
 
 
-def loader(world_size=1, rank=0, partners=True, batch_size=32):
+def loader(world_size=1, rank=0, partners="class", batch_size=32):
     data = load_data(section(source="digits", limit_train=90))
     return Loader(
         data.train,

@@ -25,7 +25,7 @@ class MethodCallback(TrainerCallback):
 
     The training set is Indexed; evaluation, whose labels are plain, gets cross-entropy. The model returns logits or what
     has them under `logits`. Methods that look at the images themselves (CS-KD, a teacher network) and several processes
-    are refused. Checkpoints keep the method's table of predictions.
+    are refused. Checkpoints keep what the method remembers.
     """
 
     def __init__(self, method: Method):
@@ -51,7 +51,7 @@ class MethodCallback(TrainerCallback):
         return loss if num_items_in_batch is None else loss * (labels.numel() / num_items_in_batch)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.method.store is None or state.global_step == 0:
+        if state.global_step == 0 or not self.method.state_dict(include_store=True):
             return
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
         if not path.is_file():
@@ -67,6 +67,5 @@ class MethodCallback(TrainerCallback):
         self.method.end_epoch()
 
     def on_save(self, args, state, control, **kwargs):
-        if self.method.store is not None:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
-            save_file(self.method.state_dict(include_store=True), path)
+        if remembered := self.method.state_dict(include_store=True):
+            save_file(remembered, Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)

@@ -26,7 +26,7 @@ class MethodTask(ClassificationTask):
         super().__init__(model, nn.CrossEntropyLoss(), device=device, dtype=dtype, verbose=verbose)
         if method.needs_partners:
             raise InputError(
-                f"{type(method).__name__} needs a partner for each sample, which timm's loaders do not bring"
+                f"{type(method).__name__} needs a second input for each sample, which timm's loaders do not bring"
             )
         self.method, self._state = method, {}
         if snapshot := getattr(method, "snapshot", None):

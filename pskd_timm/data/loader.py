@@ -20,7 +20,10 @@ ANCHOR, PARTNER, MIXING = 2, 3, 4
 
 
 class Loader:
-    """This rank's training batches of each epoch, as a function of (seed, epoch); `partners` fills `partner_inputs` too."""
+    """This rank's training batches of each epoch, as a function of (seed, epoch).
+
+    With `partners` `partner_inputs` is filled too: with another sample of each one's `class`, or a second `view` of it.
+    """
 
     def __init__(
         self,
@@ -34,13 +37,14 @@ class Loader:
         seed: int,
         rank: int,
         world_size: int,
-        partners: bool,
+        partners: str,
     ):
         self.split, self.num_epochs, self.batch_size = split, num_epochs, batch_size
         self.section, self.seed, self.rank, self.world_size = section, seed, rank, world_size
         device = split.labels.device
         self.mean, self.std = pixel_scale(mean, std, device)
-        self.partners = order.Partners(split.labels.cpu(), num_classes) if partners else None
+        self.partners = order.Partners(split.labels.cpu(), num_classes) if partners == "class" else None
+        self.streams = (ANCHOR, PARTNER)[: 1 + bool(partners)]
         self._stream, self._stream_epoch = iter(()), None
         # Asked for by the run and, ahead of it, by the stream.
         self.rank_batches = lru_cache(maxsize=2)(self.rank_batches)
@@ -81,10 +85,10 @@ class Loader:
             mix = self.mix(epoch, number)
             start = order.even_slice_of_pairs(self.global_size(epoch, number), self.rank, self.world_size).start
             parts = [order.even_slice_of_pairs(len(index), part, grad_accum_steps) for part in range(grad_accum_steps)]
+            parts = [part for part in parts if part.stop > part.start]
             yield [
-                self._batch(index, views, known, mix, part, start + part.start)
-                for part in parts
-                if part.stop > part.start
+                self._batch(index, views, known, mix, part, start + part.start, micro_batch)
+                for micro_batch, part in enumerate(parts)
             ]
         self._stream_epoch = epoch + 1
 
@@ -100,9 +104,11 @@ class Loader:
         while True:
             lengths = [len(batch) for batch in ids]
             index = torch.cat(ids)
-            streams = [(index, rng.derive_key(self.seed, epoch, ANCHOR))]
-            if self.partners:
-                streams.append((self.partners.draw(index, self.seed, epoch), rng.derive_key(self.seed, epoch, PARTNER)))
+            partners = self.partners.draw(index, self.seed, epoch) if self.partners else index
+            streams = [
+                (samples, rng.derive_key(self.seed, epoch, stream))
+                for samples, stream in zip((index, partners), self.streams, strict=False)
+            ]
             # One copy to the device for the whole epoch; a batch's ids are a view of it.
             on_device = [samples.to(self.split.ids_device).split(lengths) for samples, _ in streams]
             epoch += 1
@@ -116,14 +122,21 @@ class Loader:
 
     def _known(self, ids: list[Tensor], epoch: int) -> list["_Known"]:
         index, lengths = torch.cat(ids).to(self.split.labels.device), [len(batch) for batch in ids]
-        keys = [rng.derive_key(self.seed, epoch, stream) for stream in (ANCHOR, PARTNER)[: 1 + bool(self.partners)]]
+        keys = [rng.derive_key(self.seed, epoch, stream) for stream in self.streams]
         settings = self.split.size, not self.split.crops_itself
         draws = [draw(self.section, index, key, *settings).split(lengths) for key in keys]
         labels = self.split.labels[index].split(lengths)
         return [_Known(*known) for known in zip(labels, zip(*draws, strict=True), strict=True)]
 
     def _batch(
-        self, index: Tensor, views: list[Tensor], known: "_Known", mix: Mix | None, part: slice, start: int
+        self,
+        index: Tensor,
+        views: list[Tensor],
+        known: "_Known",
+        mix: Mix | None,
+        part: slice,
+        start: int,
+        micro_batch: int,
     ) -> Batch:
         if part != slice(0, len(index)):
             index, views, known = index[part], [view[part] for view in views], known.each(lambda column: column[part])
@@ -131,7 +144,7 @@ class Loader:
         images = [
             augment(view, draws, padding, self.mean, self.std) for view, draws in zip(views, known.draws, strict=True)
         ]
-        batch = Batch(images[0], known.labels, index, *images[1:])
+        batch = Batch(images[0], known.labels, index, *images[1:], micro_batch=micro_batch)
         return _mixed(batch, mix, order.mix_permutation(start, len(index), index.device)) if mix else batch
 
 

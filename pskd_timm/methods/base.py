@@ -36,7 +36,9 @@ def frozen(network: nn.Module, like: nn.Module | None) -> nn.Module:
 class Method:
     """Base of all methods. Not an `nn.Module`: a teacher is neither wrapped nor saved with the student."""
 
-    needs_partners = False  # whether `Batch.partner_inputs` is to be filled
+    # What `Batch.partner_inputs` is to hold: `class`, another sample of each one's class; `view`, the sample in a second view.
+    needs_partners = ""
+    recordable = True  # whether `loss` may be replayed as a CUDA graph
     part_names: tuple[str, ...] = ()  # what the loss is made of, as steps.jsonl and wandb name it
     parts: Tensor  # [len(part_names)] after `loss`: the values of those in it, means over B without gradient
     store: PredictionStore | None = None  # what a method remembers of the training samples, saved with a checkpoint
@@ -90,10 +92,10 @@ class Method:
         return {}
 
     def state_dict(self, include_store: bool = False) -> dict[str, Tensor]:
-        """What the method remembers, for a checkpoint.
+        """What the method remembers, of all ranks, for a checkpoint (all ranks call it together).
 
-        With `include_store` the whole table of predictions too, as `predictions`, on every rank (all ranks call it together);
-        `pskd-timm train` leaves it out, since there each rank saves its own rows.
+        With `include_store` the whole table of predictions too, as `predictions`, on every rank; `pskd-timm train` leaves it
+        out, since there each rank saves its own rows.
         """
         if not include_store or self.store is None:
             return {}

@@ -12,7 +12,7 @@ from .base import Method, eval_mode
 class CSKD(Method):
     """Cross-entropy + `weight`·T²·KL(partner ‖ prediction), both at T; partners run in train mode, or in `partner_mode` eval."""
 
-    needs_partners = True
+    needs_partners = "class"
     part_names = ("cross_entropy", "kl")
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0, partner_mode: str = "train"):

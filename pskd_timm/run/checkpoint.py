@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, checked before they are read, loadable onto any number of ranks.
 
 A checkpoint is a folder `checkpoints/<epoch>-<step>`: weights, moving average, optimizer, the best epoch's weights, what
-the method keeps (PS-KD's snapshot of the network), each rank's home rows of the prediction store, and state.json, written
-last, with the checksum of every other file. Order, augmentation and learning rate are functions of (seed, epoch, step) and
-are not saved. Nothing in it is code.
+the method remembers (PS-KD's snapshot, OLS's soft labels, DLB's last batch), each rank's home rows of the prediction store,
+and state.json, written last, with the checksum of every other file. Order, augmentation and learning rate are functions of
+(seed, epoch, step) and are not saved. Nothing in it is code.
 """
 
 import hashlib
@@ -89,6 +89,7 @@ def save(
     partial = folder / "partial"
     name = f"{progress.epoch:06d}-{progress.step:08d}"
     rows = train_state.store.shard() if train_state.store is not None else None
+    remembered = train_state.method.state_dict()
 
     def begin():
         if rank == 0:
@@ -103,7 +104,7 @@ def save(
 
     try:
         _together(begin)
-        written = _together(lambda: _write(partial, train_state, rows, rank, world_size))
+        written = _together(lambda: _write(partial, train_state, rows, remembered, rank, world_size))
         checksums = {name: value for files, _ in written for name, value in files.items()}
         sums = [rank_sums for _, rank_sums in written]
         _together(finish)
@@ -134,7 +135,7 @@ def _together(work: Callable) -> list:
 
 
 def _write(
-    partial: Path, train_state: TrainState, rows: Tensor | None, rank: int, world_size: int
+    partial: Path, train_state: TrainState, rows: Tensor | None, remembered: dict, rank: int, world_size: int
 ) -> tuple[dict, list[float]]:
     """Write this rank's files; returns their checksums by name, and the running sums."""
     tensors = {}
@@ -146,8 +147,8 @@ def _write(
             tensors["ema.safetensors"] = contiguous_state(train_state.ema)
         if train_state.best:
             tensors["best.safetensors"] = train_state.best
-        if state := train_state.method.state_dict():
-            tensors["method.safetensors"] = state
+        if remembered:
+            tensors["method.safetensors"] = remembered
         # Through memory, because torch does not say why it could not write a file.
         buffer = io.BytesIO()
         torch.save(train_state.optimizer.state_dict(), buffer)

@@ -82,11 +82,16 @@ def on_side_stream(work: Callable[[], None]):
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
     held = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in held.items() if value is not None}
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
 def check_recordable(method: Method):
     """Raise InputError where a CUDA graph cannot hold a step of `method`: it cannot wait for copies from and to the CPU."""
+    if not method.recordable:
+        raise InputError(
+            f"model.compile graphs does not go with {type(method).__name__}, which carries a batch from step to step: "
+            "use model.compile default"
+        )
     if method.store and method.store.device.type == "cpu":
         raise InputError(
             "model.compile graphs needs the prediction store on the GPU (pskd.store_device auto): "

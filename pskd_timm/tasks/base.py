@@ -49,8 +49,8 @@ class Task(Protocol):
     def check(self, network: nn.Module, world_size: int):
         """Raise InputError where the recipe's batches cannot be shared out over `world_size` ranks for `network`."""
 
-    def loader(self, network: nn.Module, device, rank: int, world_size: int, partners: bool) -> Batches:
-        """The training batches on `device`; with `partners` each has `partner_inputs` too."""
+    def loader(self, network: nn.Module, device, rank: int, world_size: int, partners: str) -> Batches:
+        """The training batches on `device`; with `partners` (`class`, `view`) each has `partner_inputs` too."""
 
     def evaluate(
         self, network: nn.Module, part: str, keep_probabilities: bool = False, progress: Callable | None = None

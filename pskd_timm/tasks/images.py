@@ -60,7 +60,7 @@ class ImageTask:
                 "choose another batch_size"
             )
 
-    def loader(self, network: nn.Module, device, rank: int, world_size: int, partners: bool) -> Loader:
+    def loader(self, network: nn.Module, device, rank: int, world_size: int, partners: str) -> Loader:
         recipe = self.recipe
         return Loader(
             self.data.train.to(device),

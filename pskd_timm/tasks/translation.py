@@ -125,7 +125,7 @@ class TranslationTask:
                     f"positions of {self.recipe.model.name}, and no pair of it is left out: shorten it"
                 )
 
-    def loader(self, network: TranslationNetwork, device, rank: int, world_size: int, partners: bool) -> TokenBatches:
+    def loader(self, network: TranslationNetwork, device, rank: int, world_size: int, partners: str) -> TokenBatches:
         return TokenBatches(
             self.train.sources,
             self.train.targets,
