@@ -65,7 +65,8 @@ def make_parser() -> Parser:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help=f"of: {' '.join(METHOD_SECTIONS)} (default: all that the recipe's task has)",
+        default=["paper"],
+        help=f"of: {' '.join(METHOD_SECTIONS)}; `all`, or `paper`: the first five (default: paper)",
     )
     compare.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="default: 0")
     compare.add_argument(
@@ -284,10 +285,10 @@ def resumes(recipe: Recipe) -> str:
 
 def run_compare(arguments, rest):
     recipe = load(arguments, rest)
-    from .comparison import compare
+    from .comparison import compare, method_names
     from .progress import Display
 
-    methods = arguments.methods or recipe.methods
+    methods = method_names(recipe, arguments.methods)
     for method in methods:
         recipe.check_method(method)
     with Display(arguments.quiet) as display:

@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from .checks import check_recipe
 from .cpus import num_cpus
-from .errors import InputError
-from .methods import METHOD_SECTIONS
+from .errors import InputError, nearest
+from .methods import METHOD_SECTIONS, PAPER
 from .metrics import format_metrics
 from .progress import Display, Row, duration
 from .recipe import Recipe
@@ -68,14 +68,15 @@ class Job:
 
 def compare(
     recipe: Recipe | str | Path,
-    methods: Iterable[str] = tuple(METHOD_SECTIONS),
+    methods: Iterable[str] = ("paper",),
     seeds: Iterable[int] = (0,),
     jobs: int | None = None,
     display: Display | None = None,
 ) -> Comparison:
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
-    `jobs` is by default one for each GPU, and on a machine without as many as leave each run the recipe's `threads`.
+    `paper` among `methods` stands for those of PS-KD's paper, `all` for all, as far as the recipe's task has them. `jobs` is by
+    default one for each GPU, and on a machine without as many as leave each run the recipe's `threads`.
     A failed run is a row that says so; the others go on. Finished runs are not repeated; one that another process is at
     work on, as a second comparison in the same folder may be, is waited for. With `tfkd.teacher: baseline` the baselines
     are trained before TF-KD, also where `methods` does not name them.
@@ -87,11 +88,9 @@ def compare(
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {jobs}")
     # A seed or method given twice is one run.
-    methods, seeds = list(dict.fromkeys(methods)), list(dict.fromkeys(seeds))
+    methods, seeds = method_names(recipe, methods), list(dict.fromkeys(seeds))
     if not methods or not seeds or min(seeds) < 0:
         raise InputError(f"--methods and --seeds must name some, no seed below 0: got {methods}, {seeds}")
-    if unknown := [method for method in methods if method not in METHOD_SECTIONS]:
-        raise InputError(f"--methods: unknown method {unknown[0]!r}: choose from {', '.join(METHOD_SECTIONS)}")
     if "WORLD_SIZE" in os.environ:
         raise InputError(
             "compare starts its runs itself: call `pskd-timm compare … --jobs N` without accelerate launch"
@@ -118,6 +117,18 @@ def compare(
             return report([job.recipe.run_dir for job in all_jobs], root)
     except OSError as error:
         raise InputError(f"{root}: the report cannot be written: {error}") from None
+
+
+def method_names(recipe: Recipe, words: Iterable[str]) -> list[str]:
+    """The methods that `words` name, each once: by name, or with `paper` and `all` those of them that the recipe's task has."""
+    groups = {"all": METHOD_SECTIONS, "paper": PAPER}
+    found = []
+    for word in words:
+        if word not in groups and word not in METHOD_SECTIONS:
+            known = [*groups, *METHOD_SECTIONS]
+            raise InputError(f"--methods: unknown method {word!r}{nearest(str(word), known)} (of {', '.join(known)})")
+        found += [name for name in groups[word] if name in recipe.methods] if word in groups else [word]
+    return list(dict.fromkeys(found))
 
 
 def default_jobs(recipe: Recipe) -> int:

@@ -11,7 +11,9 @@ class EffectiveLoss:
     """What a loss amounts to: `cross_entropy`·CE(labels) + `kl`·KL, KL summed over classes and averaged over B.
 
     `temperature` divides the student's logits in the KL term. `smoothing` is the ε of the label smoothing (ε/K over all
-    classes) whose gradient, times `gradient_scale`, is this loss's; None where there is none.
+    classes) whose gradient, times `gradient_scale`, is this loss's; None where there is none. A loss that is no such sum says
+    in `formula` what it is; `cross_entropy` is then its gradient, in units of cross-entropy's, where a prediction is wholly
+    wrong, and `remarks` say the rest.
     """
 
     cross_entropy: float
@@ -20,6 +22,7 @@ class EffectiveLoss:
     temperature: float = 1.0
     smoothing: float | None = None
     remarks: list[str] = field(default_factory=list)
+    formula: str = ""
 
     @property
     def kl_pull(self) -> float:
@@ -38,6 +41,8 @@ class EffectiveLoss:
 
     def lines(self, lr: float | None = None) -> list[str]:
         """A formula, what it is equal to, and warnings; `lr` is the learning rate that a warning speaks of."""
+        if self.formula:
+            return [f"effective loss: {self.formula}", *(f"  {line}" for line in self.remarks + self.warnings(lr))]
         tempered = f" at T {self.temperature:g}" if self.temperature != 1 else ""
         kl = f" + {self.kl:.4g} × KL({self.target} ‖ prediction){tempered}" if self.kl else ""
         scale = f"gradient scale {self.gradient_scale:.3g}"

@@ -23,6 +23,9 @@ def _tfkd(network: str, teacher: str, **values) -> Preset:
 _TABLE = {"teacher": "store", "alpha_schedule": "linear", "alpha_warmup_epochs": 0}
 _QUOTED = "third party: the supplement as quoted in the authors' issue 4, and others' code"
 _SMOOTHED = {"epsilon": 0.1, "spread": "all"}
+_FLSD_53 = {"gamma": 3.0, "low_gamma": 5.0, "low_probability": 0.2}
+_LAST_BATCH = "third party: the paper's as others quote them; the authors' code has no default"
+_BY_VOTES = "authors' code, there with ranks by votes"
 _PARTNERS = {"temperature": 4.0, "partner_mode": "train"}
 
 PRESETS = [
@@ -42,6 +45,15 @@ PRESETS = [
     Preset("pskd", "label_smoothing", "imagenet", _SMOOTHED, "maintainers' answer (PS-KD's issue 6)"),
     *[Preset(name, "pskd", "cifar100", {"alpha": 0.8, **_TABLE}, "paper") for name in ("official", "pskd")],
     *[Preset(name, "pskd", "imagenet", {"alpha": 0.3, **_TABLE}, _QUOTED) for name in ("official", "pskd")],
+]
+PRESETS += [
+    *[Preset("official", "ols", of, {"weight": 0.5}, "authors' code") for of in ("cifar100", "imagenet")],
+    Preset("official", "mbls", "tiny_imagenet", {"margin": 10.0, "weight": 0.1}, "authors' code"),
+    *[Preset("official", "focal", of, _FLSD_53, "authors' code") for of in ("cifar10", "cifar100", "tiny_imagenet")],
+    Preset("official", "dlb", "cifar100", {"weight": 1.0, "temperature": 3.0}, _LAST_BATCH),
+    *[Preset("official", "zipf", of, {"weight": 0.1}, _BY_VOTES) for of in ("cifar100", "imagenet")],
+    Preset("official", "zipf", "tiny_imagenet", {"weight": 1.0}, _BY_VOTES),
+    Preset("official", "maxsup", "imagenet", {"weight": 0.1, "final_weight": 0.2}, "authors' code"),
 ]
 PLACES = sorted({preset.of for preset in PRESETS})
 
@@ -66,6 +78,18 @@ DEFAULTS = {
     "tfkd.reduction": "authors' code",
     "tfkd.temper_student": "authors' code",
     "tfkd.true_probability": "authors' code",
+    "ols.weight": "authors' code",
+    "mbls.margin": "authors' code",
+    "mbls.weight": "authors' code",
+    "focal.gamma": "authors' code, FLSD-53",
+    "focal.low_gamma": "authors' code, FLSD-53",
+    "focal.low_probability": "authors' code, FLSD-53",
+    "dual_focal.gamma": "third party: others' code, which names the paper's Table 13",
+    "dlb.weight": "third party: the paper's as others quote it",
+    "dlb.temperature": "third party: the paper's as others quote it",
+    "zipf.weight": "authors' code, for CIFAR-100",
+    "maxsup.weight": "authors' code, for ImageNet",
+    "maxsup.final_weight": "authors' code, for ImageNet",
     "pskd.alpha": "paper, for CIFAR-100",
     "pskd.alpha_schedule": "paper",
     "pskd.alpha_warmup_epochs": "paper",

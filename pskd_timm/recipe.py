@@ -307,27 +307,29 @@ class RecipeBase(Section):
 
     @property
     def methods(self) -> list[str]:
-        """The methods that the recipe's task has: those that need a second input of each one's class go with images alone."""
+        """The methods that the recipe's task has: those that need a second input for each go with images alone."""
         return [name for name in METHOD_SECTIONS if self.task == "images" or not getattr(self, name).needs_partners]
 
     def check_method(self, method: str):
         """Raise InputError where `method` does not go with the rest: the task, mixed inputs, its preset."""
         section = getattr(self, method)
         if method not in self.methods:
+            inputs = {"class": "two inputs of one class", "view": "two views of an input"}[section.needs_partners]
             raise InputError(
-                f"method {method} compares two inputs of one class, which task {self.task} has not: "
+                f"method {method} compares {inputs}, which task {self.task} has not: "
                 f"it goes with {', '.join(self.methods)}"
             )
         mixes = self.augment.mixup or self.augment.cutmix
         if mixes and not section.takes_mixed_inputs:
             raise InputError(
-                f"augment.mixup and augment.cutmix do not go with {method}: it compares two images of one class, "
-                f"and a mixed image has two: leave {method} out of --methods, or set both to 0"
+                f"augment.mixup and augment.cutmix do not go with {method}: {section.why_unmixed}: "
+                f"leave {method} out of --methods, or set both to 0"
             )
-        if mixes and self.augment.mix_prob == 1 and section.store_settings:
+        if mixes and self.augment.mix_prob == 1 and section.learns_unmixed:
+            without = f", or {method}.teacher snapshot" if section.store_settings else ""
             raise InputError(
                 "augment.mix_prob 1 mixes every batch, and no stored prediction is ever renewed: "
-                f"choose one below 1, or {method}.teacher snapshot"
+                f"choose one below 1{without}"
             )
         # A preset must be public for the data set and the network.
         if self.preset and type(section).model_fields and not self.published(method):

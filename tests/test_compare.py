@@ -13,9 +13,10 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from pskd_timm import METHODS, InputError, compare, report, train
+from pskd_timm import InputError, compare, report, train
 from pskd_timm.cli import main
 from pskd_timm.comparison import BUSY, _run, _start, gpu_of
+from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS
 from pskd_timm.reports.runs import FLOORS, columns
 from pskd_timm.reports.tables import markdown_table, summary
@@ -44,9 +45,9 @@ def test_compare_trains_every_method_and_seed_and_writes_table_and_picture(compa
     best = ["best_epoch", *(f"best_{name}" for name in (*METRICS, *FLOORS))]
     assert list(table.columns) == columns()
     assert columns() == ["method", "seed", "status", *METRICS, *FLOORS, "seconds", *best, "num_classes"]
-    assert list(zip(table.method, table.seed, strict=True)) == [(method, seed) for method in METHODS for seed in (0, 1)]
+    assert list(zip(table.method, table.seed, strict=True)) == [(method, seed) for method in PAPER for seed in (0, 1)]
     assert set(table.status) == {"finished"} and table[list(METRICS)].notna().all(axis=None)
-    assert all((folder / method / f"seed{seed}" / "result.json").is_file() for method in METHODS for seed in (0, 1))
+    assert all((folder / method / f"seed{seed}" / "result.json").is_file() for method in PAPER for seed in (0, 1))
     for name in ("comparison.csv", "comparison.md", "comparison.tex", "comparison.png", "report.html"):
         assert str(folder / name) in done.stdout
     with Image.open(folder / "comparison.png") as picture:

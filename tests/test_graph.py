@@ -27,7 +27,8 @@ def losses(name: str, settings: dict, recorded: bool) -> tuple[list[float], int]
 
     def record(work):
         # Unlike a CUDA graph, torch.fx runs what it records: that is undone.
-        changed = [total, *([method.store.home] if method.store else [])]
+        counted = [method.sums, method.hits] if name == "ols" else []
+        changed = [total, *([method.store.home] if method.store else counted)]
         before = [tensor.clone() for tensor in changed]
         program = make_fx(work)()
         for tensor, value in zip(changed, before, strict=True):
@@ -62,6 +63,12 @@ def losses(name: str, settings: dict, recorded: bool) -> tuple[list[float], int]
         ("label_smoothing", {}),
         ("cskd", {}),
         ("tfkd", {}),
+        ("ols", {}),
+        ("mbls", {"margin": 0.1}),
+        ("focal", {}),
+        ("dual_focal", {}),
+        ("zipf", {}),
+        ("maxsup", {}),
         ("pskd", {}),
         ("pskd", {"store_format": "topk", "store_topk": 2}),
         ("pskd", {"teacher": "snapshot"}),

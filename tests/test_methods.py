@@ -326,4 +326,5 @@ def test_pskd_refuses_an_alpha_that_is_no_weight():
 
 
 def test_every_method_is_in_the_table_under_its_own_name():
-    assert list(METHODS) == ["baseline", "label_smoothing", "cskd", "tfkd", "pskd"]
+    paper = ["baseline", "label_smoothing", "cskd", "tfkd", "pskd"]
+    assert list(METHODS) == [*paper, "ols", "mbls", "focal", "dual_focal", "dlb", "zipf", "maxsup"]

@@ -52,7 +52,7 @@ LINE = '    "scaled": Scaled,\n}'
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A copy of the package and its recipes with a sixth method, by the three steps that pskd_timm/README.md names."""
+    """A copy of the package and its recipes with one more method, by the three steps that pskd_timm/README.md names."""
     folder = tmp_path_factory.mktemp("sixth")
     copy = shutil.copytree(Path(pskd_timm.__file__).parent, folder / "pskd_timm")
     if not (copy / "recipes").is_dir():
@@ -61,7 +61,9 @@ def package(tmp_path_factory):
     with (copy / "methods" / "sections.py").open("a") as sections:
         sections.write(SECTION)
     table = copy / "methods" / "__init__.py"
-    table.write_text(table.read_text().replace("LabelSmoothing, ", "LabelSmoothing, Scaled, ").replace("}", LINE))
+    table.write_text(
+        table.read_text().replace("    LabelSmoothing,\n", "    LabelSmoothing,\n    Scaled,\n").replace("}", LINE)
+    )
     return folder
 
 

@@ -156,7 +156,7 @@ def test_what_nobody_published_is_refused_with_what_there_is(method, settings, s
     load_recipe("digits", settings).check_method("baseline")
 
 
-@pytest.mark.parametrize("settings", [{"preset": "official", "preset_of": "cifar10"}, {"preset_of": "cifar100"}])
+@pytest.mark.parametrize("settings", [{"preset": "official", "preset_of": "mnist"}, {"preset_of": "cifar100"}])
 def test_a_preset_of_something_unknown_or_of_nothing_is_refused(settings):
     with pytest.raises(InputError, match="preset_of"):
         load_recipe("digits", settings)

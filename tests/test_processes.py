@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kills import one_rank_without_disk, score, start
-from pskd_timm import METHODS
+from pskd_timm.methods import PAPER
 from pskd_timm.run.checkpoint import damage
 from pskd_timm.run.result import read_lines
 from runs import newest
@@ -56,7 +56,7 @@ def test_the_store_over_several_processes_equals_a_plain_full_table(tmp_path, pr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Every method, two epochs, on one and on two processes; 101 samples leave an odd last batch."""
+    """The paper's methods and those that remember something, two epochs on one and on two processes; an odd last batch."""
     folder = tmp_path_factory.mktemp("ranks")
     settings = {
         "epochs": 2,
@@ -77,7 +77,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", [*METHODS, "snapshot/pskd"])
+@pytest.mark.parametrize("method", [*PAPER, "snapshot/pskd", "ols", "dlb"])
 def test_two_processes_give_the_losses_and_figures_of_one(runs, method):
     alone, together = (runs / f"on{n}" / method / "seed0" for n in (1, 2))
     losses = [[line["loss"] for line in read_lines(run / "steps.jsonl")] for run in (alone, together)]

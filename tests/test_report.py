@@ -22,6 +22,7 @@ import browser
 from pskd_timm import InputError, Result, report, train
 from pskd_timm.calibration import with_temperature
 from pskd_timm.cli import main
+from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS, Metric, ece_floor, score
 from pskd_timm.progress import Display
 from pskd_timm.recipe import METHOD_SECTIONS
@@ -427,7 +428,7 @@ def test_the_papers_figures_stand_beside_runs_of_its_network_with_what_differs()
     recipe = load_recipe("cifar100/preact_resnet18", {"epochs": "2"})
     figures = paper_figures(recipe)
     assert figures["pskd"] == {"top1_error": 20.82, "top5_error": 5.10, "nll": 0.76, "ece": 1.77, "aurc": 52.10}
-    assert set(figures) == set(METHOD_SECTIONS) and departures(recipe) == ["epochs 2 instead of 300"]
+    assert set(figures) == set(PAPER) and departures(recipe) == ["epochs 2 instead of 300"]
     assert departures(load_recipe("cifar100/preact_resnet18", {"data.path": "here"})) == []
     assert departures(load_recipe("imagenet/resnet152", {"data.holdout_fraction": "0.04"})) == [
         "data.holdout_fraction 0.04 instead of 0.0"
@@ -458,12 +459,9 @@ def test_class_errors_are_torchmetrics_accuracies_and_every_method_has_its_look(
     np.testing.assert_allclose(class_errors(tables), 100 * (1 - np.mean(each, axis=0)), rtol=1e-5)
     assert set(COLOURS) == set(TITLES) == set(METHOD_SECTIONS)
     every = looks(METHOD_SECTIONS).values()
-    assert (
-        len({look.colour for look in every})
-        == len({look.dash for look in every})
-        == len({look.marker for look in every})
-        == 5
-    )
+    assert len({look.colour for look in every}) == len({(look.dash, look.marker) for look in every}) == len(every) == 12
+    paper = looks(PAPER).values()
+    assert len({look.dash for look in paper}) == len({look.marker for look in paper}) == 5
 
 
 def test_long_curves_are_thinned_to_300_points():

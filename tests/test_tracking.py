@@ -232,6 +232,13 @@ def steps(tmp_path_factory):
         ("cskd", lambda s: s.cross_entropy + 16 * s.kl),
         ("tfkd", lambda s: 0.9 * s.cross_entropy + 0.1 * s.kl),
         ("pskd", lambda s: (1 - s.alpha) * s.cross_entropy + s.alpha * s.last_cross_entropy),
+        ("ols", lambda s: 0.5 * s.cross_entropy + 0.5 * s.soft_cross_entropy),
+        ("mbls", lambda s: s.cross_entropy + 0.1 * s.excess),
+        ("focal", lambda s: s.focal),
+        ("dual_focal", lambda s: s.focal),
+        ("dlb", lambda s: s.cross_entropy + 9 * s.kl),
+        ("zipf", lambda s: s.cross_entropy + 0.1 * s.kl),
+        ("maxsup", lambda s: s.cross_entropy + s.suppression_weight * s.suppression),
     ],
 )
 def test_the_logged_parts_of_a_loss_make_up_the_loss(steps, method, put_together):

@@ -91,6 +91,7 @@ def exchange(folder: Path):
 
     check()
     check_snapshot(rank)
+    check_remembered(rank, world_size)
     (folder / f"exchange-{rank}").write_text(str(checked))
     dist.barrier()
     dist.destroy_process_group()
@@ -108,6 +109,37 @@ def check_snapshot(rank: int):
     assert teacher.frozen.running_mean.tolist() == [0.0] * 3 and network.running_mean.tolist() == [float(rank)] * 3
 
 
+def check_remembered(rank: int, world_size: int):
+    """OLS's sums are of all ranks, in a checkpoint too; DLB's last batch is saved in rank order and each gets its own again."""
+    from pskd_timm import METHODS, Batch
+    from pskd_timm.order import even_slice
+
+    known = {"num_samples": 40, "num_classes": 5, "num_epochs": 3, "device": "cpu"}
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(5, (40,), generator=torch.Generator().manual_seed(1))
+    logits[torch.arange(40), labels] += 1.0
+    ols, dlb = (METHODS[name]().setup(**known) for name in ("ols", "dlb"))
+    for step in range(2):
+        part = even_slice(20, rank, world_size)
+        mine = slice(20 * step + part.start, 20 * step + part.stop)
+        for method in (ols, dlb):
+            method.loss(lambda x: x, Batch(logits[mine], labels[mine], torch.arange(40)[mine], -logits[mine]))
+        if step == 0:  # saved and taken over in mid-epoch
+            state, ols = ols.state_dict(), METHODS["ols"]().setup(**known)
+            ols.load_state_dict(state)
+    ols.end_epoch()
+    right = logits.argmax(1) == labels
+    for k in range(5):
+        torch.testing.assert_close(ols.soft_labels[k], logits[right & (labels == k)].softmax(1).mean(0))
+    tables = [torch.empty_like(ols.soft_labels) for _ in range(world_size)]
+    dist.all_gather(tables, ols.soft_labels)
+    assert all(torch.equal(table, tables[0]) for table in tables)
+    state, again = dlb.state_dict(), METHODS["dlb"]().setup(**known)
+    assert torch.equal(state["last_views"], -logits[20:]) and torch.equal(state["last_labels"], labels[20:])
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(again.now[0], dlb.now[0], strict=True))
+
+
 def train_sequences(folder: Path):
     """The second task of the tests."""
     import sequences  # noqa: F401 (which registers it)
@@ -117,13 +149,16 @@ def train_sequences(folder: Path):
 
 
 def train_all(folder: Path):
-    """All five methods, and PS-KD with both its teachers, on however many processes there are and without batch norm."""
-    from pskd_timm import METHODS, load_recipe, train
+    """The paper's methods, PS-KD with both its teachers, OLS and DLB, on however many processes, without batch norm."""
+    from pskd_timm import load_recipe, train
+    from pskd_timm.methods import PAPER
     from runs import newest
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     settings = json.loads((folder / "settings.json").read_text())
-    runs = [{"method": method, "output_dir": str(folder / f"on{world_size}")} for method in METHODS]
+    runs = [{"method": method, "output_dir": str(folder / f"on{world_size}")} for method in (*PAPER, "ols", "dlb")]
+    # DLB's shares count alike where the last batch, of 12 here, is shared out in the same proportions as the one before.
+    runs[-1]["data.limit_train"] = 108
     snapshot = {
         "method": "pskd",
         "pskd.teacher": "snapshot",

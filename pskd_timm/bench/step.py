@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..batch import Batch
+from ..methods import PAPER
 from ..methods.build import METHODS
 from ..models.build import create_model
 from ..optim import make_optimizer
@@ -39,6 +40,7 @@ TAUGHT = {
     "cskd": ("cskd", {}),
     "tfkd virtual": ("tfkd", {}),
     "tfkd trained": ("tfkd", {"temperature": 6.0}),
+    **{name: (name, {}) for name in METHODS if name not in PAPER},
 }
 
 

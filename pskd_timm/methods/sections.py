@@ -32,7 +32,10 @@ class MethodSection(Section):
     colour: ClassVar[str]  # of Okabe and Ito's palette, or distinct from it with any colour vision
     implementation: ClassVar[str]
     takes_mixed_inputs: ClassVar[bool] = True  # mixup and cutmix
-    needs_partners: ClassVar[bool] = False  # a second input of the same class for each, which only images have
+    why_unmixed: ClassVar[str] = ""  # for people, where it does not
+    needs_partners: ClassVar[str] = (
+        ""  # a second input for each, which only images have: of its `class`, or another `view`
+    )
 
     @property
     def trained_teacher(self) -> str | None:
@@ -57,9 +60,29 @@ class MethodSection(Section):
         """`dtype` and `topk` of the method's prediction store; None where it has none."""
         return None
 
+    @property
+    def learns_unmixed(self) -> bool:
+        """Whether only batches that are not mixed renew what the method remembers."""
+        return self.store_settings is not None
+
     def cost_lines(self, scale: Scale) -> list[str]:
         """What the method costs beside the store, at most a line each."""
         return []
+
+
+def class_table_bytes(num_classes: int) -> int:
+    """Bytes of OLS's soft labels (float32), of the sums they are made from (int64), and of the hits of each class."""
+    return num_classes * num_classes * (4 + 8) + 8 * num_classes
+
+
+def focal_slope(p: float, gamma: float) -> float:
+    """The focal loss's gradient on the logits in units of cross-entropy's, where the label's probability is p < 1."""
+    return (1 - p) ** gamma - gamma * p * (1 - p) ** (gamma - 1) * math.log(p)
+
+
+def maxsup_weight(epoch: int, num_epochs: int, weight: float, final_weight: float) -> float:
+    """MaxSup's λ in epoch `epoch` (0-based) of E: `weight` in the first, `final_weight` in the last, evenly between."""
+    return weight + (final_weight - weight) * epoch / max(1, num_epochs - 1)
 
 
 def alpha_at(epoch: int, num_epochs: int, alpha: float, schedule: str = "linear", warmup_epochs: int = 0) -> float:
@@ -114,7 +137,8 @@ class CSKD(MethodSection):
     colour = "#56B4E9"
     implementation = "pskd_timm.methods.cskd:CSKD"
     takes_mixed_inputs = False
-    needs_partners = True
+    why_unmixed = "it compares two images of one class, and a mixed image has two"
+    needs_partners = "class"
 
     weight: NonNegative = 1.0
     """λ, the weight of the KL term. Default: CS-KD's authors for CIFAR-100 (3 for fine-grained data)."""
@@ -244,3 +268,134 @@ class PSKD(MethodSection):
             return []
         renewed = round(scale.unmixed * scale.num_rows)
         return [f"rows renewed: about {renewed:,} of {scale.num_rows:,} an epoch, those of unmixed batches"]
+
+
+class OLS(MethodSection):
+    title = "Online LS"
+    colour = "#0044FF"
+    implementation = "pskd_timm.methods.ols:OLS"
+
+    weight: Fraction = 0.5
+    """Weight of the cross-entropy against soft labels; that against the labels weighs 1 less it. Default: OLS's code."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        if epoch == 0:
+            return EffectiveLoss(1.0 - self.weight, remarks=["in the first epoch, which has no soft labels yet"])
+        return EffectiveLoss(1.0 - self.weight, self.weight, "the class's mean correct prediction of an epoch ago")
+
+    @property
+    def learns_unmixed(self):
+        return True
+
+    def cost_lines(self, scale):
+        from ..progress import readable  # imports rich, which reading a recipe has no use for
+
+        return [f"soft labels of classes per rank: {readable(class_table_bytes(scale.num_classes))}"]
+
+
+class MbLS(MethodSection):
+    title = "Margin-based LS"
+    colour = "#006644"
+    implementation = "pskd_timm.methods.mbls:MbLS"
+
+    margin: NonNegative = 10.0
+    """m: logits may lie so far below the largest one before they cost anything. Default: MbLS's code."""
+    weight: NonNegative = 0.1
+    """Weight of the mean excess over the margin. Default: MbLS's code (its command for Tiny-ImageNet)."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        formula = f"cross-entropy + {self.weight:g} × mean over classes of max(0, z_max − z − {self.margin:g})"
+        remark = f"plain cross-entropy while all logits lie within {self.margin:g} of the largest"
+        beyond = f"each logit beyond pulls itself up by {self.weight / num_classes:.3g} and the largest down by as much"
+        return EffectiveLoss(1.0, formula=formula, remarks=[f"{remark}; {beyond}"])
+
+
+class Focal(MethodSection):
+    title = "Focal loss"
+    colour = "#BB0000"
+    implementation = "pskd_timm.methods.focal:Focal"
+
+    gamma: NonNegative = 3.0
+    """γ of samples whose label has a probability of at least `low_probability`. Default: FLSD-53."""
+    low_gamma: NonNegative = 5.0
+    """γ of the others. Default: FLSD-53."""
+    low_probability: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    """Below it a label's probability is low; 0 gives all samples the same γ, the plain focal loss. Default: FLSD-53."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        low = f", γ = {self.low_gamma:g} where p < {self.low_probability:g}" if self.low_probability else ""
+        slopes = [
+            f"{focal_slope(p, self.low_gamma if p < self.low_probability else self.gamma):.2f} at {p:g}"
+            for p in (0.1, 0.5, 0.9)
+        ]
+        remark = f"a sample's gradient in units of cross-entropy's: 1 at p = 0, {', '.join(slopes)}"
+        return EffectiveLoss(1.0, formula=f"mean of (1 − p)^{self.gamma:g} × −log p{low}", remarks=[remark])
+
+
+class DualFocal(MethodSection):
+    title = "Dual focal loss"
+    colour = "#BB66BB"
+    implementation = "pskd_timm.methods.focal:DualFocal"
+
+    gamma: NonNegative = 5.0
+    """γ. Default: others' code, which names the paper's Table 13; the authors' own has none."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        formula = f"mean of (1 − p + p_j)^{self.gamma:g} × −log p, p_j the largest probability below the label's p"
+        return EffectiveLoss(1.0, formula=formula, remarks=["cross-entropy's gradient where p is 0"])
+
+
+class DLB(MethodSection):
+    title = "DLB"
+    colour = "#7733BB"
+    implementation = "pskd_timm.methods.dlb:DLB"
+    takes_mixed_inputs = False
+    why_unmixed = "it compares two views of an image, and they would not be mixed alike"
+    needs_partners = "view"
+
+    weight: NonNegative = 1.0
+    """α, the weight of the KL term. Default: the paper's, as others quote it; its code has none."""
+    temperature: Positive = 3.0
+    """T of both softmaxes. Default: the paper's, as others quote it; its code has none."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        remark = "cross-entropy over this batch and the last one, KL over the last one"
+        kl = self.weight * self.temperature**2
+        return EffectiveLoss(1.0, kl, "its prediction of a step ago", self.temperature, remarks=[remark])
+
+    def cost_lines(self, scale):
+        return ["last batch: one more forward and backward pass a step, and as many images again"]
+
+
+class Zipf(MethodSection):
+    title = "Zipf's LS"
+    colour = "#9977FF"
+    implementation = "pskd_timm.methods.zipf:Zipf"
+
+    weight: NonNegative = 0.1
+    """λ, the weight of the KL term. Default: Zipf's LS's code for CIFAR-100 (1 for Tiny-ImageNet)."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        formula = (
+            f"cross-entropy + {self.weight:g} × KL(1/rank ‖ prediction), both among the classes that are not the label"
+        )
+        return EffectiveLoss(1.0, formula=formula, remarks=["the KL term leaves the label's logit alone"])
+
+
+class MaxSup(MethodSection):
+    title = "MaxSup"
+    colour = "#994488"
+    implementation = "pskd_timm.methods.maxsup:MaxSup"
+
+    weight: NonNegative = 0.1
+    """λ in the first epoch. Default: MaxSup's code for ImageNet."""
+    final_weight: NonNegative = 0.2
+    """λ in the last epoch, after even growth. Default: MaxSup's code for ImageNet."""
+
+    def effective_loss(self, num_classes, num_epochs, epoch):
+        weight = maxsup_weight(epoch, num_epochs, self.weight, self.final_weight)
+        remarks = [
+            f"in epoch {epoch + 1} of {num_epochs}; λ goes evenly from {self.weight:g} to {self.final_weight:g}",
+            f"the same as label smoothing with ε = {weight:.3g} (ε/K) where the label's logit is the largest",
+        ]
+        return EffectiveLoss(1.0, formula=f"cross-entropy + {weight:.3g} × (z_max − mean z)", remarks=remarks)
