@@ -32,7 +32,7 @@ MARKERS = ["o", "s", "^", "D", "P", "X", "v", "*", "<", ">"]
 INK, MUTED, GRID = "#1a1a1b", "#6b6b6c", "#e4e4e5"  # a page with a dark side puts its own in their place
 MOST_POINTS = 300  # of a curve
 SMALL_BIN = 0.01  # part of the samples below which a bin's accuracy is mostly chance
-MOST_NAMES, LONGEST_NAME = 8, 20  # lines and letters that find room beside a plot
+MOST_NAMES, LONGEST_NAME = 12, 20  # lines and letters that find room beside a plot
 NAME_HEIGHT = 0.075  # of the plot's height
 LETTER = 0.072  # inches of width
 SIZE = (4.6, 3.3)  # inches of one picture
@@ -122,6 +122,7 @@ def _names_at_ends(axes: Axes, x: float, ends: dict[Look, float]):
     lines = sorted((min(max((y - low) / (high - low), 0), 1), look) for look, y in ends.items())
     for at, (end, look) in zip(spread([end for end, _ in lines], NAME_HEIGHT), lines, strict=True):
         joint = {"arrowstyle": "-", "color": look.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+        joint["relpos"] = (0, 0.5)  # to where the name begins, not across it
         place = {"xycoords": ("data", "axes fraction"), "textcoords": "axes fraction", "annotation_clip": False}
         axes.annotate(
             plain(look.title), (x, end), (1.03, at), va="center", fontsize=8.5, color=INK, arrowprops=joint, **place
