@@ -186,7 +186,7 @@ def _without_weights(config: dict) -> nn.Module:
     try:
         with torch.device("meta"):
             return from_config(config)
-    except Exception:  # constructors of timm up to 1.0.20 read numbers from tensors, which meta tensors do not hold
+    except Exception:  # constructors that read numbers from tensors (RegNet), which meta tensors do not hold
         with torch.random.fork_rng(devices=[]):
             return from_config(config)
 
