@@ -44,4 +44,4 @@ def evaluate_checkpoint(path: str | Path, recipe: Recipe, progress: Callable | N
 def _score(task: Task, network, recipe: Recipe, progress: Callable | None) -> dict[str, float]:
     device = prepare_scoring(recipe)
     section = recipe.model.model_copy(update={"compile": "off", "sync_bn": False})
-    return task.evaluate(place_network(network, section, device), task.parts[0], True, progress).score()
+    return task.evaluate(place_network(network, section, device), task.splits[0], True, progress).score()

@@ -203,7 +203,7 @@ class Tracking(Section):
     artifact: bool = False
     """Hand the weights of the last and the best epoch to wandb as an artifact."""
     log_every: Count = 50
-    """Steps between two reads of the running loss, its parts and the gradient's norm."""
+    """Steps between two reads of the running loss, its terms and the gradient's norm."""
     profile_steps: Annotated[int, Field(ge=0)] = 0
     """Steps, after the first 23, whose time torch's profiler takes apart in profile.txt and profile.json.gz."""
 

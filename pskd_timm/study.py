@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import pandas as pd
 import torch
@@ -21,6 +21,7 @@ from . import rng
 from .checks import check_recipe
 from .errors import Diverged, InputError, nearest
 from .files import write_atomic
+from .metrics import Metric
 from .progress import Display
 from .recipe import Recipe, settings
 from .recipe_files import as_recipe, differing, with_overrides
@@ -100,7 +101,7 @@ def search(
         >>> search("digits", over=["pskd.alpha=0.3:0.9"], trials=8).best.settings
     """
     recipe = as_recipe(recipe, over=over, seeds=seeds)
-    optuna = _optuna()
+    _optuna()
     if "WORLD_SIZE" in os.environ:
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
     metrics = {known.name: known for known in task_class(recipe.task).metrics if not known.only_at_end}
@@ -124,20 +125,7 @@ def search(
         if done:
             display.say(f"{folder}: {len(done)} trials done before")
         for number in range(len(done) + 1, trials + 1):
-            # A draw is a function of the seed, its number and the trials before it: a resumed search draws the same.
-            sampler = optuna.samplers.TPESampler(
-                n_startup_trials=RANDOM_TRIALS, seed=rng.derive_key(search_seed, SAMPLER, number) % 2**32
-            )
-            study = optuna.create_study(
-                sampler=sampler,
-                pruner=_pruner(optuna, recipe.epochs),
-                direction="maximize" if metrics[metric].higher_is_better else "minimize",
-            )
-            study.add_trials([_known(optuna, trial, ranges, metric) for trial in done])
-            asked = study.ask()
-            values = {key: drawn_from.draw(asked, key) for key, drawn_from in ranges.items()}
-            if any(trial.settings == values for trial in done):
-                values = _untried(ranges, done) or values  # what can be counted is drawn more than once
+            asked, values = _ask(recipe, done, ranges, metrics[metric], search_seed)
             display.say(f"trial {number} of {trials}: {_settings(values)}")
             if twin := next((trial for trial in done if trial.settings == values), None):
                 display.say(f"trial {number} repeats trial {twin.number}: every choice has been tried")
@@ -154,6 +142,23 @@ def search(
         best = better(finished, key=lambda trial: trial.figures[metric])
         chosen = with_overrides(recipe.model_dump(), best.settings, str(folder), recipe.name)
         return SearchResult(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
+
+
+def _ask(recipe: Recipe, done: list[Trial], ranges: dict, metric: Metric, search_seed: int) -> tuple[Any, dict]:
+    """Optuna's trial after those `done`, and its settings: a function of the seed, its number and the trials before it,
+    so that a resumed search draws the same."""
+    optuna, number = _optuna(), len(done) + 1
+    sampler = optuna.samplers.TPESampler(
+        n_startup_trials=RANDOM_TRIALS, seed=rng.derive_key(search_seed, SAMPLER, number) % 2**32
+    )
+    direction = "maximize" if metric.higher_is_better else "minimize"
+    study = optuna.create_study(sampler=sampler, pruner=_pruner(optuna, recipe.epochs), direction=direction)
+    study.add_trials([_known(optuna, trial, ranges, metric.name) for trial in done])
+    asked = study.ask()
+    values = {key: drawn_from.draw(asked, key) for key, drawn_from in ranges.items()}
+    if any(trial.settings == values for trial in done):
+        values = _untried(ranges, done) or values  # what can be counted is drawn more than once
+    return asked, values
 
 
 @contextmanager

@@ -78,26 +78,28 @@ def train(
     model, optimizer = accelerator.prepare(network, optimizer)
     # Running statistics matter in evaluation only, and are brought together there (ranks.py): no step waits for them.
     model.broadcast_buffers = False
-    means = RunningMeans(accelerator, method.part_names)
+    means = RunningMeans(accelerator, method.term_names)
     progress = Progress()
     state = TrainState(
         network, ema, optimizer, accelerator.scaler, method.store, means.sums, task.fingerprint, method=method
     )
-    scored_on, chosen_on = (
-        task.parts[0],
-        task.parts[-1],
-    )  # the part that is reported; the one that chooses the best epoch
+    scored_on, chosen_on = task.splits[0], task.splits[-1]  # the split reported; the one that chooses the best epoch
 
     def forward_backward(batch: Batch, weight: float):
         with accelerator.autocast():
             loss, logits = method.loss(model, batch)
         accelerator.backward(loss * weight)
-        means.add(loss, logits, batch.labels, method.parts)
+        means.add(loss, logits, batch.labels, method.terms)
 
     recorded = recipe.model.compile == "graphs"
     if recorded:
         check_recordable(method)
         forward_backward = StepGraph(forward_backward, lambda: method.variant)
+
+    schedule, clock = SaveSchedule(recipe.checkpoint, recipe.tracking.log_every), Clock()
+    lock = folder.run_lock(run_dir)
+    ranks.on_main(lambda: folder.prepare(recipe, lock))
+    tracker = Tracker(accelerator, recipe, task, loader.steps, display.quiet)
 
     def save():
         clock.update(progress)
@@ -105,10 +107,6 @@ def train(
         checkpoint.save(run_dir, progress, state, recipe.checkpoint.keep, before_commit=tracker.sync)
         schedule.saved_at = time.monotonic()
 
-    schedule, clock = SaveSchedule(recipe.checkpoint, recipe.tracking.log_every), Clock()
-    lock = folder.run_lock(run_dir)
-    ranks.on_main(lambda: folder.prepare(recipe, lock))
-    tracker = Tracker(accelerator, recipe, task, loader.steps, display.quiet)
     with folder.released(lock), ranks.named_errors(), tracker, display:
         # Resume.
         if newest := checkpoint.newest_whole(run_dir):
@@ -183,8 +181,8 @@ def train(
                     "store_bytes": method.store.nbytes if method.store else 0,
                 }
                 method.end_epoch()
-                if epoch == first_epoch and (news := method.describe()) != description:
-                    display.say(news)
+                if epoch == first_epoch and (described := method.describe()) != description:
+                    display.say(described)  # the store's error is known after an epoch
                 clock.update(progress)
                 targets_per_second = progress.num_seen / progress.epoch_seconds
 
@@ -217,11 +215,17 @@ def train(
                     stop.obey(due.signal)
 
         # The result: the last and the best epoch's weights over each part; result.json, written last, says it is finished.
-        last = {part: task.evaluate(state.eval_network, part, True, display.advance) for part in task.parts}
+        last = {
+            split: task.evaluate(state.eval_network, split, keep_probabilities=True, progress=display.advance)
+            for split in task.splits
+        }
         if is_main:
             task.save(state.eval_network, run_dir)
         state.eval_network.load_state_dict(state.best)
-        best = {part: task.evaluate(state.eval_network, part, True, display.advance) for part in task.parts}
+        best = {
+            split: task.evaluate(state.eval_network, split, keep_probabilities=True, progress=display.advance)
+            for split in task.splits
+        }
         clock.update(progress)
         if is_main:
             task.save(state.eval_network, run_dir / "best")

@@ -71,7 +71,7 @@ class Batches:
 class SequenceTask:
     counts = "tokens"
     metrics = (Metric("token_accuracy", "token accuracy", "%", 1, higher_is_better=True), METRICS["nll"])
-    parts = ("test",)
+    splits = ("test",)
     num_classes = NUM_CLASSES
     fingerprint = {"contents": "0"}
 
@@ -91,7 +91,7 @@ class SequenceTask:
         return Batches(self.seed, rank, world_size)
 
     @torch.no_grad()
-    def evaluate(self, network, part, keep_probabilities=False, progress=None):
+    def evaluate(self, network, split, keep_probabilities=False, progress=None):
         tokens, mask, _ = sentences()
         logits = network.eval()((tokens, mask))
         found, probabilities = logits.argmax(1) == self.labels, logits.softmax(1)
@@ -112,7 +112,7 @@ class SequenceTask:
         counts = {"num_train": self.num_rows, "num_test": self.num_rows, "num_holdout": 0}
         return counts | {"num_classes": NUM_CLASSES, "class_names": names}
 
-    def examples(self, part, rows):
+    def examples(self, split, rows):
         return [f"target {row}" for row in rows.tolist()]
 
 

@@ -23,7 +23,7 @@ from .base import Method
 
 
 class Scaled(Method):
-    part_names = ("cross_entropy",)
+    term_names = ("cross_entropy",)
 
     def __init__(self, factor: float = 1.0):
         self.factor = factor
@@ -31,7 +31,7 @@ class Scaled(Method):
     def loss(self, model, batch):
         logits = model(batch.inputs)
         cross_entropy = batch.label_loss(partial(F.cross_entropy, losses.at_least_float32(logits)))
-        self.parts = cross_entropy.detach()[None]
+        self.terms = cross_entropy.detach()[None]
         return self.factor * cross_entropy, logits
 '''
 SECTION = '''

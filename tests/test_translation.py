@@ -131,9 +131,9 @@ def test_empty_and_too_long_pairs_are_left_out_of_training_counted_and_named(tmp
 
 def test_a_held_out_part_takes_the_place_of_the_validation_split_and_of_an_unread_test_part(corpus):
     task = open_task(small_recipe(corpus, data__test=False, data__holdout_fraction=0.1))
-    assert task.parts == ("holdout",)
+    assert task.splits == ("holdout",)
     assert len(task.evaluated["holdout"].targets) == 12 and len(task.train.targets) == 108
-    assert open_task(small_recipe(corpus)).parts == ("test2016", "test2017", "valid")
+    assert open_task(small_recipe(corpus)).splits == ("test2016", "test2017", "valid")
 
 
 def test_settings_of_images_are_refused_by_name(corpus):

@@ -39,8 +39,8 @@ class Method:
     # What `Batch.partner_inputs` is to hold: `class`, another sample of each one's class; `view`, the sample in a second view.
     needs_partners = ""
     recordable = True  # whether `loss` may be replayed as a CUDA graph
-    part_names: tuple[str, ...] = ()  # what the loss is made of, as steps.jsonl and wandb name it
-    parts: Tensor  # [len(part_names)] after `loss`: the values of those in it, means over B without gradient
+    term_names: tuple[str, ...] = ()  # what the loss is made of, as steps.jsonl and wandb name it
+    terms: Tensor  # [len(term_names)] after `loss`: the values of its terms, means over B without gradient
     store: PredictionStore | None = None  # what a method remembers of the training samples, saved with a checkpoint
 
     @classmethod
@@ -63,7 +63,7 @@ class Method:
         `labels` [N] and the `model` to be trained are given where they are known.
         """
         self.num_classes, self.num_epochs = num_classes, num_epochs
-        self.parts = torch.zeros(len(self.part_names), device=device)
+        self.terms = torch.zeros(len(self.term_names), device=device)
         return self
 
     def check(self, model: nn.Module | None, num_classes: int):

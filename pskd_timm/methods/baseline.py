@@ -9,10 +9,10 @@ from .base import Method
 
 
 class Baseline(Method):
-    part_names = ("cross_entropy",)
+    term_names = ("cross_entropy",)
 
     def loss(self, model, batch):
         logits = model(batch.inputs)
         cross_entropy = batch.label_loss(partial(F.cross_entropy, losses.at_least_float32(logits)))
-        self.parts = cross_entropy.detach()[None]
+        self.terms = cross_entropy.detach()[None]
         return cross_entropy, logits

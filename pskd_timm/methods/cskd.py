@@ -13,7 +13,7 @@ class CSKD(Method):
     """Cross-entropy + `weight`·T²·KL(partner ‖ prediction), both at T; partners run in train mode, or in `partner_mode` eval."""
 
     needs_partners = "class"
-    part_names = ("cross_entropy", "kl")
+    term_names = ("cross_entropy", "kl")
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0, partner_mode: str = "train"):
         self.weight, self.temperature, self.partner_mode = weight, temperature, partner_mode
@@ -25,5 +25,5 @@ class CSKD(Method):
             partner_logits = model(batch.partner_inputs)
         cross_entropy = F.cross_entropy(losses.at_least_float32(logits), batch.labels)
         kl = losses.tempered_kl(logits, partner_logits, self.temperature)
-        self.parts = torch.stack([cross_entropy, kl]).detach()
+        self.terms = torch.stack([cross_entropy, kl]).detach()
         return cross_entropy + self.weight * self.temperature**2 * kl, logits

@@ -31,7 +31,7 @@ class DLB(Method):
 
     needs_partners = "view"
     recordable = False
-    part_names = ("cross_entropy", "kl")
+    term_names = ("cross_entropy", "kl")
 
     def __init__(self, weight: float = 1.0, temperature: float = 3.0):
         self.weight, self.temperature = weight, temperature
@@ -52,12 +52,12 @@ class DLB(Method):
         last = self.last.pop(batch.micro_batch, None)
         if last is None:
             cross_entropy = F.cross_entropy(wide, batch.labels)
-            self.parts = torch.stack([cross_entropy, torch.zeros_like(cross_entropy)]).detach()
+            self.terms = torch.stack([cross_entropy, torch.zeros_like(cross_entropy)]).detach()
             return cross_entropy, logits
         again = losses.at_least_float32(model(last.views))
         cross_entropy = F.cross_entropy(torch.cat([again, wide]), torch.cat([last.labels, batch.labels]))
         kl = losses.tempered_kl(again, last.logits, self.temperature)
-        self.parts = torch.stack([cross_entropy, kl]).detach()
+        self.terms = torch.stack([cross_entropy, kl]).detach()
         return cross_entropy + self.weight * self.temperature**2 * kl, logits
 
     def state_dict(self, include_store=False):

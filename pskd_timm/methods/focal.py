@@ -21,7 +21,7 @@ class Focal(Method):
     The defaults are FLSD-53. With a `low_probability` of 0 it is the plain focal loss.
     """
 
-    part_names = ("focal",)
+    term_names = ("focal",)
 
     def __init__(self, gamma: float = 3.0, low_gamma: float = 5.0, low_probability: float = 0.2):
         self.gamma, self.low_gamma, self.low_probability = gamma, low_gamma, low_probability
@@ -30,7 +30,7 @@ class Focal(Method):
         logits = model(batch.inputs)
         log_p = F.log_softmax(losses.at_least_float32(logits), dim=1)
         loss = batch.label_loss(lambda labels: self._focal(log_p, labels))
-        self.parts = loss.detach()[None]
+        self.terms = loss.detach()[None]
         return loss, logits
 
     def _focal(self, log_p, labels):
@@ -43,7 +43,7 @@ class Focal(Method):
 class DualFocal(Method):
     """Mean of (1 − p + p_j)^γ·(−log p), p the label's probability, p_j the largest one below it (0 where there is none)."""
 
-    part_names = ("focal",)
+    term_names = ("focal",)
 
     def __init__(self, gamma: float = 5.0):
         self.gamma = gamma
@@ -52,7 +52,7 @@ class DualFocal(Method):
         logits = model(batch.inputs)
         log_p = F.log_softmax(losses.at_least_float32(logits), dim=1)
         loss = batch.label_loss(lambda labels: self._focal(log_p, labels))
-        self.parts = loss.detach()[None]
+        self.terms = loss.detach()[None]
         return loss, logits
 
     def _focal(self, log_p, labels):

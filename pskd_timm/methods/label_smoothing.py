@@ -12,7 +12,7 @@ from .base import Method
 class LabelSmoothing(Method):
     """Targets (1 − ε)·label + ε/K; where `spread` is `others`, 1 − ε for the label and ε/(K − 1) for each other class."""
 
-    part_names = ("cross_entropy", "uniform_cross_entropy")
+    term_names = ("cross_entropy", "uniform_cross_entropy")
 
     def __init__(self, epsilon: float = 0.1, spread: str = "all"):
         self.epsilon, self.spread = epsilon, spread
@@ -21,7 +21,7 @@ class LabelSmoothing(Method):
         logits = model(batch.inputs)
         log_p = F.log_softmax(losses.at_least_float32(logits), dim=1)
         cross_entropy, uniform = batch.label_loss(partial(F.nll_loss, log_p)), -log_p.mean()
-        self.parts = torch.stack([cross_entropy, uniform]).detach()
+        self.terms = torch.stack([cross_entropy, uniform]).detach()
         # ε/(K − 1) for the others is ε·K/(K − 1) spread over all.
         num_classes = logits.shape[1]
         epsilon = self.epsilon * (num_classes / (num_classes - 1) if self.spread == "others" else 1.0)

@@ -13,7 +13,7 @@ from .sections import maxsup_weight
 class MaxSup(Method):
     """Cross-entropy + λ·mean(z_max − mean z), λ growing evenly from `weight` in the first to `final_weight` in the last epoch."""
 
-    part_names = ("cross_entropy", "suppression")
+    term_names = ("cross_entropy", "suppression")
 
     def __init__(self, weight: float = 0.1, final_weight: float = 0.2):
         self.weight, self.final_weight = weight, final_weight
@@ -33,7 +33,7 @@ class MaxSup(Method):
         wide = losses.at_least_float32(logits)
         cross_entropy = batch.label_loss(partial(F.cross_entropy, wide))
         suppression = (wide.amax(dim=1) - wide.mean(dim=1)).mean()
-        self.parts = torch.stack([cross_entropy, suppression]).detach()
+        self.terms = torch.stack([cross_entropy, suppression]).detach()
         return cross_entropy + self._weight.to(wide.dtype) * suppression, logits
 
     def values(self):

@@ -12,7 +12,7 @@ from .base import Method
 class MbLS(Method):
     """Cross-entropy + `weight`·mean over all B·K logits of max(0, z_max − z_c − `margin`), with a gradient to z_max too."""
 
-    part_names = ("cross_entropy", "excess")
+    term_names = ("cross_entropy", "excess")
 
     def __init__(self, margin: float = 10.0, weight: float = 0.1):
         self.margin, self.weight = margin, weight
@@ -22,5 +22,5 @@ class MbLS(Method):
         wide = losses.at_least_float32(logits)
         cross_entropy = batch.label_loss(partial(F.cross_entropy, wide))
         excess = F.relu(wide.amax(dim=1, keepdim=True) - wide - self.margin).mean()
-        self.parts = torch.stack([cross_entropy, excess]).detach()
+        self.terms = torch.stack([cross_entropy, excess]).detach()
         return cross_entropy + self.weight * excess, logits

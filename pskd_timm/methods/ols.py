@@ -22,7 +22,7 @@ class OLS(Method):
     (1 − `weight`)·cross-entropy. What is said of a mixed image counts for no class.
     """
 
-    part_names = ("cross_entropy", "soft_cross_entropy")
+    term_names = ("cross_entropy", "soft_cross_entropy")
     without_hit: int | None = None  # classes of which the last epoch got no sample right
 
     def __init__(self, weight: float = 0.5):
@@ -47,7 +47,7 @@ class OLS(Method):
         log_p = F.log_softmax(losses.at_least_float32(logits), dim=1)
         cross_entropy = batch.label_loss(partial(F.nll_loss, log_p))
         soft = batch.label_loss(lambda labels: -(self.soft_labels[labels] * log_p).sum(dim=1).mean())
-        self.parts = torch.stack([cross_entropy, soft]).detach()
+        self.terms = torch.stack([cross_entropy, soft]).detach()
         if batch.permutation is None:
             self._count(log_p.detach(), batch.labels)
         return (1.0 - self.weight) * cross_entropy + self.weight * soft, logits

@@ -29,7 +29,7 @@ class PSKD(Method):
         >>> pskd.end_epoch()
     """
 
-    part_names = ("cross_entropy", "last_cross_entropy")
+    term_names = ("cross_entropy", "last_cross_entropy")
     snapshot: Snapshot | None = None
     alpha_now = 0.0  # of the current epoch, on the host
 
@@ -95,7 +95,7 @@ class PSKD(Method):
         log_p = F.log_softmax(wide, dim=1)
         cross_entropy = batch.label_loss(partial(F.nll_loss, log_p))
         last_cross_entropy = -(last * log_p).sum(dim=1).mean()
-        self.parts = torch.stack([cross_entropy, last_cross_entropy]).detach()
+        self.terms = torch.stack([cross_entropy, last_cross_entropy]).detach()
         if self.store and batch.permutation is None:
             # What this very forward predicts (training mode, augmented view) is the next visit's target; of a mixed image
             # it is neither sample's.
@@ -115,7 +115,7 @@ class PSKD(Method):
         cross_entropy = -log_p.gather(1, labels)
         of_top = ((values - rest[:, None]) * log_p.gather(1, classes)).sum(dim=1)
         last = (unseen * cross_entropy)[:, 0] - of_top - rest * log_p.sum(dim=1)
-        self.parts = torch.stack([cross_entropy.mean(), last.mean()])
+        self.terms = torch.stack([cross_entropy.mean(), last.mean()])
         self.store.write_top(batch.index, log_p)
         return loss.mean()
 

@@ -22,7 +22,7 @@ class TFKD(Method):
     by T where the teacher is a trained one.
     """
 
-    part_names = ("cross_entropy", "kl")
+    term_names = ("cross_entropy", "kl")
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class TFKD(Method):
                 teacher_logits = self.teacher(batch.inputs)
             kl = losses.tempered_kl(logits, teacher_logits, *temperatures)
         cross_entropy = batch.label_loss(partial(F.cross_entropy, losses.at_least_float32(logits)))
-        self.parts = torch.stack([cross_entropy, kl]).detach()
+        self.terms = torch.stack([cross_entropy, kl]).detach()
         return (1.0 - self.alpha) * cross_entropy + self.kl_weight * kl, logits
 
 

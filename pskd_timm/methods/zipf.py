@@ -19,7 +19,7 @@ class Zipf(Method):
     Equal logits share the better rank. No gradient flows through the ranks.
     """
 
-    part_names = ("cross_entropy", "kl")
+    term_names = ("cross_entropy", "kl")
 
     def __init__(self, weight: float = 0.1):
         self.weight = weight
@@ -29,7 +29,7 @@ class Zipf(Method):
         wide = losses.at_least_float32(logits)
         cross_entropy = batch.label_loss(partial(F.cross_entropy, wide))
         kl = batch.label_loss(partial(zipf_kl, wide))
-        self.parts = torch.stack([cross_entropy, kl]).detach()
+        self.terms = torch.stack([cross_entropy, kl]).detach()
         return cross_entropy + self.weight * kl, logits
 
 

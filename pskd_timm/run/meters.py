@@ -11,21 +11,21 @@ from .checkpoint import Progress
 
 
 class RunningMeans:
-    """Loss, error, sample count and the loss's parts summed on the device and read only now and then."""
+    """Loss, error, sample count and the loss's terms summed on the device and read only now and then."""
 
-    def __init__(self, accelerator: Accelerator, part_names: tuple[str, ...] = ()):
-        self.accelerator, self.part_names = accelerator, part_names
-        self.sums = torch.zeros(3 + len(part_names), device=accelerator.device)  # loss, errors, samples, parts
+    def __init__(self, accelerator: Accelerator, term_names: tuple[str, ...] = ()):
+        self.accelerator, self.term_names = accelerator, term_names
+        self.sums = torch.zeros(3 + len(term_names), device=accelerator.device)  # loss, errors, samples, terms
 
-    def add(self, loss, logits, labels, parts):
+    def add(self, loss, logits, labels, terms):
         self.sums[1] += (logits.detach().argmax(dim=1) != labels).sum()
-        self.add_loss(loss, len(labels), parts)
+        self.add_loss(loss, len(labels), terms)
 
-    def add_loss(self, loss, count, parts):
-        """As `add`, where nothing is right or wrong: the mean `loss` and its `parts` over `count` samples."""
+    def add_loss(self, loss, count, terms):
+        """As `add`, where nothing is right or wrong: the mean `loss` and its `terms` over `count` samples."""
         self.sums[0] += loss.detach() * count
         self.sums[2] += count
-        self.sums[3:].add_(parts, alpha=count)
+        self.sums[3:].add_(terms, alpha=count)
 
     def total(self, where: str) -> list[float]:
         """The sums over all ranks (all ranks call it together); raises Diverged where the loss is not finite."""
@@ -39,13 +39,13 @@ class RunningMeans:
 
         Returns the mean `loss`, the `error` in % and the mean of each part.
         """
-        loss, errors, samples, *parts = self.total(where)
+        loss, errors, samples, *terms = self.total(where)
         self.sums.zero_()
         progress.loss_sum += loss
         progress.error_sum += errors
         progress.num_seen += samples
-        means = [loss, 100.0 * errors, *parts]
-        names = ("loss", "error", *self.part_names)
+        means = [loss, 100.0 * errors, *terms]
+        names = ("loss", "error", *self.term_names)
         return {name: mean / max(samples, 1) for name, mean in zip(names, means, strict=True)}
 
 

@@ -37,18 +37,18 @@ def run_result(
     world_size: int,
     device: torch.device,
 ) -> RunResult:
-    """What result.json says of a run, from what the `last` and the `best` epoch's weights predict of each part."""
+    """What result.json says of a run, from what the `last` and the `best` epoch's weights predict of each split."""
 
-    def figures(part: str) -> dict:
-        of_last, of_best = last[part].score(), best[part].score()
+    def figures(split: str) -> dict:
+        of_last, of_best = last[split].score(), best[split].score()
         return {
             "last": {"epoch": recipe.epochs, **of_last},
             "best": {"epoch": progress.best["epoch"], **of_best},
         }
 
-    scored_on, *others = task.parts
+    scored_on, *others = task.splits
     scored = figures(scored_on)
-    scored["best"]["chosen_on"] = task.parts[-1]
+    scored["best"]["chosen_on"] = task.splits[-1]
     if scored_on == "holdout":
         others = ["holdout"]
     values = RunResult(
@@ -64,7 +64,7 @@ def run_result(
         num_parameters=sum(weights.numel() for weights in network.parameters()),
         num_processes=world_size,
         **describe_machine(device),
-        **{part: figures(part) for part in others},
+        **{split: figures(split) for split in others},
     )
     if teacher := teacher_figures(recipe):
         values["teacher"] = teacher
@@ -72,13 +72,13 @@ def run_result(
 
 
 def write_predictions(run_dir: Path, last: dict[str, Predictions], best: dict[str, Predictions]):
-    """Write predictions.parquet of the scored part, and <part>.parquet of the others and of the held-out one."""
-    for folder, of_parts in ((run_dir, last), (run_dir / "best", best)):
-        for place, (part, predictions) in enumerate(of_parts.items()):
+    """Write predictions.parquet of the scored split, and <split>.parquet of the others and of the held-out one."""
+    for folder, of_splits in ((run_dir, last), (run_dir / "best", best)):
+        for place, (split, predictions) in enumerate(of_splits.items()):
             if place == 0:
                 predictions.write(folder / "predictions.parquet")
-            if place > 0 or part == "holdout":
-                predictions.write(folder / f"{part}.parquet")
+            if place > 0 or split == "holdout":
+                predictions.write(folder / f"{split}.parquet")
 
 
 def write_result(run_dir: Path, values: RunResult):

@@ -37,7 +37,7 @@ class Task(Protocol):
 
     counts: str  # what a target is called in the plural: `images`, `tokens`
     metrics: tuple[Metric, ...]  # the first one chooses the best epoch
-    parts: tuple[str, ...]  # evaluated parts; the first one is reported, the last one chooses the best epoch
+    splits: tuple[str, ...]  # evaluated splits; the first one is reported, the last one chooses the best epoch
     num_rows: int  # training targets
     num_classes: int
     labels: Tensor  # int64 [num_rows] on the CPU
@@ -53,9 +53,9 @@ class Task(Protocol):
         """The training batches on `device`; with `partners` (`class`, `view`) each has `partner_inputs` too."""
 
     def evaluate(
-        self, network: nn.Module, part: str, keep_probabilities: bool = False, progress: Callable | None = None
+        self, network: nn.Module, split: str, keep_probabilities: bool = False, progress: Callable | None = None
     ) -> Predictions:
-        """The outcome of each target of `part`, in eval mode (all ranks call it together; the result is on each)."""
+        """The outcome of each target of `split`, in eval mode (all ranks call it together; the result is on each)."""
 
     def save(self, network: nn.Module, folder: Path):
         """Write the network so that `load` and other people's tools read it back."""
@@ -66,5 +66,5 @@ class Task(Protocol):
     def describe(self) -> dict[str, Any]:
         """What result.json says of the data: num_train, num_test, num_holdout, num_classes, class_names, …"""
 
-    def examples(self, part: str, rows: Tensor) -> list:
-        """What the targets `rows` [n] of `part` look like: images as uint8 arrays [H, W, C], or texts."""
+    def examples(self, split: str, rows: Tensor) -> list:
+        """What the targets `rows` [n] of `split` look like: images as uint8 arrays [H, W, C], or texts."""

@@ -34,8 +34,8 @@ class ImageTask:
         self.data = load_data(recipe.data, recipe.augment, progress)
         self.num_rows, self.num_classes = len(self.data.train), self.data.num_classes
         self.labels, self.fingerprint = self.data.train.labels, self.data.fingerprint
-        self.splits = {name: split for name in ("test", "holdout") if (split := getattr(self.data, name))}
-        self.parts = tuple(self.splits)
+        self.evaluated = {name: split for name in ("test", "holdout") if (split := getattr(self.data, name))}
+        self.splits = tuple(self.evaluated)
 
     def network(self) -> nn.Module:
         torch.manual_seed(rng.derive_key(self.recipe.seed, WEIGHTS))
@@ -76,12 +76,12 @@ class ImageTask:
         )
 
     def evaluate(
-        self, network: nn.Module, part: str, keep_probabilities: bool = False, progress: Callable | None = None
+        self, network: nn.Module, split: str, keep_probabilities: bool = False, progress: Callable | None = None
     ) -> Predictions:
-        split = self.splits[part] = self.splits[part].to(next(network.parameters()).device)
+        self.evaluated[split] = self.evaluated[split].to(next(network.parameters()).device)
         recipe = self.recipe
         settings = recipe.batch_size, *normalisation(network, recipe), recipe.mixed_precision
-        return predict(network, split, *settings, keep_probabilities, progress)
+        return predict(network, self.evaluated[split], *settings, keep_probabilities, progress)
 
     def save(self, network: nn.Module, folder: Path):
         seen = *normalisation(network, self.recipe), self.data.image_size, self.recipe.data.crop_pct
@@ -96,15 +96,15 @@ class ImageTask:
     def describe(self) -> dict:
         return {
             "num_train": self.num_rows,
-            "num_test": len(self.splits.get("test", ())),
-            "num_holdout": len(self.splits.get("holdout", ())),
+            "num_test": len(self.evaluated.get("test", ())),
+            "num_holdout": len(self.evaluated.get("holdout", ())),
             "num_classes": self.num_classes,
             "class_names": self.data.class_names,
             "data_fingerprint": self.fingerprint,
         }
 
-    def examples(self, part: str, rows: Tensor) -> list:
-        return list(read_images(self.splits[part], rows).permute(0, 2, 3, 1).cpu().numpy()) if len(rows) else []
+    def examples(self, split: str, rows: Tensor) -> list:
+        return list(read_images(self.evaluated[split], rows).permute(0, 2, 3, 1).cpu().numpy()) if len(rows) else []
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class TranslationTask:
         self.train = usable(Part(corpus.train, self.tokenizer), section.max_length)
         chosen = {"holdout": held_out} if held_out else {corpus.validation.name: corpus.validation}
         self.evaluated = {name: Part(pairs, self.tokenizer) for name, pairs in (corpus.tests | chosen).items()}
-        self.parts = tuple(self.evaluated)
+        self.splits = tuple(self.evaluated)
         self.labels = self.train.targets.tokens
         self.num_rows = len(self.labels)
         self.num_classes = vocabulary_size(recipe.model, self.tokenizer)
@@ -141,12 +141,12 @@ class TranslationTask:
     def evaluate(
         self,
         network: TranslationNetwork,
-        part: str,
+        split: str,
         keep_probabilities: bool = False,
         progress: Callable | None = None,
     ) -> TokenPredictions:
         """With `keep_probabilities` the sentences are translated too; the probabilities of all pieces are never kept."""
-        here = self.evaluated[part]
+        here = self.evaluated[split]
         outcomes, guesses = predict_tokens(network, here.sources, here.targets, self.recipe.mixed_precision, progress)
         sentence = torch.arange(len(here.targets)).repeat_interleave(here.targets.lengths)
         translations = None
@@ -166,11 +166,11 @@ class TranslationTask:
         return network
 
     def describe(self) -> dict:
-        scored = self.parts[0]
+        scored = self.splits[0]
         return {
             "num_train": self.num_rows,
-            "num_test": 0 if scored == self.parts[-1] else len(self.evaluated[scored].targets.tokens),
-            "num_holdout": len(self.evaluated[self.parts[-1]].targets.tokens) if "holdout" in self.parts else 0,
+            "num_test": 0 if scored == self.splits[-1] else len(self.evaluated[scored].targets.tokens),
+            "num_holdout": len(self.evaluated[self.splits[-1]].targets.tokens) if "holdout" in self.splits else 0,
             "num_pairs": {"train": len(self.train.targets)}
             | {name: len(p.targets) for name, p in self.evaluated.items()},
             "num_classes": self.num_classes,
@@ -203,9 +203,9 @@ class TranslationTask:
         of_top = f": the {topk} largest of each token's probabilities; in full {readable(store_bytes(*sizes))}"
         return f"prediction store per rank: {', '.join(parts)}{of_top if topk else ''}"
 
-    def examples(self, part: str, rows: Tensor) -> list[str]:
+    def examples(self, split: str, rows: Tensor) -> list[str]:
         """The source of each of the target tokens `rows` [n], and the target up to it."""
-        here, found = self.evaluated[part], []
+        here, found = self.evaluated[split], []
         for row in rows.tolist():
             sentence = int(torch.searchsorted(here.targets.offsets, row, right=True)) - 1
             pieces = here.targets.tokens[here.targets.offsets[sentence] : row]
