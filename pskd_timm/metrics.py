@@ -1,11 +1,14 @@
-"""The six figures of the paper's tables, in its units: error and ECE in %, NLL in nats, AURC and E-AURC × 10³."""
+"""The six figures of the paper's tables, in its units: error and ECE in %, NLL in nats, AURC and E-AURC × 10³; and others.
 
-from collections.abc import Iterable
+Where other packages give other values for the same predictions, README.md beside this file says why.
+"""
+
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, nearest
 
 
 class Metric(NamedTuple):
@@ -41,7 +44,28 @@ METRICS = {
         Metric("eaurc", "E-AURC", "×10³", in_brief=False),
     )
 }
+FURTHER_METRICS = {  # computed where they are asked for, from what a finished run has kept
+    metric.name: metric
+    for metric in (
+        Metric("brier", "Brier score", digits=3, only_at_end=True),
+        Metric("ece15", "ECE, 15 bins", "%", only_at_end=True),
+        Metric("adaptive_ece", "adaptive ECE", "%", only_at_end=True),
+        Metric("classwise_ece", "class-wise ECE", "%", digits=3, only_at_end=True),
+        Metric("smooth_ece", "smooth ECE", "%", only_at_end=True),
+        Metric("augrc", "AUGRC", "×10³", only_at_end=True),
+        Metric("coverage_at_5_risk", "coverage at 5 % risk", "%", higher_is_better=True, only_at_end=True),
+        Metric("risk_at_80_coverage", "risk at 80 % coverage", "%", only_at_end=True),
+    )
+}
+ALL_METRICS = METRICS | FURTHER_METRICS
+OF_ROWS = ("brier", "classwise_ece")  # need each sample's probabilities of all classes
+FLOORED = ("ece", "ece15", "adaptive_ece", "classwise_ece", "smooth_ece")  # are above 0 for perfect calibration too
 ECE_BINS = 10
+FURTHER_BINS = 15  # of the other errors with bins
+NARROWEST = 0.001  # bandwidth of smooth ECE, as in relplot
+GRID = 2048  # intervals of [0, 1] on which smooth ECE is computed
+DRAWS_AT_ONCE = 64  # of smooth ECE, whose grids then stay in a processor's cache
+HALVINGS = 8  # of the interval of bandwidths, before its end is found by a secant
 FLOOR_DRAWS = (200, 1000)  # of outcomes for the ECE of perfect calibration: more where samples are few
 NUMBERS_DRAWN = 10_000_000  # for these, about, which bounds time
 NUMBERS_AT_ONCE = 1_000_000  # and at once, which bounds memory
@@ -74,7 +98,7 @@ class Bins(NamedTuple):
 
 
 class EceFloor(NamedTuple):
-    """The ECE in % that perfect calibration would measure on so few samples: its mean, and what 95 % of draws stay below."""
+    """What perfect calibration would measure on so few samples, in %: its mean, and what 95 % of draws stay below."""
 
     mean: float
     high: float
@@ -122,34 +146,205 @@ def ece(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> fl
     return float(np.abs(gap).sum() / len(confidence))
 
 
-def ece_floor(confidence: np.ndarray, bins: int = ECE_BINS, seed: int = 0) -> EceFloor:
-    """What `ece` of `confidence` [N] would be if each were the probability of being right.
+def equal_mass_shares(rising: np.ndarray, bins: int = FURTHER_BINS) -> np.ndarray:
+    """The part [N, bins] of each of the `rising` confidences [N] that lies in each of `bins` with equally many samples.
+
+    Equal confidences are spread alike over the bins that they reach into, so that no order among them matters.
+    """
+    sizes = [len(part) for part in np.array_split(rising, bins)]
+    tie = _ties(rising)
+    shares = np.zeros((tie[-1] + 1, bins))
+    np.add.at(shares, (tie, np.repeat(np.arange(bins), sizes)), 1.0)
+    return (shares / shares.sum(axis=1, keepdims=True))[tie]
+
+
+def adaptive_ece(confidence: np.ndarray, correct: np.ndarray, bins: int = FURTHER_BINS) -> float:
+    """ECE in [0, 1] over `bins` that hold equally many samples (Nguyen and O'Connor, 2015)."""
+    rising = np.argsort(confidence, kind="stable")
+    gap = correct[rising].astype(np.float64) - confidence[rising].astype(np.float64)
+    return float(np.abs(gap @ equal_mass_shares(confidence[rising], bins)).sum() / len(gap))
+
+
+def class_gaps(probabilities: np.ndarray, labels: np.ndarray, bins: int = FURTHER_BINS) -> np.ndarray:
+    """Σ over the samples of (1 if the label is k else 0) − p_k for `probabilities` [N, K], in each bin of p_k: [K, bins]."""
+    num_samples, num_classes = probabilities.shape
+    cell = bin_of(probabilities.ravel(), bins) + bins * np.tile(np.arange(num_classes), num_samples)
+    gaps = -np.bincount(cell, probabilities.ravel().astype(np.float64), num_classes * bins)
+    of_labels = cell.reshape(probabilities.shape)[np.arange(num_samples), labels]
+    return (gaps + np.bincount(of_labels, minlength=num_classes * bins)).reshape(num_classes, bins)
+
+
+def classwise_ece(probabilities: np.ndarray, labels: np.ndarray, bins: int = FURTHER_BINS) -> float:
+    """Mean over the classes of the ECE in [0, 1] of the class's own probability (Kull et al., NeurIPS 2019)."""
+    return float(np.abs(class_gaps(probabilities, labels, bins)).sum() / probabilities.size)
+
+
+def squared_errors(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each sample's Brier score [N] in [0, 2]: Σ over the classes of (p_k − 1 if k is the label else p_k)²."""
+    wide = probabilities.astype(np.float64)
+    true = np.take_along_axis(wide, labels[:, None], axis=1)[:, 0]
+    return np.square(wide).sum(axis=1) - 2 * true + 1
+
+
+def smooth_ece(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Smooth ECE in [0, 1] (Błasiok and Nakkiran, ICLR 2024): ∫ |r(t)| dt, with r the mean of (correct − confidence)
+    smoothed by a Gaussian kernel that is reflected at 0 and 1, and of the bandwidth that equals the result (NARROWEST where
+    that is narrower).
+    """
+    gap = correct.astype(np.float64) - confidence.astype(np.float64)
+    return float(_smooth_errors(gap[None], _grid(confidence))[0])
+
+
+def _grid(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The grid's point below each confidence [N], and how far beyond it the confidence is, in intervals."""
+    place = confidence.astype(np.float64) * GRID
+    low = place.astype(np.int64).clip(0, GRID - 1)
+    return low, place - low
+
+
+def _smooth_errors(gaps: np.ndarray, grid: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Smooth ECE [R] of each row of `gaps` [R, N]."""
+    low, beyond = grid
+    sums = np.zeros((len(gaps), GRID + 1))
+    for row, gap in zip(sums, gaps, strict=True):
+        row += np.bincount(low, gap * (1 - beyond), GRID + 1) + np.bincount(low + 1, gap * beyond, GRID + 1)
+    # Reflected again and again the interval is a circle of length 2, where smoothing is a product of Fourier coefficients.
+    # What lies at 0 and 1 falls upon its own reflection.
+    circle = np.concatenate([2 * sums[:, :1], sums[:, 1:-1], 2 * sums[:, -1:], sums[:, -2:0:-1]], axis=1)
+    spectrum, frequency = np.fft.rfft(circle), np.pi * np.arange(GRID + 1)
+
+    def error(bandwidth: np.ndarray) -> np.ndarray:
+        smoothed = np.fft.irfft(spectrum * np.exp(-0.5 * np.square(bandwidth[:, None] * frequency)), 2 * GRID)
+        return np.abs(smoothed).sum(axis=1) / (2 * gaps.shape[1])
+
+    narrow, wide = np.full(len(gaps), NARROWEST), np.ones(len(gaps))
+    at_narrowest = error(narrow)
+    for _ in range(HALVINGS):  # the error falls as the bandwidth grows
+        middle = (narrow + wide) / 2
+        too_narrow = error(middle) > middle
+        narrow, wide = np.where(too_narrow, middle, narrow), np.where(too_narrow, wide, middle)
+    excess, lack = error(narrow) - narrow, wide - error(wide)
+    root = narrow + (wide - narrow) * excess / (excess + lack)
+    return np.where(at_narrowest > NARROWEST, root, at_narrowest)
+
+
+def ece_floor(confidence: np.ndarray, name: str = "ece", seed: int = 0) -> EceFloor:
+    """What the metric `name` (of FLOORED, without `classwise_ece`) would be in % if each `confidence` [N] were the probability
+    of being right.
 
     Consistency resampling (Bröcker and Smith, 2007): outcomes are drawn from the confidences, which stay as they are.
     """
     confidence = np.sort(np.asarray(confidence))
-    place = bin_of(confidence, bins)
-    expected = np.bincount(place, confidence.astype(np.float64), bins)
-    in_bin = (place[:, None] == np.arange(bins)).astype(np.float32)
-    draws = int(np.clip(NUMBERS_DRAWN // len(confidence), *FLOOR_DRAWS))
-    rows = max(1, NUMBERS_AT_ONCE // len(confidence))
-    generator, found = np.random.default_rng(seed), []
+    errors, generator = _errors_of_draws(confidence, name), np.random.default_rng(seed)
+    draws = _num_draws(len(confidence))
+    rows, found = max(1, NUMBERS_AT_ONCE // len(confidence)), []
     for start in range(0, draws, rows):
         drawn = generator.random((min(rows, draws - start), len(confidence)), dtype=np.float32)
-        right = (drawn < confidence).astype(np.float32) @ in_bin  # exact: whole numbers
-        found.append(100 * np.abs(right - expected).sum(axis=1) / len(confidence))
-    found = np.concatenate(found)
-    return EceFloor(float(found.mean()), float(np.quantile(found, 0.95)))
+        found.append(100 * errors(drawn < confidence))
+    return _floor(np.concatenate(found))
+
+
+def _errors_of_draws(rising: np.ndarray, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What gives the metric `name` in [0, 1] of outcomes [R, N] that were drawn for the `rising` confidences [N]: [R]."""
+    wide = rising.astype(np.float64)
+    if name == "smooth_ece":
+        grid = _grid(rising)
+        return lambda right: np.concatenate(
+            [_smooth_errors(right[i : i + DRAWS_AT_ONCE] - wide, grid) for i in range(0, len(right), DRAWS_AT_ONCE)]
+        )
+    if name == "adaptive_ece":
+        shares = equal_mass_shares(rising)
+    else:
+        bins = {"ece": ECE_BINS, "ece15": FURTHER_BINS}[name]
+        shares = (bin_of(rising, bins)[:, None] == np.arange(bins)).astype(np.float64)
+    expected, narrow = wide @ shares, shares.astype(np.float32)  # in which whole numbers are exact
+    return lambda right: np.abs(right.astype(np.float32) @ narrow - expected).sum(axis=1) / len(rising)
+
+
+def classwise_floor(parts: Iterable[np.ndarray], num_samples: int, seed: int = 0) -> EceFloor:
+    """What `classwise_ece` would be in % if the rows of probabilities, in `parts` [n, K] of `num_samples` in all, were right.
+
+    Labels are drawn from the rows, as `ece_floor` draws outcomes.
+    """
+    draws, generator, gaps = _num_draws(num_samples), np.random.default_rng(seed), 0.0
+    rows = max(1, NUMBERS_AT_ONCE // draws)
+    for part in parts:
+        for start in range(0, len(part), rows):
+            gaps = gaps + _drawn_class_gaps(part[start : start + rows], draws, generator)
+    return _floor(100 * np.abs(gaps).sum(axis=(1, 2)) / (num_samples * part.shape[1]))
+
+
+def _drawn_class_gaps(probabilities: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """`class_gaps` of `probabilities` [n, K] for labels drawn from them: [draws, K, bins]."""
+    num_samples, num_classes = probabilities.shape
+    cells = num_classes * FURTHER_BINS
+    upto = probabilities.cumsum(axis=1, dtype=np.float64)
+    upto = upto / upto[:, -1:] + np.arange(num_samples)[:, None]  # row after row: one rising sequence
+    drawn = generator.random((draws, num_samples)) + np.arange(num_samples)
+    last = num_classes * np.arange(1, num_samples + 1) - 1
+    place = np.minimum(np.searchsorted(upto.ravel(), drawn, side="right"), last)
+    cell = bin_of(probabilities.ravel(), FURTHER_BINS) + FURTHER_BINS * np.tile(np.arange(num_classes), num_samples)
+    counts = np.bincount((cell[place] + cells * np.arange(draws)[:, None]).ravel(), minlength=draws * cells)
+    expected = np.bincount(cell, probabilities.ravel().astype(np.float64), cells)
+    return (counts.reshape(draws, cells) - expected).reshape(draws, num_classes, FURTHER_BINS)
+
+
+def _num_draws(num_samples: int) -> int:
+    return int(np.clip(NUMBERS_DRAWN // num_samples, *FLOOR_DRAWS))
+
+
+def _floor(drawn: np.ndarray) -> EceFloor:
+    return EceFloor(float(drawn.mean()), float(np.quantile(drawn, 0.95)))
+
+
+def _ties(ordered: np.ndarray) -> np.ndarray:
+    """The number 0, 1, … of each of the `ordered` values [N] among their distinct ones."""
+    return np.r_[0, np.cumsum(ordered[1:] != ordered[:-1])]
 
 
 def risk_curve(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """Error rate [N] among the n = 1 … N most confident samples; equal confidences take their average over all orders."""
     falling = np.argsort(-confidence, kind="stable")
     sorted_confidence = confidence[falling]
-    tie = np.r_[0, np.cumsum(sorted_confidence[1:] != sorted_confidence[:-1])]
+    tie = _ties(sorted_confidence)
     in_tie = np.bincount(tie)
     expected = (np.bincount(tie, 1.0 - correct[falling].astype(np.float64)) / in_tie)[tie]
     return expected.cumsum() / np.arange(1, len(tie) + 1)
+
+
+def augrc(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Area in [0, ½] under the share of all samples that are accepted and wrong, over the share that is accepted (Traub et
+    al., NeurIPS 2024): (1 − AUROC of confidence for being right) · accuracy · error rate + ½ error rate²."""
+    wrong = risk_curve(confidence, correct) * np.arange(1, len(confidence) + 1)  # among the 1 … N most confident
+    return float((wrong.sum() - wrong[-1] / 2) / len(wrong) ** 2)
+
+
+def coverage_at_risk(confidence: np.ndarray, correct: np.ndarray, risk: float = 0.05) -> float:
+    """The largest part of the samples that a threshold on confidence accepts with an error rate of at most `risk`, else 0."""
+    falling = np.sort(confidence)[::-1]
+    is_threshold = np.r_[falling[1:] != falling[:-1], True]  # equal confidences are accepted together
+    allowed = np.flatnonzero(is_threshold & (risk_curve(confidence, correct) <= risk + 1e-12))
+    return float((allowed.max(initial=-1) + 1) / len(falling))
+
+
+def risk_at_coverage(confidence: np.ndarray, correct: np.ndarray, coverage: float = 0.8) -> float:
+    """Error rate among the part `coverage` of the samples of most confidence, rounded up to a whole sample."""
+    accepted = max(1, int(np.ceil(coverage * len(confidence) - 1e-9)))
+    return float(risk_curve(confidence, correct)[accepted - 1])
+
+
+def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """The chance in [0, 1] that one of the values `positive` [N] is above one of `negative` [M]; equal ones count half."""
+    ordered = np.sort(negative)
+    below, upto = (np.searchsorted(ordered, positive, side) for side in ("left", "right"))
+    return float((below + upto).mean() / (2 * len(ordered)))
+
+
+def fpr_at_recall(positive: np.ndarray, negative: np.ndarray, recall: float = 0.95) -> float:
+    """The part in [0, 1] of `negative` [M] at or above the highest threshold that at least `recall` of `positive` [N] reach."""
+    needed = int(np.ceil(recall * len(positive) - 1e-9))
+    threshold = np.sort(positive)[len(positive) - needed]
+    return float((negative >= threshold).mean())
 
 
 def most_confident_mistakes(confidence: np.ndarray, correct: np.ndarray, count: int) -> np.ndarray:
@@ -183,6 +378,42 @@ def summarize(each: Outcomes) -> dict[str, float]:
     }
 
 
+OF_OUTCOMES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of the further ones, of confidence and correct
+    "ece15": lambda confidence, correct: 100 * ece(confidence, correct, FURTHER_BINS),
+    "adaptive_ece": lambda confidence, correct: 100 * adaptive_ece(confidence, correct),
+    "smooth_ece": lambda confidence, correct: 100 * smooth_ece(confidence, correct),
+    "augrc": lambda confidence, correct: 1000 * augrc(confidence, correct),
+    "coverage_at_5_risk": lambda confidence, correct: 100 * coverage_at_risk(confidence, correct),
+    "risk_at_80_coverage": lambda confidence, correct: 100 * risk_at_coverage(confidence, correct),
+}
+
+
+def further_of_outcomes(confidence: np.ndarray, correct: np.ndarray, names: Iterable[str]) -> dict[str, float]:
+    """Those of FURTHER_METRICS among `names` that `confidence` and `correct` [N] tell."""
+    return {name: OF_OUTCOMES[name](confidence, correct) for name in names if name in OF_OUTCOMES}
+
+
+def further_of_rows(parts: Iterable[tuple[np.ndarray, np.ndarray]], names: Iterable[str]) -> dict[str, float]:
+    """Those of OF_ROWS among `names`, of probabilities [n, K] and labels [n] that come in parts, each of which is read once."""
+    names, num_samples, squares, gaps = set(names) & set(OF_ROWS), 0, 0.0, 0.0
+    if not names:
+        return {}
+    for probabilities, labels in parts:
+        num_samples += len(labels)
+        squares += float(squared_errors(probabilities, labels).sum())
+        gaps = gaps + class_gaps(probabilities, labels)
+    found = {"brier": squares / num_samples, "classwise_ece": 100 * float(np.abs(gaps).sum() / num_samples / len(gaps))}
+    return {name: found[name] for name in OF_ROWS if name in names}
+
+
+def check_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """`names`, each once. Raises InputError where one is none of the `known`."""
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no metric {name!r}, only {', '.join(known)}{nearest(name, known)}")
+    return list(dict.fromkeys(names))
+
+
 def as_array(values) -> np.ndarray:
     """Numbers as an array that numpy computes with fast: a tensor (on any device), an array of any type, a list."""
     if hasattr(values, "detach"):
@@ -194,11 +425,15 @@ def as_array(values) -> np.ndarray:
     return array.astype(np.int64, copy=False) if array.dtype.kind == "u" else array
 
 
-def score(probabilities, labels) -> dict[str, float]:
+def score(probabilities, labels, metrics: Iterable[str] = tuple(METRICS)) -> dict[str, float]:
     """The six metrics of `probabilities` [N, K] (rows sum to 1) against `labels` [N], tensors or arrays of any float type.
 
-    Raises InputError where shapes, label range or values do not fit.
+    `metrics` names others of ALL_METRICS. Raises InputError where names, shapes, label range or values do not fit.
+
+    Example:
+        >>> score(probabilities, labels, ["ece", "smooth_ece", "augrc"])
     """
+    names = check_names(metrics, ALL_METRICS)
     probabilities, labels = as_array(probabilities), as_array(labels)
     if probabilities.dtype.kind not in "fiub":
         raise InputError(f"cannot score an array of {probabilities.dtype}")
@@ -220,4 +455,9 @@ def score(probabilities, labels) -> dict[str, float]:
     largest_sum = probabilities.sum(axis=1, dtype=np.float64).max()
     if largest_sum > 1 + ROW_SUM_TOLERANCE:
         raise InputError(f"rows of probabilities must sum to 1, one sums to {largest_sum:.3g}")
-    return summarize(outcomes(probabilities, labels.astype(np.int64)))
+    labels = labels.astype(np.int64)
+    each = outcomes(probabilities, labels)
+    starts = range(0, len(labels), ROWS_AT_ONCE)
+    parts = ((probabilities[i : i + ROWS_AT_ONCE], labels[i : i + ROWS_AT_ONCE]) for i in starts)
+    found = summarize(each) | further_of_outcomes(each.confidence, each.correct, names) | further_of_rows(parts, names)
+    return {name: found[name] for name in names}
