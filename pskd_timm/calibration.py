@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import brentq
 
-from .metrics import as_array, ece
+from .metrics import as_array
 
 ROWS_AT_ONCE = 1024  # so many that what is made of them stays in the processor's cache
 LOWEST, HIGHEST = 0.01, 100.0  # bounds of a fit
@@ -94,8 +94,13 @@ def _slope(parts: list[Part], scale: float) -> float:
     return total
 
 
-def scaled_metrics(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], temperature: float) -> dict[str, float]:
-    """`nll` (nats) and `ece` (%) at a temperature, of probabilities [n, K], labels [n] and hits [n] that come in parts."""
+def scaled_outcomes(
+    parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], temperature: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each sample's confidence at a temperature, whether it is right, and its NLL in nats, [N] each.
+
+    The probabilities [n, K], labels [n] and hits [n] come in parts.
+    """
     nll, confidences, hits = [], [], []
     for probabilities, labels, correct in parts:
         logs = log_probabilities(probabilities) / temperature
@@ -104,5 +109,4 @@ def scaled_metrics(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], t
         nll.append(normalizer - np.take_along_axis(logs, labels[:, None], axis=1)[:, 0])
         confidences.append(np.exp(largest - normalizer))
         hits.append(correct)
-    mean = float(np.concatenate(nll).mean(dtype=np.float64))
-    return {"nll": mean, "ece": 100.0 * ece(np.concatenate(confidences), np.concatenate(hits))}
+    return np.concatenate(confidences), np.concatenate(hits), np.concatenate(nll).astype(np.float64)

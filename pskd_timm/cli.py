@@ -82,6 +82,14 @@ def make_parser() -> Parser:
     report.add_argument(
         "--output", metavar="DIR", help="where to write (default: the folder that holds all of the runs)"
     )
+    report.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="further figures: all, or of: brier ece15 adaptive_ece classwise_ece smooth_ece augrc coverage_at_5_risk "
+        "risk_at_80_coverage",
+    )
     search = command("search", "choose settings on held-out training data; the test part is not read", run_search)
     search.add_argument(
         "--over",
@@ -299,10 +307,10 @@ def run_compare(arguments, rest):
 
 def run_report(arguments, rest):
     if rest:
-        raise InputError(f"unknown option {rest[0]}: report takes run folders and --output DIR")
+        raise InputError(f"unknown option {rest[0]}: report takes run folders, --metrics NAMES and --output DIR")
     from .reports.build import report
 
-    tell(report(arguments.runs, arguments.output))
+    tell(report(arguments.runs, arguments.output, arguments.metrics))
     return DONE
 
 
@@ -310,10 +318,12 @@ def tell(comparison):
     """Print a comparison's table and where it was written."""
     from rich.console import Console
 
-    from .reports.tables import terminal_table
+    from .reports.tables import further_table, terminal_table
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(terminal_table(comparison.rows, comparison.metrics, comparison.heading, console.width))
+    if comparison.further:
+        console.print(further_table(comparison.rows, comparison.further))
     print("\n".join([*comparison.notes, "wrote " + ", ".join(map(str, comparison.paths))]))
 
 

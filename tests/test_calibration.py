@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pskd_timm.calibration import FEWEST, fit_temperature, fit_to_parts, scaled_metrics, with_temperature
-from pskd_timm.metrics import score
+from pskd_timm.calibration import FEWEST, fit_temperature, fit_to_parts, scaled_outcomes, with_temperature
+from pskd_timm.metrics import ece, score
 
 
 def drawn(num_samples, num_classes, temperature, seed=0, dtype=torch.float64):
@@ -105,6 +105,7 @@ def test_the_temperature_and_the_figures_of_parts_are_those_of_the_whole(size, s
     # A minimum: the NLL on both sides of it is no lower.
     assert nll(temperature) <= min(nll(temperature * 1.001), nll(temperature / 1.001))
     hits = [(p.numpy(), y.numpy(), (p.argmax(1) == y).numpy()) for p, y in parts]
-    found, whole = scaled_metrics(hits, temperature), score(with_temperature(probabilities, temperature), labels)
-    assert found["nll"] == pytest.approx(whole["nll"], abs=1e-5)
-    assert found["ece"] == pytest.approx(whole["ece"], abs=1e-4)
+    confidence, correct, nll_of_each = scaled_outcomes(hits, temperature)
+    whole = score(with_temperature(probabilities, temperature), labels)
+    assert nll_of_each.mean() == pytest.approx(whole["nll"], abs=1e-5)
+    assert 100 * ece(confidence, correct) == pytest.approx(whole["ece"], abs=1e-4)

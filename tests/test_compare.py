@@ -18,7 +18,7 @@ from pskd_timm.cli import main
 from pskd_timm.comparison import BUSY, _run, _start, gpu_of
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS
-from pskd_timm.reports.runs import FLOORS, columns
+from pskd_timm.reports.runs import columns, floor_columns
 from pskd_timm.reports.tables import markdown_table, summary
 from pskd_timm.run.folder import is_locked
 
@@ -42,9 +42,10 @@ def test_compare_trains_every_method_and_seed_and_writes_table_and_picture(compa
     folder, done = compared
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(folder / "comparison.csv")
-    best = ["best_epoch", *(f"best_{name}" for name in (*METRICS, *FLOORS))]
+    floors = floor_columns("ece")
+    best = ["best_epoch", *(f"best_{name}" for name in (*METRICS, *floors))]
     assert list(table.columns) == columns()
-    assert columns() == ["method", "seed", "status", *METRICS, *FLOORS, "seconds", *best, "num_classes"]
+    assert columns() == ["method", "seed", "status", *METRICS, *floors, "seconds", *best, "num_classes"]
     assert list(zip(table.method, table.seed, strict=True)) == [(method, seed) for method in PAPER for seed in (0, 1)]
     assert set(table.status) == {"finished"} and table[list(METRICS)].notna().all(axis=None)
     assert all((folder / method / f"seed{seed}" / "result.json").is_file() for method in PAPER for seed in (0, 1))

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from ..errors import InputError
 from ..files import write_atomic
 from ..metrics import Metric, format_metrics
 from . import page, plots
+from .further import add_further, further_metrics
 from .runs import Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
-from .tables import best_epoch, footnote, latex_table, markdown_table, summary
+from .scaling import Scaling, scale, scaled_baselines, still_better, with_scaled
+from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, summary
 from .trials import Search, find_searches
 
 
@@ -22,7 +24,9 @@ class Comparison:
     """Runs side by side: `rows` (a row a run, columns as `runs.columns`), their metrics, each method's finished runs, the
     files written.
 
-    `notes` says what always guessing the most frequent class would give, and what each trained teacher reached.
+    `notes` says what always guessing the most frequent class would give, and what each trained teacher reached. `further` are
+    metrics that were asked for, `scaling` the runs' temperatures, `scaled` the baseline's runs after temperature scaling,
+    which have rows of their own.
     """
 
     rows: pd.DataFrame
@@ -32,6 +36,9 @@ class Comparison:
     heading: str
     notes: list[str]
     history_frame: pd.DataFrame  # the lines of metrics.jsonl of all finished runs, with `method` and `seed`
+    further: list[Metric] = field(default_factory=list)
+    scaling: Scaling = field(default_factory=Scaling)
+    scaled: list[Run] = field(default_factory=list)
 
     @property
     def failed(self) -> int:
@@ -53,12 +60,13 @@ class Comparison:
         return page.table_html(self.heading, self.rows, self.metrics)
 
 
-def report(runs: Iterable[str | Path], output: str | Path | None = None) -> Comparison:
+def report(runs: Iterable[str | Path], output: str | Path | None = None, metrics: Sequence[str] = ()) -> Comparison:
     """Compare the runs in and below the folders `runs`, and write the comparison into `output` (default: their common folder).
 
-    Reads nothing but run folders and the searches beside them. Raises InputError where there are no runs, or runs that were
-    tested on different data.
+    `metrics` names others of `metrics.FURTHER_METRICS` to show, or `all`. Reads nothing but run folders and the searches
+    beside them. Raises InputError where there are no runs, or runs that were tested on different data.
     """
+    further = further_metrics(metrics)
     runs = [runs] if isinstance(runs, str | Path) else list(runs)
     if not runs:
         raise InputError("report: name run folders, or a folder that holds some (runs/digits)")
@@ -66,7 +74,7 @@ def report(runs: Iterable[str | Path], output: str | Path | None = None) -> Comp
     folder = Path(output or os.path.commonpath([Path(path).absolute() for path in runs]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return write(found, find_searches([*map(Path, runs), folder]), folder)
+        return write(found, find_searches([*map(Path, runs), folder]), folder, further)
     except OSError as error:
         raise InputError(f"{folder}: the report cannot be written: {error}") from None
 
@@ -78,18 +86,28 @@ def heading(runs: list[Run]) -> str:
     return ": ".join(", ".join(each) for each in names if each) + ", last epoch"
 
 
-def write(found: list[Run], searches: list[Search], folder: Path) -> Comparison:
+def write(found: list[Run], searches: list[Search], folder: Path, further: Sequence[Metric] = ()) -> Comparison:
     """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`."""
-    table, finished, name, metrics = rows(found), by_method(found), heading(found), common_metrics(found)
+    finished, name, metrics, tables = (
+        by_method(found),
+        heading(found),
+        common_metrics(found),
+        predictions(by_method(found)),
+    )
+    scaling = scale(finished)
+    scaled = scaled_baselines(finished, scaling)
+    further, absent = add_further([*found, *scaled], further)
+    table = with_scaled(rows(found, further), scaled, further)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
-    tables = predictions(finished)
-    notes = majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
-    notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
+    notes = still_better(page.compared_with_scaled(finished, tables, scaled, metrics), metrics)
+    notes += majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
+    notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))] + absent
     logged = history(finished) if finished else pd.DataFrame()
-    comparison = Comparison(table, metrics, folders, [], name, notes, logged)
+    comparison = Comparison(table, metrics, folders, [], name, notes, logged, further, scaling, scaled)
     table.to_csv(folder / "comparison.csv", index=False)
-    write_atomic(folder / "comparison.md", markdown(table, metrics, name, notes))
-    write_atomic(folder / "comparison.tex", latex_table(table, metrics, name))
+    write_atomic(folder / "comparison.md", markdown(table, metrics, name, notes, further))
+    latex = [latex_table(table, each, heading) for each, heading in ((metrics, name), (further, FURTHER)) if each]
+    write_atomic(folder / "comparison.tex", "\n".join(latex))
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     if finished:
         each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
@@ -100,13 +118,18 @@ def write(found: list[Run], searches: list[Search], folder: Path) -> Comparison:
     return comparison
 
 
-def markdown(table: pd.DataFrame, metrics: Sequence[Metric], name: str, notes: list[str]) -> str:
+def markdown(
+    table: pd.DataFrame, metrics: Sequence[Metric], name: str, notes: list[str], further: Sequence[Metric] = ()
+) -> str:
     """The tables of the last and of the best epoch, and the lines of `notes`."""
     lines = "\n" * bool(notes) + "".join(f"- {note}\n" for note in notes)
-    best = ""
+    text = f"## {name}\n\n{markdown_table(table, metrics)}\n{footnote(table, metrics)}\n{lines}"
+    if further:
+        text += f"\n## {FURTHER}\n\n{markdown_table(table, further)}\n{footnote(table, further)}\n"
     if (table.status == "finished").any():
-        best = f"\n## Best epoch\n\n{markdown_table(best_epoch(table, metrics), metrics)}"
-    return f"## {name}\n\n{markdown_table(table, metrics)}\n{footnote(table, metrics)}\n{lines}{best}"
+        text += f"\n## Best epoch\n\n{markdown_table(best_epoch(table, metrics), metrics)}"
+        text += f"\n{markdown_table(best_epoch(table, further), further)}" if further else ""
+    return text
 
 
 def majority_notes(tables: dict[str, dict[int, pd.DataFrame]], part: str) -> list[str]:

@@ -17,22 +17,24 @@ from matplotlib.figure import Figure
 from pyarrow import ArrowException
 
 from .. import __version__
-from ..calibration import fit_to_parts, scaled_metrics
 from ..errors import first_line
 from ..methods import METHOD_SECTIONS
 from ..metrics import EceFloor, Metric
 from ..recipe import flatten
 from . import paper, plots, significance
+from .further import MEANINGS
+from .kept import Kept
 from .mistakes import data_uri, is_small, shown_mistakes
 from .plots import title
-from .runs import HOLDOUT, PREDICTIONS, Run, by_method, part_name, probability_parts, scored_part
+from .runs import Run, by_method, common_metrics, part_name, predictions, scored_part
+from .scaling import Scaling, scaled_name
 from .tables import (
-    FLOOR_HEADER,
     Cell,
     best_epoch,
     direction,
-    ece_floors,
     floor_text,
+    floors_of,
+    has_floors,
     over_seeds,
     shown_metrics,
     summary,
@@ -56,8 +58,8 @@ def render(
     """The page of all runs `found`, their `comparison`, predictions (method → seed → table), and of `searches`."""
     finished, rows = by_method(found), comparison.rows
     each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
-    tests = compared_with_baseline(finished, tables, comparison.metrics)
-    scaled_lines, unscaled = temperatures(finished)
+    tests = compared_with_baseline(*with_scaled_runs(finished, tables, comparison.scaled), comparison.metrics)
+    scaled_lines = temperatures(finished, comparison.scaling, comparison.further)
     metrics = shown_metrics(rows, comparison.metrics)
     counts = [len(runs) for runs in finished.values()]
     looks = plots.looks(dict.fromkeys(run.method for run in found))
@@ -70,14 +72,17 @@ def render(
         "unfinished": [
             (title(row.method), row.seed, row.status) for row in rows.itertuples() if row.status != "finished"
         ],
-        "num_rows": len(rows),
+        "num_rows": len(rows) - len(comparison.scaled),
         "metrics": metrics,
+        "further": comparison.further,
+        "meanings": MEANINGS,
         "direction": direction(metrics),
-        "floor_header": FLOOR_HEADER if ece_floors(rows) else "",
+        "has_floors": has_floors(rows, [*metrics, *comparison.further]),
         "one_run": set(counts) == {1},
         "verdicts": verdicts(tests, metrics),
         "notes": comparison.notes,
         "tables": figure_tables(found, rows, comparison.metrics, swatches),
+        "further_tables": figure_tables(found, rows, comparison.further, swatches) if comparison.further else [],
         "of_curves": over_seeds(counts) if counts else "",
         "paper": paper_notes(finished),
         "paper_source": paper.SOURCE,
@@ -92,7 +97,8 @@ def render(
         "evaluated_on": evaluated_on(finished),
         "temperatures": scaled_lines,
         "temperature_of": over_seeds(fitted) if (fitted := [line["n"] for line in scaled_lines if line["n"]]) else "",
-        "unscaled": unscaled,
+        "unscaled": comparison.scaling.unreadable,
+        "scaled_baseline": bool(comparison.scaled),
         "mistakes": mistakes(finished, tables) if each else {},
         "runs": run_lines(found, metrics),
         "searches": [search_section(search) for search in searches],
@@ -247,9 +253,10 @@ def figure_tables(
     scored = scored_part(by_method(found))
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
     what = over_seeds(len(runs) for runs in by_method(found).values())
+    chooses = common_metrics(found)[0].title
     captions = {
         "last": f"Last epoch, on the {scored}: {what}.",
-        "best": f"Best epoch instead of the last: of each run the epoch with the best {metrics[0].title} on the {chosen}, "
+        "best": f"Best epoch instead of the last: of each run the epoch with the best {chooses} on the {chosen}, "
         f"its figures on the {scored}; {what}.",
     }
     if chosen == "test part":
@@ -258,11 +265,11 @@ def figure_tables(
         )
     shown = shown_metrics(rows, metrics)
 
-    def line(method: str, cells: dict[str, Cell], floor: EceFloor | None) -> dict:
-        papers = figures[method].get(method.split()[0], {})
+    def line(method: str, cells: dict[str, Cell], floors: dict[str, dict[str, EceFloor]]) -> dict:
+        papers = figures.get(method, {}).get(method.split()[0], {})
         return {
             "title": title(method),
-            "swatch": swatches[method],
+            "swatch": swatches.get(method, ""),
             "n": cells["seconds"].n,
             "seconds": cells["seconds"].mean,
             "cells": [
@@ -270,7 +277,7 @@ def figure_tables(
                     metric,
                     cells[metric.name],
                     beside(cells[metric.name].mean, papers.get(metric.name)),
-                    floor_text(floor) if floor and metric.name == "ece" else "",
+                    floor_text(floor, metric.digits) if (floor := floors[metric.name].get(method)) else "",
                 )
                 for metric in shown
             ],
@@ -278,8 +285,8 @@ def figure_tables(
 
     tables = []
     for which, of_epoch in (("last", rows), ("best", best_epoch(rows, metrics))):
-        floors = ece_floors(of_epoch)
-        lines = [line(method, cells, floors.get(method)) for method, cells in summary(of_epoch, metrics).items()]
+        floors = {metric.name: floors_of(of_epoch, metric.name) for metric in shown}
+        lines = [line(method, cells, floors) for method, cells in summary(of_epoch, metrics).items()]
         tables.append({"id": which, "caption": captions[which], "lines": lines})
     return tables
 
@@ -305,12 +312,20 @@ def paper_notes(finished: dict[str, list[Run]]) -> list[str]:
 
 
 def compared_with_baseline(
-    finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.DataFrame]], metrics: Sequence[Metric]
+    finished: dict[str, list[Run]],
+    tables: dict[str, dict[int, pd.DataFrame]],
+    metrics: Sequence[Metric],
+    scaled: bool = False,
 ) -> list[tuple]:
-    """(baseline, seeds, rows of significance.against) for all methods that share a baseline, seeds and the test samples."""
+    """(baseline, seeds, rows of significance.against) for all methods that share a baseline, seeds and the test samples.
+
+    With `scaled` it is the baseline after temperature scaling, to which the one before is not compared.
+    """
     alike: dict[tuple, list[str]] = {}
     for method, runs in finished.items():
-        baseline = runs[0].baseline
+        baseline = scaled_name(runs[0].baseline) if scaled else runs[0].baseline
+        if scaled and method == runs[0].baseline:
+            continue
         if method != baseline and method in tables and baseline in tables:
             seeds = tuple(
                 seed
@@ -329,6 +344,24 @@ def compared_with_baseline(
         )
         for (baseline, seeds), methods in alike.items()
     ]
+
+
+def with_scaled_runs(
+    finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.DataFrame]], scaled: list[Run]
+) -> tuple[dict[str, list[Run]], dict[str, dict[int, pd.DataFrame]]]:
+    """The finished runs and their predictions, and with them the baseline's after temperature scaling."""
+    added = by_method(scaled)
+    return added | finished, predictions(added) | tables
+
+
+def compared_with_scaled(
+    finished: dict[str, list[Run]],
+    tables: dict[str, dict[int, pd.DataFrame]],
+    scaled: list[Run],
+    metrics: Sequence[Metric],
+) -> list[tuple]:
+    """`compared_with_baseline` after temperature scaling; empty where no baseline was scaled."""
+    return compared_with_baseline(*with_scaled_runs(finished, tables, scaled), metrics, True) if scaled else []
 
 
 def verdicts(tests: list[tuple], metrics: Sequence[Metric]) -> list[str]:
@@ -480,48 +513,35 @@ def evaluated_on(finished: dict[str, list[Run]]) -> str:
     return " and ".join(part_name(part) for part in sorted(parts))
 
 
-def temperatures(finished: dict[str, list[Run]]) -> tuple[list[dict], list[str]]:
+def temperatures(finished: dict[str, list[Run]], scaling: Scaling, further: Sequence[Metric]) -> list[dict]:
     """T fitted on the held-out predictions, NLL and ECE of the test part before and after: a line a method, over its seeds.
 
-    `none` of a line has a reason for each run that has no T. Left out are runs that were scored on the held-out part itself.
-    Second, a line for each run whose predictions cannot be read.
+    `none` of a line has a reason for each run that has no T; `further` the other metrics at T, as the tables show them.
     """
-    lines, unreadable = [], []
+    lines = []
     for method, runs in finished.items():
-        each, none, samples = [], [], []
-        for run in runs:
-            fitted_on_others = run.values["evaluated_on"] == "test" and (run.folder / HOLDOUT).is_file()
-            if run.outcomes is None or not fitted_on_others or not {"nll", "ece"} <= run.values["last"].keys():
-                continue
-            try:
-                fitted = fit_to_parts(part[:2] for part in probability_parts(run.folder / HOLDOUT))
-                samples.append(fitted.num_samples)
-                if fitted.reason:
-                    none.append(f"seed {run.seed}: {fitted.reason}")
-                else:
-                    each.append(scaled(run, fitted.value))
-            except (ArrowException, OSError) as error:
-                unreadable.append(f"{title(method)}, seed {run.seed}: {first_line(error)}")
-        if samples:
-            table = pd.DataFrame(each)
-            line = {
-                "title": title(method),
-                "n": len(each),
-                "samples": _distinct(f"{n:,}" for n in samples),
-                "none": none,
-            }
-            lines.append(line | {"mean": dict(table.mean()), "std": dict(table.std()) if len(each) else {}})
-    return lines, unreadable
+        fitted = {run.seed: (run, *scaling.fitted[run.folder]) for run in runs if run.folder in scaling.fitted}
+        sound = [(run, kept) for run, temperature, kept in fitted.values() if not temperature.reason]
+        table = pd.DataFrame(scaled(run, kept, [metric.name for metric in further]) for run, kept in sound)
+        line = {
+            "title": title(method),
+            "n": len(sound),
+            "samples": _distinct(f"{temperature.num_samples:,}" for _, temperature, _ in fitted.values()),
+            "none": [f"seed {seed}: {t.reason}" for seed, (_, t, _) in fitted.items() if t.reason],
+            "mean": dict(table.mean()),
+            "std": dict(table.std()),
+        }
+        at = {m.name: (line["mean"].get(m.name, math.nan), line["std"].get(m.name, math.nan)) for m in further}
+        line["further"] = [Cell(*at[metric.name], len(sound), metric.digits) for metric in further]
+        lines += [line] if fitted else []
+    return lines
 
 
-def scaled(run: Run, temperature: float) -> dict[str, float]:
-    """A run's temperature, and NLL and ECE of its test part without and with it."""
-    after = scaled_metrics(probability_parts(run.folder / PREDICTIONS), temperature)
-    return {"temperature": temperature} | {
-        f"{name}_{when}": values[name]
-        for when, values in (("before", run.values["last"]), ("after", after))
-        for name in ("nll", "ece")
-    }
+def scaled(run: Run, kept: Kept, further: Sequence[str]) -> dict[str, float]:
+    """A run's temperature, NLL and ECE of its test part without and with it, and the metrics `further` with it."""
+    figures = {"before": run.values["last"], "after": kept.scaled_figures()}
+    both = {f"{name}_{when}": values[name] for when, values in figures.items() for name in ("nll", "ece")}
+    return {"temperature": kept.temperature} | both | kept.further(further)
 
 
 def mistakes(finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.DataFrame]]) -> dict:

@@ -19,6 +19,7 @@ from .trials import DONE, STOPPED, best_trial, searched, shown_in_search
 
 COLOURS = {name: section.colour for name, section in METHOD_SECTIONS.items()}
 TITLES = {name: section.title for name, section in METHOD_SECTIONS.items()}
+SCALED = "baseline+temperature"  # a row of the tables: the baseline's runs after temperature scaling
 # Never colour alone: a dash and a marker a method, more of them for a method that ran with several settings.
 DASHES = [
     "solid",
@@ -50,7 +51,8 @@ class Look(NamedTuple):
 def title(method: str) -> str:
     """What a method is called; settings after its name (`pskd pskd.alpha=0.5`) stay."""
     name, _, settings = method.partition(" ")
-    return f"{TITLES[name]} {settings}".rstrip()
+    named = f"{TITLES['baseline']} + temperature" if name == SCALED else TITLES[name]
+    return f"{named} {settings}".rstrip()
 
 
 def looks(methods) -> dict[str, Look]:

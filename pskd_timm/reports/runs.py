@@ -5,8 +5,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,12 @@ from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError, creat
 from ..errors import InputError
 from ..files import warn
 from ..methods import METHOD_SECTIONS
-from ..metrics import METRICS, EceFloor, Metric, ece_floor
+from ..metrics import FLOORED, METRICS, Metric
 from ..recipe import Recipe
 from ..recipe_files import load_recipe
 from ..run.folder import EARLIER, read_metrics
 from ..run.result import RunResult, read_lines
+from .kept import Kept
 
 OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
@@ -30,15 +30,18 @@ PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 _SAME_TEST = {"limit_train", "holdout_fraction", "label_noise", "loading", "image_size"}
 _TRAINING_ALONE = {"limit_train", "holdout_fraction", "label_noise"}
 PART_NAMES = {"test": "test part", "holdout": "held-out part"}  # other parts by their own name
-PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
 RESULT = TypeAdapter(RunResult)
-FLOORS = ("ece_if_calibrated", "ece_if_calibrated_95")  # columns: an EceFloor
+
+
+def floor_columns(name: str) -> tuple[str, str]:
+    """The columns with the EceFloor of a metric."""
+    return f"{name}_if_calibrated", f"{name}_if_calibrated_95"
 
 
 def columns(metrics: Sequence[Metric] = tuple(METRICS.values())) -> list[str]:
-    """The columns of `rows`: how a run ended, its last and best epoch's metrics, the ECE of perfect calibration."""
+    """The columns of `rows`: how a run ended, its last and best epoch's metrics, what perfect calibration would measure."""
     names = [metric.name for metric in metrics]
-    names += FLOORS if "ece" in names else ()
+    names += [column for name in names if name in FLOORED for column in floor_columns(name)]
     return [
         "method",
         "seed",
@@ -55,7 +58,8 @@ def columns(metrics: Sequence[Metric] = tuple(METRICS.values())) -> list[str]:
 class Run:
     """A run's folder and how it ended (`finished`, or why not), its recipe where it can be read.
 
-    A finished run has result.json's values and, where they were kept, the test samples' `outcomes` (columns OUTCOMES).
+    A finished run has result.json's values and, where they were kept, the test samples' `outcomes` (columns OUTCOMES), and
+    for `last` and `best` epoch what the file of them says.
     Where runs of one method and seed differ, `different_settings` and `different_method_settings` hold what does, as
     `optim.lr=0.1`: of the settings that every method has, and of its method's.
     """
@@ -67,6 +71,7 @@ class Run:
     recipe: Recipe | None = None
     values: dict | None = None
     outcomes: pd.DataFrame | None = None
+    kept: dict[str, Kept] = field(default_factory=dict)
     different_settings: str = ""
     different_method_settings: str = ""
 
@@ -79,16 +84,6 @@ class Run:
     def baseline(self) -> str:
         """The `method` of the runs that this one is to be held against."""
         return f"baseline {self.different_settings}".rstrip()
-
-    @cached_property
-    def ece_floors(self) -> dict[str, EceFloor]:
-        """The ECE that perfect calibration would measure with the confidences of the last and of the best epoch."""
-        if self.outcomes is None or "ece" not in self.values["last"]:
-            return {}
-        floors = {"last": ece_floor(self.outcomes.confidence.to_numpy())}
-        if (path := self.folder / "best" / PREDICTIONS).is_file():
-            floors["best"] = ece_floor(pd.read_parquet(path, columns=["confidence"]).confidence.to_numpy())
-        return floors
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -162,6 +157,8 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, method, seed, damage, recipe)
     if not damage and values:
         run.status, run.values, run.outcomes = "finished", values, outcomes
+        files = {"last": folder / PREDICTIONS, "best": folder / "best" / PREDICTIONS}
+        run.kept = {which: Kept(path) for which, path in files.items() if outcomes is not None and path.is_file()}
     elif not damage:
         run.status = _why_not_finished(folder, recipe)
     return run
@@ -340,11 +337,14 @@ def common_metrics(runs: list[Run]) -> list[Metric]:
     return next((read_metrics(run.values) for run in runs if run.values), list(METRICS.values()))
 
 
-def rows(runs: list[Run]) -> pd.DataFrame:
-    """A row a run with `columns`: how it ended, the metrics of its last and best epoch; also of seeds that are missing."""
+def rows(runs: list[Run], further: Sequence[Metric] = ()) -> pd.DataFrame:
+    """A row a run with `columns`: how it ended, the metrics of its last and best epoch; also of seeds that are missing.
+
+    A metric of `further` that a run's figures lack is NaN.
+    """
     seeds = sorted({run.seed for run in runs})
     by_place = {(run.method, run.seed): run for run in runs}
-    metrics = common_metrics(runs)
+    metrics = [*common_metrics(runs), *further]
     lines = []
     for method in dict.fromkeys(run.method for run in runs):
         for seed in seeds:
@@ -358,9 +358,10 @@ def _figures(run: Run, metrics: Sequence[Metric]) -> dict:
     line = {"seconds": run.values["seconds"], "num_classes": run.values["num_classes"]}
     line["best_epoch"] = run.values["best"]["epoch"]
     for which, prefix in (("last", ""), ("best", "best_")):
-        line |= {prefix + metric.name: run.values[which][metric.name] for metric in metrics}
-        if which in run.ece_floors:
-            line |= dict(zip((prefix + name for name in FLOORS), run.ece_floors[which], strict=True))
+        line |= {prefix + metric.name: run.values[which].get(metric.name, np.nan) for metric in metrics}
+        floors = run.kept[which].floors(metric.name for metric in metrics) if which in run.kept else {}
+        for name, floor in floors.items():
+            line |= dict(zip((prefix + column for column in floor_columns(name)), floor, strict=True))
     return line
 
 
@@ -394,13 +395,3 @@ def predictions(finished: dict[str, list[Run]]) -> dict[str, dict[int, pd.DataFr
     """Method → seed → the outcome of each test sample (columns OUTCOMES) of the last epoch's weights, where it was kept."""
     kept = {m: {run.seed: run.outcomes for run in runs if run.outcomes is not None} for m, runs in finished.items()}
     return {method: tables for method, tables in kept.items() if tables}
-
-
-def probability_parts(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Probabilities [n, K], labels [n] and hits [n] of a file of predictions, part by part, each read once."""
-    for part in parquet.ParquetFile(path).iter_batches(PART, columns=["label", "correct", "probabilities"]):
-        flat, labels, correct = (
-            column.to_numpy(zero_copy_only=False)
-            for column in (part["probabilities"].flatten(), part["label"], part["correct"])
-        )
-        yield flat.reshape(len(part), -1), labels, correct

@@ -193,11 +193,12 @@ def in_words(method: str, baseline: str, tests: pd.DataFrame, metrics: Sequence[
 
     differ = [words(test) for test in tests.itertuples() if test.p < LEVEL]
     rest = [titles[test.metric] for test in tests.itertuples() if test.p >= LEVEL]
-    no_difference = f"no difference in {_and(rest)} can be shown with this many samples"
+    no_difference = f"no difference in {in_a_row(rest)} can be shown with this many samples"
     if not differ:
         return f"{method} against {baseline}: {no_difference}."
-    return f"{method} {_and(differ)} than {baseline}" + (f"; {no_difference}." if rest else ".")
+    return f"{method} {in_a_row(differ)} than {baseline}" + (f"; {no_difference}." if rest else ".")
 
 
-def _and(words: list[str]) -> str:
+def in_a_row(words: list[str]) -> str:
+    """`a, b and c`."""
     return " and ".join([", ".join(words[:-1])] * bool(words[:-1]) + words[-1:])

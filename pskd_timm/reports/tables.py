@@ -2,20 +2,22 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import pandas as pd
 
-from ..metrics import EceFloor, Metric
+from ..metrics import FLOORED, EceFloor, Metric
 from .plots import title
-from .runs import FLOORS
+from .runs import floor_columns
 
 MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
-FLOOR_HEADER = "ECE % if calibrated"
-FLOOR_WIDTH = {FLOOR_HEADER: 11}  # of the terminal's column
+FURTHER = "Further figures, last epoch"
+IF_CALIBRATED = "if calibrated"
+FLOOR_WIDTH = 11  # of the terminal's column
 WIDE = 140  # columns of a terminal that has room for everything
 FLOOR_NOTE = (
-    f"{FLOOR_HEADER}: what a network whose confidences are exactly right would measure on so few samples, its mean and, "
+    f"{IF_CALIBRATED}: what a network whose confidences are exactly right would measure on so few samples, its mean and, "
     "in brackets, what 95 % of such measurements stay below; an ECE below that cannot be told from 0, nor be the best"
 )
 
@@ -57,23 +59,29 @@ def _best(rows: pd.DataFrame, mean: pd.DataFrame, metrics: Sequence[Metric]) -> 
     for metric in metrics:
         column = mean[metric.name]
         best[metric.name] = set(column.index[column == (column.max() if metric.higher_is_better else column.min())])
-    for method, floor in ece_floors(rows).items():
-        if method in best.get("ece", ()) and mean.at[method, "ece"] <= floor.high:
-            best["ece"] = set()
+        for method, floor in floors_of(rows, metric.name).items():
+            if method in best[metric.name] and mean.at[method, metric.name] <= floor.high:
+                best[metric.name] = set()
     return best
 
 
-def ece_floors(rows: pd.DataFrame) -> dict[str, EceFloor]:
-    """Method → the ECE of perfect calibration, each of its two figures the mean over runs; where predictions were kept."""
-    if not set(FLOORS) <= set(rows):
+def floors_of(rows: pd.DataFrame, name: str) -> dict[str, EceFloor]:
+    """Method → what perfect calibration would measure of a metric, both figures means over runs; where it is known."""
+    columns = list(floor_columns(name))
+    if name not in FLOORED or not set(columns) <= set(rows):
         return {}
-    done = rows[rows.status == "finished"].groupby("method", sort=False)[list(FLOORS)].mean().dropna()
+    done = rows[rows.status == "finished"].groupby("method", sort=False)[columns].mean().dropna()
     return {method: EceFloor(*values) for method, values in zip(done.index, done.to_numpy(), strict=True)}
 
 
-def floor_text(floor: EceFloor) -> str:
+def has_floors(rows: pd.DataFrame, metrics: Sequence[Metric]) -> bool:
+    """Whether a floor stands beside one of the `metrics`."""
+    return any(floors_of(rows, metric.name) for metric in metrics)
+
+
+def floor_text(floor: EceFloor, digits: int = 2) -> str:
     """As the tables show it: `3.20 (4.71)`."""
-    return f"{floor.mean:.2f} ({floor.high:.2f})"
+    return f"{floor.mean:.{digits}f} ({floor.high:.{digits}f})"
 
 
 def shown_metrics(rows: pd.DataFrame, metrics: Sequence[Metric]) -> list[Metric]:
@@ -108,29 +116,30 @@ def footnote(rows: pd.DataFrame, metrics: Sequence[Metric]) -> str:
     """The lines below the table."""
     counts = rows[rows.status == "finished"].groupby("method").size()
     words = direction(shown_metrics(rows, metrics)) + (f"; {over_seeds(counts)}." if len(counts) else ".")
-    return f"{words} {FLOOR_NOTE}." if ece_floors(rows) else words
+    return f"{words} {FLOOR_NOTE}." if has_floors(rows, metrics) else words
 
 
 def best_epoch(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
     """The same rows with the best epoch's figures in the place of the last one's."""
-    names = [*(metric.name for metric in metrics), *FLOORS]
+    names = [name for metric in metrics for name in (metric.name, *floor_columns(metric.name))]
     return rows.assign(**{name: rows[f"best_{name}"] for name in names if f"best_{name}" in rows})
 
 
 def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str) -> list[list[str]]:
     """The table's text: its head, a row a method, then a row for each run that did not finish."""
-    metrics, floors = shown_metrics(rows, metrics), ece_floors(rows)
-    place = 1 + next((i for i, metric in enumerate(metrics) if metric.name == "ece"), -1)
-
-    def with_floor(figures: list[str], floor: str) -> list[str]:
-        return [*figures[:place], floor, *figures[place:]] if floors else figures
-
-    lines = [["method", "runs", *with_floor([metric.header for metric in metrics], FLOOR_HEADER), "seconds"]]
+    metrics = shown_metrics(rows, metrics)
+    floors = {metric.name: found for metric in metrics if (found := floors_of(rows, metric.name))}
+    heads = [[metric.header, *[f"{metric.header} {IF_CALIBRATED}"] * (metric.name in floors)] for metric in metrics]
+    lines = [["method", "runs", *chain(*heads), "seconds"]]
     for method, cells in summary(rows, metrics).items():
-        chosen = [cells[metric.name] for metric in metrics]
-        figures = [f"{bold}{cell}{bold}" if cell.best else str(cell) for cell in chosen]
-        floor = floor_text(floors[method]) if method in floors else "–"
-        lines.append([title(method), str(chosen[0].n), *with_floor(figures, floor), f"{cells['seconds'].mean:.1f}"])
+        figures = []
+        for metric in metrics:
+            cell = cells[metric.name]
+            figures.append(f"{bold}{cell}{bold}" if cell.best else str(cell))
+            if metric.name in floors:
+                floor = floors[metric.name].get(method)
+                figures.append(floor_text(floor, metric.digits) if floor else "–")
+        lines.append([title(method), str(cells["seconds"].n), *figures, f"{cells['seconds'].mean:.1f}"])
     for run in rows[rows.status != "finished"].itertuples():
         lines.append([title(run.method), f"seed {run.seed}", run.status] + [""] * (len(lines[0]) - 3))
     return lines
@@ -146,10 +155,29 @@ def terminal_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str, 
     for i, header in enumerate(heads):
         # Where it is narrow, heads wrap first, never a method's name.
         table.add_column(
-            header, justify="left" if i == 0 else "right", no_wrap=i == 0, max_width=FLOOR_WIDTH.get(header)
+            header,
+            justify="left" if i == 0 else "right",
+            no_wrap=i == 0,
+            max_width=FLOOR_WIDTH if header.endswith(IF_CALIBRATED) else None,
         )
     for line in body:
         table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in line))
+    return table
+
+
+def further_table(rows: pd.DataFrame, metrics: Sequence[Metric]):
+    """A rich table of the finished runs' further `metrics`; what perfect calibration would measure stands below each."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    heads, *body = _text(rows[rows.status == "finished"], metrics, "")
+    table = Table(title=FURTHER, title_justify="left", caption=footnote(rows, metrics), caption_justify="left")
+    shown = [i for i, head in enumerate(heads) if head not in ("runs", "seconds") and not head.endswith(IF_CALIBRATED)]
+    for i in shown:
+        table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for line in body:
+        below = ["\n" + line[i + 1] if heads[i + 1].endswith(IF_CALIBRATED) else "" for i in shown]
+        table.add_row(*(escape(line[i] + floor) for i, floor in zip(shown, below, strict=True)))
     return table
 
 

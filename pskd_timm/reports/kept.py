@@ -1,0 +1,82 @@
+"""What a run has kept of each scored sample, as the network said it or at a temperature, and the figures that this gives."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pyarrow import parquet
+
+from ..calibration import scaled_outcomes, with_temperature
+from ..metrics import (
+    FLOORED,
+    OF_ROWS,
+    EceFloor,
+    Outcomes,
+    classwise_floor,
+    ece_floor,
+    further_of_outcomes,
+    further_of_rows,
+    summarize,
+)
+
+PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
+SCALED_METRICS = ("nll", "ece", "aurc", "eaurc")  # which a temperature changes
+
+
+def keeps_rows(path: Path) -> bool:
+    """Whether a file of predictions has each sample's probabilities of all classes."""
+    return "probabilities" in parquet.read_schema(path).names
+
+
+def probability_parts(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Probabilities [n, K], labels [n] and hits [n] of a file of predictions, part by part, each read once."""
+    for part in parquet.ParquetFile(path).iter_batches(PART, columns=["label", "correct", "probabilities"]):
+        flat, labels, correct = (
+            column.to_numpy(zero_copy_only=False)
+            for column in (part["probabilities"].flatten(), part["label"], part["correct"])
+        )
+        yield flat.reshape(len(part), -1), labels, correct
+
+
+@dataclass
+class Kept:
+    """A file of predictions; with a `temperature` its confidences, and all figures of them, are those after scaling."""
+
+    path: Path
+    temperature: float = 1.0
+
+    def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Probabilities [n, K] and labels [n], part by part."""
+        for probabilities, labels, _ in probability_parts(self.path):
+            yield probabilities if self.temperature == 1 else with_temperature(probabilities, self.temperature), labels
+
+    @cached_property
+    def outcomes(self) -> pd.DataFrame:
+        """Each sample's confidence, correct and nll; a temperature leaves the predictions, and with them `correct`."""
+        if self.temperature == 1:
+            return pd.read_parquet(self.path, columns=["confidence", "correct", "nll"])
+        found = scaled_outcomes(probability_parts(self.path), self.temperature)
+        return pd.DataFrame(dict(zip(("confidence", "correct", "nll"), found, strict=True)))
+
+    def scaled_figures(self) -> dict[str, float]:
+        """SCALED_METRICS, in their units."""
+        correct = self.outcomes.correct.to_numpy(bool)
+        found = summarize(Outcomes(self.outcomes.confidence.to_numpy(), correct, correct, self.outcomes.nll.to_numpy()))
+        return {name: found[name] for name in SCALED_METRICS}
+
+    def further(self, names: Iterable[str]) -> dict[str, float]:
+        """Those of FURTHER_METRICS among `names` that the file tells."""
+        confidence, correct = self.outcomes.confidence.to_numpy(), self.outcomes.correct.to_numpy(bool)
+        of_rows = further_of_rows(self.parts(), names) if keeps_rows(self.path) else {}
+        return further_of_outcomes(confidence, correct, names) | of_rows
+
+    def floors(self, names: Iterable[str]) -> dict[str, EceFloor]:
+        """What perfect calibration would measure with these confidences, of those among `names` that are FLOORED."""
+        names, confidence = list(names), self.outcomes.confidence.to_numpy()
+        found = {name: ece_floor(confidence, name) for name in names if name in FLOORED and name not in OF_ROWS}
+        if "classwise_ece" in names and keeps_rows(self.path):
+            found["classwise_ece"] = classwise_floor((rows for rows, _ in self.parts()), len(confidence))
+        return found

@@ -1,0 +1,112 @@
+"""Temperature scaling of finished runs, and the baseline with it as a row beside the methods: what one would do without them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from pyarrow import ArrowException
+
+from ..calibration import Temperature, fit_to_parts
+from ..errors import first_line
+from ..metrics import Metric
+from .kept import SCALED_METRICS, Kept, keeps_rows, probability_parts
+from .plots import SCALED, title
+from .runs import HOLDOUT, PREDICTIONS, Run, rows
+from .significance import LEVEL, in_a_row
+
+NONE = "no method"
+
+
+@dataclass
+class Scaling:
+    """Each run's temperature of the last epoch, by its folder, with its predictions at it; runs that cannot be read.
+
+    Left out are runs without held-out predictions, and those that were scored on the held-out part itself.
+    """
+
+    fitted: dict[Path, tuple[Temperature, Kept]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def scale(finished: dict[str, list[Run]]) -> Scaling:
+    """The temperatures of the finished runs, each fitted on the run's held-out predictions."""
+    found = Scaling()
+    for run in (run for runs in finished.values() for run in runs):
+        try:
+            if (fitted := at_temperature(run, "last")) is not None:
+                found.fitted[run.folder] = fitted
+        except (ArrowException, OSError) as error:
+            found.unreadable.append(f"{title(run.method)}, seed {run.seed}: {first_line(error)}")
+    return found
+
+
+def at_temperature(run: Run, which: str) -> tuple[Temperature, Kept] | None:
+    """The temperature of the `last` or `best` epoch of a run, and its predictions at it; None where nothing can be fitted."""
+    folder = run.folder if which == "last" else run.folder / "best"
+    held_out, scored = folder / HOLDOUT, folder / PREDICTIONS
+    if run.values["evaluated_on"] != "test" or not {"nll", "ece"} <= run.values[which].keys():
+        return None
+    if not (held_out.is_file() and scored.is_file() and keeps_rows(held_out) and keeps_rows(scored)):
+        return None
+    fitted = fit_to_parts(part[:2] for part in probability_parts(held_out))
+    return fitted, Kept(scored, fitted.value)
+
+
+def scaled_baselines(finished: dict[str, list[Run]], scaling: Scaling) -> list[Run]:
+    """The baseline's runs that have a temperature, each as a run of the method SCALED: its figures are those after scaling."""
+    return [
+        scaled_baseline(run, scaling.fitted[run.folder][1])
+        for runs in finished.values()
+        for run in runs
+        if run.name == "baseline" and run.folder in scaling.fitted and not scaling.fitted[run.folder][0].reason
+    ]
+
+
+def scaled_baseline(run: Run, last: Kept) -> Run:
+    """A baseline's run after temperature scaling; `last` are its predictions of the last epoch."""
+    kept, (fitted, best) = {"last": last}, at_temperature(run, "best") or (None, None)
+    if fitted and not fitted.reason:
+        kept["best"] = best
+    values = dict(run.values)
+    for which in ("last", "best"):
+        after = kept[which].scaled_figures() if which in kept else dict.fromkeys(SCALED_METRICS, np.nan)
+        values[which] = run.values[which] | after
+    outcomes = run.outcomes.assign(**{name: last.outcomes[name].to_numpy() for name in ("confidence", "nll")})
+    return replace(run, name=SCALED, values=values, outcomes=outcomes, kept=kept)
+
+
+def scaled_name(method: str) -> str:
+    """The method of a baseline's runs after scaling, of the `method` of them as they are."""
+    return f"{SCALED}{method.removeprefix('baseline')}"
+
+
+def with_scaled(table: pd.DataFrame, scaled: Sequence[Run], further: Sequence[Metric]) -> pd.DataFrame:
+    """`runs.rows` with those of the scaled baselines, each after its own baseline's."""
+    if not scaled:
+        return table
+    added = rows(list(scaled), further)
+    added = added[added.status == "finished"]  # a seed without a temperature is no missing run
+    parts = []
+    for method in table.method.unique():
+        parts += [table[table.method == method], added[added.method == scaled_name(method)]]
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def still_better(tests: Sequence[tuple], metrics: Sequence[Metric]) -> list[str]:
+    """A sentence for each scaled baseline: which methods are better than it in what, by `tests` as
+    `page.compared_with_baseline` gives them."""
+    sentences: dict[str, dict[str, list[str]]] = {}
+    for baseline, seeds, found in tests:
+        runs = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+        start = f"Still better than {title(baseline)}, which is trained no differently (p < {LEVEL}, {runs})"
+        of_each = sentences.setdefault(
+            start, {metric.title: [] for metric in metrics if metric.name in set(found.metric)}
+        )
+        for test in found[(found.p < LEVEL) & found.better].itertuples():
+            of_each[next(metric.title for metric in metrics if metric.name == test.metric)].append(title(test.method))
+    return [
+        f"{start}: {'; '.join(f'{name}: {in_a_row(methods) or NONE}' for name, methods in of_each.items())}."
+        for start, of_each in sentences.items()
+    ]
