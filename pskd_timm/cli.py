@@ -120,7 +120,10 @@ def make_parser() -> Parser:
     add_settings(evaluate)
     predict = command("predict", "classify images of your own with a finished run", run_predict, takes_recipe=False)
     predict.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
-    predict.add_argument("images", metavar="IMAGES", nargs="+", help="image files, folders or quoted patterns")
+    predict.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or quoted patterns")
+    predict.add_argument(
+        "--against", metavar="DATA", help="tell the run's test images from these: a folder of images, or a data set"
+    )
     predict.add_argument("--json", metavar="FILE", help="write the predictions there too")
     predict.add_argument("--top", type=int, metavar="N", default=5, help="classes to name for each image (default: 5)")
     predict.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
@@ -411,8 +414,13 @@ def run_models(arguments, rest):
 
 
 def run_predict(arguments, rest):
-    refuse(rest, arguments)
+    refuse([word for word in rest if word.startswith("-")], arguments)
+    arguments.images += rest  # those that stand after an option
     check_file("--json", arguments.json)
+    if bool(arguments.images) == bool(arguments.against):
+        raise InputError("predict RUN IMAGES classifies images, predict RUN --against DATA holds the run against them")
+    if arguments.against:
+        return run_against(arguments)
     from pathlib import Path
 
     from rich.console import Console
@@ -439,6 +447,23 @@ def run_predict(arguments, rest):
     for error in unreadable:
         print(f"pskd-timm: {error}", file=sys.stderr)
     return FAILED if unreadable else DONE
+
+
+def run_against(arguments):
+    from .files import write_atomic
+    from .out_of_distribution import against
+    from .progress import Display
+
+    with Display(not sys.stdout.isatty()) as display:
+        found = against(arguments.run_dir, arguments.against, arguments.best, display)
+    print(
+        f"AUROC {found['auroc']:.2f} %  FPR95 {found['fpr95']:.2f} %: confidence in {found['test_images']:,} test images"
+    )
+    print(f"against {found['images']:,} images of {found['name']}, {found['weights']} epoch's network")
+    if arguments.json:
+        write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
+        print(f"wrote {arguments.json}")
+    return FAILED if found["unreadable"] else DONE
 
 
 def run_translate(arguments, rest):

@@ -54,9 +54,13 @@ class Classifier:
         """Height and width that the network was trained on."""
         return tuple(self.model.pretrained_cfg["input_size"][-2:])
 
-    def prepare(self, path: str | Path) -> np.ndarray:
-        """An image file as the test images are decoded: uint8 [H, W, 3]. Raises InputError if that cannot be done."""
-        image = open_image({"bytes": None, "path": str(path)}, 0)[0]
+    def prepare(self, stored, position: int = 0) -> np.ndarray:
+        """A file, or an image as a data set stores it, as the test images are decoded: uint8 [H, W, 3].
+
+        Raises InputError, which names its `position`, if that cannot be done.
+        """
+        stored = {"bytes": None, "path": str(stored)} if isinstance(stored, str | Path) else stored
+        image = open_image(stored, position)[0]
         if self.recipe.data.image_size:
             return np.asarray(fit(image, self.recipe.data.image_size, self.recipe.data.crop_pct))
         # The data were all of one size, which these pictures need not be.

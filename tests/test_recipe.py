@@ -206,7 +206,7 @@ LAYERS = [
     {"run"},
     {"training", "evaluation", "checks", "reports"},
     {"detection"},
-    {"comparison", "study", "show", "prediction", "export", "bench", "adaptors"},
+    {"comparison", "study", "show", "prediction", "out_of_distribution", "export", "bench", "adaptors"},
     {"cli"},
     {"__main__"},
 ]

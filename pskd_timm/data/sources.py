@@ -171,6 +171,21 @@ def open_tables(section: DataSection) -> tuple[Table, Table | None]:
     return train, test if section.test else None
 
 
+def open_images(name: str) -> Table:
+    """The images of a data set, a local folder, a well-known name or a hub id, of its test split where it has one.
+
+    Labels are not looked at. Raises InputError where there is no such data set or no column of images in it.
+    """
+    section = DataSection(**{"path" if Path(name).expanduser().is_dir() else "source": name})
+    splits = _digits() if section.source == "digits" else _open(section)
+    dataset = splits[next((split for split in TEST_SPLITS if split in splits), next(iter(splits)))]
+    column = _column_names(section)[0]
+    column = next((key for key, kind in dataset.features.items() if type(kind).__name__ == "Image"), column)
+    if column not in dataset.column_names:
+        raise InputError(f"{name}: no column of images in the data, it has {', '.join(dataset.column_names)}")
+    return Table(dataset, torch.arange(len(dataset)), column, "")
+
+
 def _digits() -> dict:
     """Handwritten digits (UCI, as scikit-learn ships them): 8×8, 17 grey levels; two thirds to train on."""
     import numpy as np

@@ -13,6 +13,7 @@ from ..files import write_atomic
 from ..metrics import Metric, format_metrics
 from . import page, plots
 from .further import add_further, further_metrics
+from .out_of_distribution import OUTSIDE, outside, outside_markdown
 from .runs import Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
 from .scaling import Scaling, scale, scaled_baselines, still_better, with_scaled
 from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, summary
@@ -105,7 +106,10 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     logged = history(finished) if finished else pd.DataFrame()
     comparison = Comparison(table, metrics, folders, [], name, notes, logged, further, scaling, scaled)
     table.to_csv(folder / "comparison.csv", index=False)
-    write_atomic(folder / "comparison.md", markdown(table, metrics, name, notes, further))
+    text = markdown(table, metrics, name, notes, further)
+    if of_others := outside(finished):
+        text += f"\n## {OUTSIDE}\n\n{outside_markdown(of_others)}"
+    write_atomic(folder / "comparison.md", text)
     latex = [latex_table(table, each, heading) for each, heading in ((metrics, name), (further, FURTHER)) if each]
     write_atomic(folder / "comparison.tex", "\n".join(latex))
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]

@@ -25,6 +25,7 @@ from . import paper, plots, significance
 from .further import MEANINGS
 from .kept import Kept
 from .mistakes import data_uri, is_small, shown_mistakes
+from .out_of_distribution import outside
 from .plots import title
 from .runs import Run, by_method, common_metrics, part_name, predictions, scored_part
 from .scaling import Scaling, scaled_name
@@ -95,6 +96,7 @@ def render(
         "plots": drawings(finished, comparison, each) if each else {},
         "scored": scored_part(finished),
         "evaluated_on": evaluated_on(finished),
+        "outside": outside(finished),
         "temperatures": scaled_lines,
         "temperature_of": over_seeds(fitted) if (fitted := [line["n"] for line in scaled_lines if line["n"]]) else "",
         "unscaled": comparison.scaling.unreadable,
