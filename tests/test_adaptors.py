@@ -11,9 +11,11 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.utils import CheckpointSaver
+from torchmetrics import MetricCollection
 
-from pskd_timm import METHODS, PSKD, InputError, load_recipe, train
+from pskd_timm import METHODS, PSKD, InputError, load_recipe, score, train
 from pskd_timm.adaptors import Indexed
+from pskd_timm.adaptors.metric import CalibrationMetrics
 from pskd_timm.data import load_data
 from pskd_timm.models.build import normalisation
 from pskd_timm.order import epoch_order
@@ -325,3 +327,36 @@ def test_the_trainer_refuses_methods_that_need_the_images(plain):
 
     with pytest.raises(InputError, match="CSKD needs the images"):
         MethodCallback(METHODS["cskd"]())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_torchmetrics_metric_is_the_score_of_all_batches_since_the_last_reset(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-3, 4, (120, 7), generator=generator).double()  # many ties
+    probabilities, labels = logits.softmax(1).to(dtype), torch.randint(7, (120,), generator=generator)
+    metric = CalibrationMetrics()
+    metric.update(probabilities[:10].flip(1), labels[:10])
+    metric.reset()
+    of_batch = metric(probabilities[:50], labels[:50])
+    assert of_batch == pytest.approx(score(probabilities[:50], labels[:50]), rel=1e-9)
+    metric.update(probabilities[50:], labels[50:])
+    assert metric.compute() == pytest.approx(score(probabilities, labels), rel=1e-9)
+    of_logits = MetricCollection({"test": CalibrationMetrics(from_logits=True)})
+    of_logits.update(logits, labels)
+    assert of_logits.compute() == pytest.approx(score(logits.softmax(1), labels))
+
+
+def test_torchmetrics_metric_counts_a_confidence_on_a_bin_edge_as_the_score_does():
+    rows = torch.tensor([[0.3, 0.2, 0.25, 0.25], [0.28, 0.24, 0.24, 0.24], [0.32, 0.22, 0.23, 0.23]])
+    metric = CalibrationMetrics()
+    metric.update(rows, torch.tensor([0, 1, 0]))
+    assert metric.compute()["ece"] == pytest.approx(score(rows, [0, 1, 0])["ece"])
+
+
+def test_torchmetrics_metric_refuses_logits_for_probabilities_and_what_has_other_shapes():
+    metric, logits = CalibrationMetrics(), torch.randn(8, 3) * 5
+    with pytest.raises(InputError, match=r"shape \[B, K\]"):
+        metric.update(logits, torch.zeros(7, dtype=torch.int64))
+    metric.update(logits, torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(InputError, match="from_logits=True"):
+        metric.compute()

@@ -54,6 +54,11 @@ def test_the_store_over_several_processes_equals_a_plain_full_table(tmp_path, pr
     assert len(epochs) == processes and len(set(epochs)) == 1 and epochs[0] >= 50
 
 
+def test_torchmetrics_metric_over_two_processes_is_the_score_of_all_samples_and_starts_anew_after_a_reset(tmp_path):
+    launch(2, WORKERS, "gather_metrics", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics-0", "metrics-1"]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The paper's methods and those that remember something, two epochs on one and on two processes; an odd last batch."""

@@ -140,6 +140,28 @@ def check_remembered(rank: int, world_size: int):
     assert all(torch.equal(a, b) for a, b in zip(again.now[0], dlb.now[0], strict=True))
 
 
+def gather_metrics(folder: Path):
+    """CalibrationMetrics over ranks with shares of any size, the second time with nothing on one of them, against `score`."""
+    from pskd_timm import score
+    from pskd_timm.adaptors.metric import CalibrationMetrics
+
+    dist.init_process_group("gloo")
+    rank, metric = dist.get_rank(), CalibrationMetrics()
+    for epoch, mine in enumerate((slice(0, 37) if rank else slice(37, 100), slice(0, 100) if rank else slice(0, 0))):
+        generator = torch.Generator().manual_seed(epoch)
+        probabilities = torch.randint(0, 4, (100, 6), generator=generator).float().softmax(1)  # many ties
+        labels = torch.randint(6, (100,), generator=generator)
+        for batch in range(mine.start, mine.stop, 16):
+            part = slice(batch, min(batch + 16, mine.stop))
+            metric.update(probabilities[part], labels[part])
+        found, expected = metric.compute(), score(probabilities, labels)
+        assert all(abs(found[name] - expected[name]) < 1e-9 for name in expected), (found, expected)
+        metric.reset()
+    (folder / f"metrics-{rank}").write_text("equal")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def train_sequences(folder: Path):
     """The second task of the tests."""
     import sequences  # noqa: F401 (which registers it)
