@@ -1,12 +1,12 @@
 """What `train` would refuse, found out before any run is started."""
 
-from .methods.build import METHODS
+from .methods.build import make_method
 from .optim import make_optimizer
 from .progress import Display
 from .recipe import Recipe
 from .run.graph import check_recordable
 from .tasks import open_task
-from .teacher import BASELINE, method_settings
+from .teacher import BASELINE
 
 
 def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
@@ -21,7 +21,7 @@ def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
         of_method = recipe.model_copy(update={"method": method})
         if of_method.method_section.trained_teacher == BASELINE:
             continue  # the teacher is trained first, from this very recipe
-        taught = METHODS[method].from_section(method_settings(of_method))
+        taught = make_method(of_method, network)
         taught.check(network, task.num_classes)
         if recipe.model.compile == "graphs":
             check_recordable(taught)

@@ -13,7 +13,7 @@ from .detection.settings import DetectionRecipe
 from .errors import Diverged, InputError, RankError, nearest
 from .methods import METHOD_SECTIONS
 from .recipe import Recipe, settings
-from .recipe_files import load_recipe, shipped_recipes, with_overrides
+from .recipe_files import FORMER_NAMES, load_recipe, shipped_recipes, with_overrides
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
 
@@ -39,7 +39,8 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
 
     def command(name, help, run, takes_recipe=True):
-        sub = commands.add_parser(name, help=help, description=help, epilog=EPILOG, **style)
+        epilog = EPILOG.replace("train RECIPE", "detect BACKBONE") if name == "detect" else EPILOG
+        sub = commands.add_parser(name, help=help, description=help, epilog=epilog, **style)
         sub.set_defaults(run=run)
         if takes_recipe:
             sub.add_argument("recipe", metavar="RECIPE", help=f"a YAML file, or one of: {', '.join(shipped_recipes())}")
@@ -189,6 +190,9 @@ def add_settings(parser: argparse.ArgumentParser, without=(), kind=Recipe):
             default=argparse.SUPPRESS,
             help=(field.description + default).replace("%", "%%"),
         )
+    for former, key in FORMER_NAMES.items():
+        if key in settings(kind) and key not in without:
+            parser.add_argument(f"--{former}", dest=key, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def overrides(arguments: argparse.Namespace, rest: list[str]) -> dict[str, str]:
@@ -426,17 +430,13 @@ def run_predict(arguments, rest):
     from rich.console import Console
 
     from .files import write_atomic
-    from .prediction import predict, predictions_table
+    from .prediction import calibration_line, predict, predictions_table
     from .progress import Display
 
     with Display(not sys.stdout.isatty()) as display:
         found = predict(arguments.run_dir, arguments.images, arguments.top, arguments.best, display)
     Console(width=None if sys.stdout.isatty() else 140).print(predictions_table(found))
-    if found["calibrated"]:
-        fitted = f"temperature {found['temperature']:.3f}, from {found['held_out_images']:,} images"
-        print(f"confidences are calibrated on the run's held-out part: {fitted}")
-    else:
-        print(f"confidences are not calibrated: {found['not_calibrated_because']}")
+    print(calibration_line(found))
     if arguments.json:
         try:
             write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
@@ -478,7 +478,8 @@ def run_translate(arguments, rest):
     lines = split_lines(sys.stdin.buffer.read(), "stdin") if from_stdin else read_lines(Path(arguments.file))
     with Display(not sys.stderr.isatty(), sys.stderr) as display:  # stdout is for the translations
         found = translate(arguments.run_dir, lines, arguments.best, bool(arguments.json), display.advance)
-    print("\n".join(row["translation"] for row in found))
+    for row in found:
+        print(row["translation"])
     if arguments.json:
         try:
             write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
@@ -496,7 +497,16 @@ def run_push(arguments, rest):
         raise InputError("--private is for the hub: add --hub")
     where = push(arguments.run_dir, arguments.to, arguments.hub, arguments.private, arguments.best)
     print(f"wrote {where}")
+    tell_calibration(arguments)
     return DONE
+
+
+def tell_calibration(arguments):
+    """Print whether the confidences of the network that has left are calibrated."""
+    from .prediction import calibration_line, describe_calibration, held_out_temperature
+
+    run = Path(arguments.run_dir).expanduser()
+    print(calibration_line(describe_calibration(held_out_temperature(run / "best" if arguments.best else run))))
 
 
 def run_export(arguments, rest):
@@ -506,6 +516,7 @@ def run_export(arguments, rest):
 
     difference = export_onnx(arguments.run_dir, arguments.file, arguments.best)
     print(f"wrote {arguments.file}: ONNX Runtime's confidences differ from torch's by {difference:.1g} at most")
+    tell_calibration(arguments)
     return DONE
 
 

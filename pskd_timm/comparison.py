@@ -27,7 +27,7 @@ from .reports.build import Comparison, report
 from .run.folder import is_finished, is_locked, read_metrics, read_result, run_lock
 from .run.tracking import last_line
 from .tasks import task_class
-from .teacher import BASELINE, teacher_folder
+from .teacher import BASELINE, teacher_place
 from .training import train
 
 NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
@@ -48,7 +48,7 @@ class Job:
     def teacher(self) -> Path | None:
         """The run that must be finished before this one, where it is one of the comparison's own."""
         is_own = self.recipe.method_section.trained_teacher == BASELINE
-        return teacher_folder(self.recipe) if is_own else None
+        return teacher_place(self.recipe) if is_own else None
 
     @property
     def log(self) -> Path:

@@ -157,6 +157,14 @@ def describe_calibration(temperature: Temperature) -> dict:
     return {"calibrated": not temperature.reason, **fitted, **why}
 
 
+def calibration_line(about: dict) -> str:
+    """What `describe_calibration` says, in words."""
+    if not about["calibrated"]:
+        return f"confidences are not calibrated: {about['not_calibrated_because']}"
+    fitted = f"temperature {about['temperature']:.3f}, from {about['held_out_images']:,} images"
+    return f"confidences are calibrated on the run's held-out part: {fitted}"
+
+
 def _predict_batch(classifier: Classifier, paths: list[Path], top: int, pool) -> list[dict]:
     decoded = list(pool.map(lambda path: _decoded(classifier, path), paths))
     readable = [image for image in decoded if not isinstance(image, InputError)]

@@ -148,7 +148,10 @@ def differing(recipe: Recipe) -> dict:
 FORMER_NAMES = {"accumulate": "grad_accum_steps", "augment.mix_share": "augment.mix_prob"}
 
 
-def _current_names(flat: dict[str, Any]) -> dict[str, Any]:
+def _current_names(flat: dict[str, Any], origin: str) -> dict[str, Any]:
+    for key, name in FORMER_NAMES.items():
+        if key in flat and name in flat:
+            raise InputError(f"{origin}: {key} is what {name} was called before: give one of them")
     return {FORMER_NAMES.get(key, key): value for key, value in flat.items()}
 
 
@@ -159,9 +162,9 @@ def with_overrides(
 
     `kind` is its class: Recipe, or what another command takes instead.
     """
-    flat = _current_names(flatten(written, kind))
+    flat = _current_names(flatten(written, kind), origin)
     sources = dict.fromkeys(flat, origin)
-    for key, value in _current_names(flatten(overrides or {}, kind)).items():
+    for key, value in _current_names(flatten(overrides or {}, kind), "command line").items():
         _override(flat, key, _value(value), kind)
         parent = key.rpartition(".")[0]
         sources[parent if key not in settings(kind) and parent in settings(kind) else key] = "command line"
@@ -179,11 +182,16 @@ def with_overrides(
     return recipe
 
 
+FIRST_TOLD = {"extra_forbidden": 0, "missing": 2}  # kinds of pydantic's errors; 1 all others
+
+
 def _validated(tree: dict, sources: dict[str, str], origin: str, kind: type[Section]) -> Section:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_explain(error.errors()[0], sources, origin, kind)) from None
+        # A misspelt name first: what seems to be missing may be what it stands for.
+        first = min(error.errors(), key=lambda each: FIRST_TOLD.get(each["type"], 1))
+        raise InputError(_explain(first, sources, origin, kind)) from None
 
 
 def _fill_from_preset(tree: dict, sources: dict[str, str], method: str, preset: presets.Preset | None):
@@ -200,7 +208,7 @@ def _explain(error: dict, sources: dict[str, str], origin: str, kind: type[Secti
     key = ".".join(parts[:2] if parts and parts[0] in sections(kind) else parts[:1])
     where = sources.get(key, origin)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown setting {key!r}{nearest(key, settings(kind))}"
+        return f"{where}: unknown setting {key!r}{nearest(key, [*sections(kind), *settings(kind)])}"
     if error["type"] == "missing":
         return f"{where}: {key} is missing: {_description(key, kind)}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")

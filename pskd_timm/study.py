@@ -24,7 +24,7 @@ from .files import write_atomic
 from .metrics import Metric
 from .progress import Display
 from .recipe import Recipe, settings
-from .recipe_files import as_recipe, differing, with_overrides
+from .recipe_files import FORMER_NAMES, as_recipe, differing, with_overrides
 from .reports import plots
 from .reports.trials import DIVERGED, DONE, REFUSED, STOPPED, TOO_LARGE, Trial, ranged, read_trials, trials_table
 from .run.result import Result
@@ -185,7 +185,7 @@ def parse_over(over: list[str], recipe: Recipe) -> dict[str, Range]:
     ranges = {}
     for text in over:
         key, equals, values = text.partition("=")
-        known = settings()
+        key, known = FORMER_NAMES.get(key, key), settings()
         inside = known.get(key.rpartition(".")[0]) if key not in known else None
         is_mapping = inside is not None and "dict" in str(inside.annotation)
         if not equals or not values:

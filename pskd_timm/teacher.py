@@ -17,21 +17,25 @@ def baseline_of(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"method": BASELINE})
 
 
-def teacher_folder(recipe: Recipe) -> Path | None:
-    """Where the network lies that teaches this recipe's run; None where no trained one does."""
+def teacher_place(recipe: Recipe) -> Path | None:
+    """The folder, or the file of weights, of what teaches this recipe's run; None where no trained network does."""
     teacher = recipe.method_section.trained_teacher
     if teacher is None:
         return None
-    return baseline_of(recipe).run_dir if teacher == BASELINE else Path(teacher).expanduser()
+    if teacher == BASELINE:
+        return baseline_of(recipe).run_dir
+    place = Path(teacher).expanduser()
+    is_of_a_folder = place.name == "model.safetensors" and (place.parent / "config.json").is_file()
+    return place.parent if is_of_a_folder else place
 
 
 def method_settings(recipe: Recipe) -> dict:
-    """The settings of the recipe's method, with a trained teacher as the folder that it lies in.
+    """The settings of the recipe's method, with a trained teacher as the folder, or the file of weights, that it lies in.
 
     Raises InputError where the teacher is not there or was trained on other data.
     """
     settings = recipe.method_section.model_dump()
-    folder = teacher_folder(recipe)
+    folder = teacher_place(recipe)
     if folder is None:
         return settings
     if recipe.method_section.trained_teacher == BASELINE and not (folder / "result.json").is_file():
@@ -64,7 +68,7 @@ def _check_data(recipe: Recipe, folder: Path, taught: Recipe):
 
 def teacher_figures(recipe: Recipe) -> dict | None:
     """What result.json records of a trained teacher: its folder and, where its run has them, epoch and figures."""
-    folder = teacher_folder(recipe)
+    folder = teacher_place(recipe)
     if folder is None:
         return None
     run = _run_of(folder)

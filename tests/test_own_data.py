@@ -79,7 +79,7 @@ def few_images_carry_a_temperature(monkeypatch):
 
 
 def test_a_temperature_from_too_few_images_is_none_and_everything_that_leaves_says_so(
-    run, folder, tmp_path, monkeypatch
+    run, folder, tmp_path, monkeypatch, capsys
 ):
     import onnxruntime
 
@@ -89,10 +89,12 @@ def test_a_temperature_from_too_few_images_is_none_and_everything_that_leaves_sa
     assert not found["calibrated"] and found["temperature"] == 1.0 and found["held_out_images"] == 11
     assert "of 11 held-out predictions are" in why and "10 are needed" in why
     assert main(["push", str(run), str(tmp_path / "pushed")]) == 0
+    assert f"confidences are not calibrated: {why}\n" in capsys.readouterr().out
     assert f"not calibrated: {why}" in card(tmp_path / "pushed")[1]
     config = json.loads((tmp_path / "pushed" / "config.json").read_text())
     assert config["calibrated"] is False and config["temperature"] == 1.0
     assert main(["export", str(run), str(tmp_path / "x.onnx")]) == 0
+    assert f"confidences are not calibrated: {why}\n" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["calibrated"] == "false"
 
@@ -206,7 +208,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(run, folder, tmp_p
     assert len(names) == 5 and "some/\N{REPLACEMENT CHARACTER}.png" in names
     for bad, says in (
         (["predict", str(run), "nowhere/*.png"], "nowhere/*.png: no such image"),
-        (["predict", "nowhere", "some"], "no run here"),
+        (["predict", "nowhere", "some"], "nowhere: there is no such folder"),
         (["predict", str(run), "some/folder.jpg"], "no images in this folder"),
         (["predict", str(run), "some", "--top", "0"], "--top must be at least 1"),
         (["predict", str(run), "some", "--topp", "3"], "did you mean top"),

@@ -232,26 +232,30 @@ def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_stops_none_and_the_ea
     assert newest(tmp_path / "pskd" / "seed0").name == "000002-00000000"
 
 
-@pytest.mark.parametrize("options", [["--cpu", "--num_processes", "2"], ["--num_processes", "2"]])
-def test_a_launch_that_would_run_one_process_instead_of_two_is_refused(tmp_path, options):
-    command = [
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        (["--cpu", "--num_processes", "2"], ["train", "digits"]),
+        (["--num_processes", "2"], ["train", "digits"]),
+        (["--num_processes", "2"], ["detect", "resnet10t", "--data.path", "."]),
+    ],
+)
+def test_a_launch_that_would_run_one_process_instead_of_two_is_refused(tmp_path, options, command):
+    launch = [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
         *options,
         "-m",
         "pskd_timm",
-        "train",
-        "digits",
-        "--epochs",
-        "1",
+        *command,
         "--output_dir",
         str(tmp_path),
     ]
     environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode != 0
-    assert "accelerate launch --multi_gpu --num_processes N -m pskd_timm train" in done.stderr
+    assert f"accelerate launch --multi_gpu --num_processes N -m pskd_timm {command[0]} …" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import pskd_timm
 from pskd_timm import InputError, load_recipe
+from pskd_timm.cli import load, make_parser
 from pskd_timm.recipe import settings
 from pskd_timm.recipe_files import SHIPPED, shipped_recipes
 
@@ -78,6 +79,15 @@ def test_a_bad_setting_is_refused_in_one_line_that_names_it(overrides, says):
         ("- epochs\n", "mapping"),
         ("epochs: 1\nmodel: {name: resnet18}\n", "data is missing"),
         ("epochs: 1\nmodel: {name: resnet18}\ndata: {}\n", "name a data set"),
+        # A misspelt name is told before what is missing, which it may stand for.
+        ("epoch: 1\nmodel: {name: resnet18}\ndata: {source: digits}\n", "unknown setting 'epoch'.*did you mean epochs"),
+        ("epochs: 1\nmodle: {name: resnet18}\ndata: {source: digits}\n", "unknown setting 'modle'.*did you mean model"),
+        ("optim: {lrr: 1}\nmodel: {name: resnet18}\n", "unknown setting 'optim.lrr'.*did you mean optim.lr"),
+        ("optim: {lr: fast}\nmodel: {name: resnet18}\n", "optim.lr should be a valid number"),
+        (
+            "epochs: 1\naccumulate: 2\ngrad_accum_steps: 2\n",
+            "accumulate is what grad_accum_steps was called before: give one",
+        ),
         (
             "epochs: 1\nmodel: {name: resnet18}\ndata: {source: digits, sise: 3}\n",
             "data.sise.*did you mean data.source|data.sise",
@@ -97,6 +107,29 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, text, says):
     with pytest.raises(InputError, match=says) as error:
         load_recipe(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_former_names_mean_the_same_in_files_in_python_and_on_the_command_line(tmp_path):
+    (tmp_path / "old.yaml").write_text(
+        "epochs: 1\naccumulate: 2\naugment: {mix_share: 0.3}\nmodel: {name: resnet18}\ndata: {source: digits}\n"
+    )
+    by_file = load_recipe(str(tmp_path / "old.yaml"))
+    by_python = load_recipe("digits", {"accumulate": 2, "augment.mix_share": 0.3})
+    words = ["train", "digits", "--accumulate", "2", "--augment.mix_share=0.3"]
+    arguments, rest = make_parser().parse_known_args(words)
+    by_command = load(arguments, rest)
+    for recipe in (by_file, by_python, by_command):
+        assert recipe.grad_accum_steps == 2 and recipe.augment.mix_prob == 0.3
+    assert by_command.source_of("grad_accum_steps") == "command line"
+
+
+@pytest.mark.parametrize("command", ["train", "search", "detect"])
+def test_help_tells_no_former_names(command, capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([command, "--help"])
+    shown = capsys.readouterr().out
+    assert "--grad_accum_steps" in shown and "--accumulate" not in shown
+    assert f"-m pskd_timm {'detect BACKBONE' if command == 'detect' else 'train RECIPE'}" in shown
 
 
 def test_an_override_may_be_a_section_and_leaves_the_rest_of_it():

@@ -245,7 +245,10 @@ def test_runs_that_failed_stopped_or_are_missing_are_told_in_every_table(copied)
     (trainless / "recipe.yaml").write_text(text)
     found = report(copied)
     status = found.rows.set_index(["method", "seed"]).status
-    assert status["baseline", 1] == "failed: Diverged: <loss>" and status["pskd", 0] == "unfinished: 2 of 2 epochs"
+    assert (
+        status["baseline", 1] == "failed: Diverged: <loss>"
+        and status["pskd", 0] == "unfinished: 2 of 2 epochs, but no result.json"
+    )
     assert status["label_smoothing", 0] == "unfinished: 0 of 2 epochs" and status["label_smoothing", 1] == "missing"
     assert found.failed == 4
     assert "4 of 6 runs are not in the figures" in page(found) and "Diverged: &lt;loss&gt;" in page(found)
@@ -253,6 +256,20 @@ def test_runs_that_failed_stopped_or_are_missing_are_told_in_every_table(copied)
         assert "Diverged" in (copied / name).read_text() and "missing" in (copied / name).read_text()
     # Baseline has seed 0 only and PS-KD seed 1 only: no pair.
     assert "Not compared with a baseline" in page(found) and "PS-KD" in page(found).split("Not compared with")[1][:160]
+
+
+def test_a_run_given_twice_is_taken_once_and_two_results_of_one_run_are_refused(copied, tmp_path, capsys):
+    before = report(copied).rows
+    shutil.copytree(copied / "pskd", tmp_path / "again" / "pskd")
+    again = report([copied, copied / "pskd", tmp_path / "again"], tmp_path / "out").rows
+    pd.testing.assert_frame_equal(again, before)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("once more: taken once" in line for line in said)
+    path = tmp_path / "again" / "pskd" / "seed0" / "result.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"seconds": values["seconds"] + 1}))
+    with pytest.raises(InputError, match="are one run with two results: leave one out"):
+        report([copied, tmp_path / "again"], tmp_path / "out")
 
 
 def test_a_report_of_runs_none_of_which_finished_says_so(copied):
@@ -406,9 +423,7 @@ def test_folders_without_runs_are_refused_in_a_line(runs, change, says):
     assert "\n" not in str(error.value)
 
 
-def test_different_data_and_the_same_run_twice_are_refused(runs, copied):
-    with pytest.raises(InputError, match="are the same run twice"):
-        report([runs, copied])
+def test_different_data_are_refused(copied):
     path = copied / "pskd" / "seed1" / "recipe.yaml"
     path.write_text(path.read_text().replace("gaussian_noise: 0.2", "gaussian_noise: 0.3"))
     with pytest.raises(InputError, match="different data .data.gaussian_noise 0.2, 0.3.*report of its own"):

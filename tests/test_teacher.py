@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from pskd_timm import InputError, compare, load_recipe, train
 from pskd_timm.metrics import METRICS
@@ -71,6 +73,39 @@ def test_a_teacher_of_another_architecture_or_other_data_is_refused_in_two_lines
     with pytest.raises(InputError, match=says) as error:
         train(load_recipe("digits", settings), display=QUIET)
     assert str(error.value).count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_file_of_weights_teaches_as_the_run_does_that_it_was_taken_from(compared, tmp_path):
+    folder = Path(compared[0].output_dir) / "baseline" / "seed0"
+    weights = load_file(folder / "model.safetensors")
+    timms = {f"module.{name}": tensor for name, tensor in weights.items()}
+    torch.save({"state_dict": timms, "epoch": 3, "arch": "x"}, tmp_path / "model_best.pth.tar")
+    save_file(weights, tmp_path / "weights.safetensors")
+    places = [folder, tmp_path / "model_best.pth.tar", tmp_path / "weights.safetensors", folder / "model.safetensors"]
+    found = []
+    for number, place in enumerate(places):
+        settings = SETTINGS | {"tfkd.teacher": str(place), "output_dir": str(tmp_path / str(number))}
+        found.append(train(load_recipe("digits", settings), display=QUIET))
+    assert all(each.last == found[0].last for each in found)
+    assert [each.values["teacher"].get("nll") is None for each in found] == [False, True, True, False]
+    assert found[3].values["teacher"]["run"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere.pth", "tfkd.teacher: .*nowhere.pth: there is no such folder or file"),
+        ("other.safetensors", "tfkd.teacher: .*other.safetensors does not fit the model: .* is not in the checkpoint"),
+        ("empty", "tfkd.teacher: .*empty: no model here"),
+    ],
+)
+def test_what_is_no_teacher_is_refused_in_a_line(tmp_path, name, says):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "empty").mkdir()
+    settings = SETTINGS | {"tfkd.teacher": str(tmp_path / name), "output_dir": str(tmp_path / "runs")}
+    with pytest.raises(InputError, match=says) as error:
+        train(load_recipe("digits", settings), display=QUIET)
+    assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
 
 
 def test_another_baseline_in_the_output_folder_is_no_teacher(compared):

@@ -88,6 +88,16 @@ def test_the_moving_average_of_a_short_run_follows_its_weights(tiny):
             torch.testing.assert_close(found.double(), average[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_test_part_of_the_training_images_is_named(tiny, capsys):
+    from pskd_timm.tasks import open_task
+
+    line = "data: the test images are the training images"
+    open_task(tiny(data__test_split="train"))
+    assert line in capsys.readouterr().err
+    open_task(tiny())
+    assert line not in capsys.readouterr().err
+
+
 def test_a_stopped_run_is_not_resumed_on_data_that_have_changed(tiny, tmp_path):
     class Stop(Exception):
         pass

@@ -117,6 +117,18 @@ def test_missing_splits_are_told_with_what_there_is(tmp_path, corpus):
     assert "no split 'test2018'" in refused(corpus, translation__test_splits=["test2018"])
 
 
+def test_test_pairs_that_are_training_pairs_too_are_counted(tmp_path, capsys):
+    folder = write_plain(tmp_path, train=20, valid=2, test=2, test_other=3)
+    for side, lang in enumerate(("de", "en")):
+        known = (folder / f"train.{lang}").read_text().splitlines()
+        (folder / f"test.{lang}").write_text("\n".join(known[:4] + [("ganz neu", "quite new")[side]]) + "\n")
+        (folder / f"test_other.{lang}").write_text("\n".join(reversed(known)) + f"\n{lang}\n")
+    open_task(small_recipe(folder))
+    said = capsys.readouterr().err
+    assert "4 of the 5 pairs of test are training pairs too" in said
+    assert "20 of the 21 pairs of test_other are training pairs too" in said
+
+
 def test_empty_and_too_long_pairs_are_left_out_of_training_counted_and_named(tmp_path, capsys):
     folder = write_plain(tmp_path, train=20, valid=2, test=2)
     lines = (folder / "train.de").read_text().splitlines()

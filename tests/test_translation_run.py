@@ -109,6 +109,9 @@ def test_translate_on_the_command_line_reads_a_file_and_writes_lines_and_json(fi
     said = capsys.readouterr().out.splitlines()
     rows = json.loads((tmp_path / "said.json").read_text())
     assert said == [row["translation"] for row in rows] and len(said) == 2 and rows[0]["tokens"]
+    (tmp_path / "empty.de").write_text("")
+    assert main(["translate", str(finished.run_dir), str(tmp_path / "empty.de")]) == 0
+    assert capsys.readouterr().out == ""
     (tmp_path / "bad.de").write_bytes(b"gut\n\xff\n")
     assert main(["translate", str(finished.run_dir), str(tmp_path / "bad.de")]) == 2
     assert "bad.de line 2: not UTF-8" in capsys.readouterr().err

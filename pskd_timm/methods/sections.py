@@ -160,7 +160,7 @@ class TFKD(MethodSection):
     implementation = "pskd_timm.methods.tfkd:TFKD"
 
     teacher: str = "virtual"
-    """`virtual` (hand-made: TF-KD_reg), or trained before (TF-KD_self): a run's folder, or `baseline`: that of this recipe."""
+    """`virtual` (TF-KD_reg), or trained before (TF-KD_self): a run's folder, a file of weights, or this recipe's `baseline`."""
     alpha: Fraction | None = None
     """α: cross-entropy weighs 1 − α. Default: TF-KD's released ResNet-18 settings, 0.1 with the virtual teacher, else 0.95."""
     temperature: Positive | None = None

@@ -8,7 +8,6 @@ from torch import nn
 
 from .. import losses
 from ..errors import InputError
-from ..models.build import load_model
 from .base import Method, frozen
 from .sections import tfkd_weight
 
@@ -41,8 +40,7 @@ class TFKD(Method):
 
     @classmethod
     def from_section(cls, section):
-        teacher = None if section["teacher"] == "virtual" else load_model(section["teacher"])
-        return cls(**{**section, "teacher": teacher})
+        return cls(**{**section, "teacher": None if section["teacher"] == "virtual" else section["teacher"]})
 
     def check(self, model, num_classes):
         if self.teacher is None:

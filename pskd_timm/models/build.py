@@ -15,11 +15,26 @@ from ..recipe import Model as ModelSection
 from ..recipe import Recipe
 from .small_input import SMALL_INPUT, small_input
 
+LOCAL, HUB = "local-dir:", "hf-hub:"  # what timm calls models that lie in a folder, or in a repository of the hub
+
 
 def check_name(name: str):
-    """Raise InputError, with the nearest names, if timm has no model `name`."""
-    if not timm.is_model(name.split(".")[0].removeprefix("timm/")) and ":" not in name:
-        raise InputError(f"model.name: timm has no model {name!r}{nearest(name, timm.list_models())}")
+    """Raise InputError, with the nearest names, if timm has no model `name` and no folder is called so."""
+    folder = Path(name.removeprefix(LOCAL)).expanduser()
+    if name.startswith(LOCAL) and not folder.is_dir():
+        raise InputError(f"model.name: there is no folder {folder}")
+    if ":" in name or timm.is_model(name.split(".")[0].removeprefix("timm/")):
+        return
+    if folder.is_dir():
+        raise InputError(f"model.name: {name} is a folder: {LOCAL}{name} is the network saved in it")
+    if is_path(name):
+        raise InputError(f"model.name: there is no folder {folder}; a model on the hub is named {HUB}user/name")
+    raise InputError(f"model.name: timm has no model {name!r}{nearest(name, timm.list_models())}")
+
+
+def is_path(name: str) -> bool:
+    """Whether a network's name reads like a folder's, or a hub id that lacks its scheme."""
+    return "/" in name.removeprefix("timm/") or name.startswith((".", "~"))
 
 
 def create_model(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
@@ -118,7 +133,6 @@ def _check_arguments(section: ModelSection):
         raise InputError("model.kwargs.global_pool '': the network then returns a map of logits: leave it out")
 
 
-LOCAL, HUB = "local-dir:", "hf-hub:"  # what timm calls models that lie in a folder, or in a repository of the hub
 # Arguments of timm.create_model that make it read other files.
 READ_FILES = ("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 # Of a pretrained_cfg, what speaks of the weights that the architecture was published with, not of its structure.
@@ -222,12 +236,18 @@ def read_config(folder: Path) -> dict:
 
     This and model.safetensors are all that is read: timm itself looks for weights under other names too.
     """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is a file: a folder is wanted" if folder.exists() else f"there is no folder {folder}"
+        )
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder}: no model here (a finished run has config.json and model.safetensors)")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["architecture"], config["num_classes"]  # noqa: B018 (what a config.json must say)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise InputError(f"{folder}: config.json has no {error}: it is not that of a timm model") from None
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder}: config.json cannot be read: {first_line(error)}") from None
     return config
 

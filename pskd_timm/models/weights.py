@@ -5,6 +5,7 @@ Such a file is a state dict, or a checkpoint that holds one: timm's, Lightning's
 
 import argparse
 import builtins
+import copy
 import pathlib
 import pickle
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .build import load_model
 from .convert import convert_checkpoint
 
 
@@ -101,6 +103,20 @@ def _prefix(state: dict[str, Tensor], own: tuple[str, ...]) -> str | None:
             return prefix
     # Beside its network a LightningModule may have weights of losses and of metrics.
     return next((p for p in ATTRIBUTES if p.rstrip(".") not in own and any(name.startswith(p) for name in state)), None)
+
+
+def load_teacher(place: Path, student: nn.Module) -> nn.Module:
+    """The network in a run's folder, or the student's architecture with the weights in a file, on the CPU.
+
+    Raises InputError where neither is there, or the weights do not fit.
+    """
+    if not place.exists():
+        raise InputError(f"{place}: there is no such folder or file")
+    if place.is_dir():
+        return load_model(place)
+    teacher = copy.deepcopy(student).cpu()
+    load_weights(place, teacher)
+    return teacher
 
 
 def load_weights(path: str | Path, model: nn.Module) -> dict:

@@ -113,10 +113,20 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     _check_same_test(runs)
     _name_differences(runs)
     runs.sort(key=lambda run: (list(METHOD_SECTIONS).index(run.name), run.method, run.seed))
-    for one, other in zip(runs, runs[1:], strict=False):
-        if (one.method, one.seed) == (other.method, other.seed):
-            raise InputError(f"{one.folder} and {other.folder} are the same run twice: leave one out")
-    return runs
+    return list(_each_once(runs))
+
+
+def _each_once(runs: list[Run]) -> Iterator[Run]:
+    """The sorted `runs` without copies. Raises InputError where two of one method and seed have other results."""
+    taken = None
+    for run in runs:
+        if taken is None or (taken.method, taken.seed) != (run.method, run.seed):
+            taken = run
+            yield run
+        elif taken.values == run.values:
+            warn(f"{run.folder} is the run of {taken.folder} once more: taken once")
+        else:
+            raise InputError(f"{taken.folder} and {run.folder} are one run with two results: leave one out")
 
 
 def _run_folders(path: Path):
@@ -170,7 +180,9 @@ def _why_not_finished(folder: Path, recipe: Recipe | None) -> str:
     if lines and lines[-1].startswith("failed: "):
         return lines[-1]
     done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-    return f"unfinished: {done} of {recipe.epochs} epochs" if recipe else "unfinished: not begun"
+    if recipe is None:
+        return "unfinished: not begun"
+    return f"unfinished: {done} of {recipe.epochs} epochs{', but no result.json' * (done >= recipe.epochs)}"
 
 
 def read_result(folder: Path) -> RunResult:

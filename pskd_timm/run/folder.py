@@ -31,7 +31,8 @@ EARLIER = {
 def read_recipe(run_dir: Path, overrides: dict | None = None, kind: type[Section] = Recipe) -> Section:
     """The resolved recipe of a run. Raises InputError where the folder holds no run."""
     if not (run_dir / "recipe.yaml").is_file():
-        raise InputError(f"{run_dir}: no run here (a run folder has a recipe.yaml)")
+        why = "no run here (a run folder has a recipe.yaml)" if run_dir.is_dir() else "there is no such folder"
+        raise InputError(f"{run_dir}: {why}")
     return load_recipe(str(run_dir / "recipe.yaml"), overrides, kind)
 
 

@@ -27,8 +27,9 @@ def forget_single_process():
 
 def connect(recipe: Recipe) -> Accelerator:
     """Accelerate's view of the processes, refusing launches that would silently train something else."""
+    command = "train" if isinstance(recipe, Recipe) else "detect"
     right = (
-        "launch several processes with `accelerate launch --multi_gpu --num_processes N -m pskd_timm train …`, "
+        f"launch several processes with `accelerate launch --multi_gpu --num_processes N -m pskd_timm {command} …`, "
         "also without a GPU"
     )
     for backend in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):

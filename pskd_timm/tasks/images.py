@@ -34,6 +34,8 @@ class ImageTask:
         self.data = load_data(recipe.data, recipe.augment, progress)
         self.num_rows, self.num_classes = len(self.data.train), self.data.num_classes
         self.labels, self.fingerprint = self.data.train.labels, self.data.fingerprint
+        if self.fingerprint.get("test_contents") == self.fingerprint["contents"]:
+            ranks.warn_on_main("data: the test images are the training images: figures on them say nothing of others")
         self.evaluated = {name: split for name in ("test", "holdout") if (split := getattr(self.data, name))}
         self.splits = tuple(self.evaluated)
 

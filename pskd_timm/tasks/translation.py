@@ -13,6 +13,7 @@ from ..files import warn
 from ..fingerprint import digest
 from ..methods.sections import Scale
 from ..progress import readable
+from ..ranks import warn_on_main
 from ..recipe import Augment, Data, Model, Recipe
 from ..store import store_bytes
 from ..translation import beam
@@ -72,6 +73,7 @@ class TranslationTask:
         check_settings(recipe)
         self.recipe, section = recipe, recipe.translation
         corpus, held_out = divide(read_corpus(recipe), recipe)
+        name_shared(corpus)
         self.tokenizer = own_tokenizer(recipe.model) or train_tokenizer(
             corpus.train.sources + corpus.train.targets, section.vocab_size, section.max_length
         )
@@ -274,6 +276,14 @@ def divide(corpus: Corpus, recipe: Recipe) -> tuple[Corpus, Pairs | None]:
         )
     tests = {name: limited(pairs, data.limit_test, data.seed) for name, pairs in corpus.tests.items()}
     return Corpus(train, corpus.validation, tests), held_out
+
+
+def name_shared(corpus: Corpus):
+    """Name the test splits that hold training pairs, whose figures are too good."""
+    known = set(zip(corpus.train.sources, corpus.train.targets, strict=True))
+    for name, pairs in corpus.tests.items():
+        if shared := sum(pair in known for pair in zip(pairs.sources, pairs.targets, strict=True)):
+            warn_on_main(f"data: {shared:,} of the {len(pairs):,} pairs of {name} are training pairs too")
 
 
 def limited(pairs: Pairs, count: int | None, seed: int) -> Pairs:
