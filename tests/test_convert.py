@@ -1,4 +1,4 @@
-"""Small networks written from the description of the released code, with its names, against their converted twins."""
+"""Small networks written from the description of the authors' code, with its names, against their converted twins."""
 
 from itertools import pairwise
 

@@ -2,6 +2,7 @@ import io
 import os
 import shutil
 import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,6 +207,56 @@ def test_sixteen_bit_files_are_scaled_by_the_bits_that_their_content_fills(tmp_p
     Pictures.fromarray(deep).save(tmp_path / f"deep.{suffix}")
     found = np.asarray(open_image({"path": str(tmp_path / f"deep.{suffix}"), "bytes": None}, 0)[0])
     assert np.abs(found[..., 0] - np.array([[0, 102], [204, 255]])).max() <= 1
+
+
+def sixteen_bit_png(pixels, exif=b""):
+    """A PNG file of uint16 `pixels` [H, W, 3 or 4], which Pillow cannot write (PNG specification, third edition, 5 and 11.2)."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    parts = (b"IHDR", header), (b"eXIf", exif), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def sixteen_bit_tiff(pixels, order):
+    """A TIFF file of uint16 `pixels` [H, W, 3] in a byte order, `<` or `>` (TIFF 6.0, section 6)."""
+    height, width, _ = pixels.shape
+    data = pixels.astype(f"{order}u2").tobytes()
+    end = 8 + len(data)
+    entries = [(256, width), (257, height), (258, end + 114), (259, 1), (262, 2), (273, 8), (277, 3), (279, len(data))]
+    entries.insert(7, (278, height))
+    table = b"".join(
+        struct.pack(f"{order}HHI", tag, 3 if tag == 258 else 4, 3 if tag == 258 else 1)
+        + struct.pack(f"{order}I", value)
+        for tag, value in entries
+    )
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", end)
+    return (
+        head + data + struct.pack(f"{order}H", len(entries)) + table + bytes(4) + struct.pack(f"{order}HHH", 16, 16, 16)
+    )
+
+
+@pytest.mark.parametrize(
+    "write", [sixteen_bit_png, lambda p: sixteen_bit_tiff(p, "<"), lambda p: sixteen_bit_tiff(p, ">")]
+)
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_sixteen_bit_colour_files_are_scaled_by_the_bits_that_their_content_fills(write, bits):
+    largest = 2**bits - 1
+    pixels = np.random.default_rng(0).integers(0, largest + 1, (5, 7, 3))
+    pixels[0, 0] = largest
+    found = open_image({"bytes": write(pixels), "path": None}, 0)[0]
+    assert np.array_equal(np.asarray(found), pixels * 255 // largest)
+    opaque = np.dstack([pixels, np.full((5, 7), 2**16 - 1)])
+    boxed, box = open_image({"bytes": sixteen_bit_png(opaque), "path": None}, 0, lambda size: ((0, 0, 5, 5), 5))
+    assert np.array_equal(np.asarray(boxed), pixels * 255 // largest) and box == (0, 0, 5, 5)
+    exif = Pictures.Exif()
+    exif[0x0112] = 3
+    upside_down = open_image(sixteen_bit_png(pixels, exif.tobytes()[6:]), 0)[0]
+    assert np.array_equal(np.asarray(upside_down)[::-1, ::-1], pixels * 255 // largest)
 
 
 def encoded(image, format, **options):

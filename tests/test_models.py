@@ -20,8 +20,8 @@ from pskd_timm.reports.paper import PAPER_NAMES
 ALL = timm.list_models("cifar_*")
 TINY = timm.list_models("cifar_*_tiny*")
 
-# The released code's parameters, multiply-adds for one image, and numbers of convolutions, batch norms, linear layers
-RELEASED = {
+# The authors' code's parameters, multiply-adds for one image, and numbers of convolutions, batch norms, linear layers
+AUTHORS = {
     "cifar_preact_resnet18": (11_217_444, 555_468_800, (20, 17, 1)),
     "cifar_resnet101": (42_697_380, 2_510_168_064, (104, 104, 1)),
     "cifar_preact_resnet101_paper": (42_697_380, 2_510_168_064, (104, 104, 1)),
@@ -72,13 +72,13 @@ def macs(model, x):
 # Counts and initialisation
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_parameters_macs_and_layers_are_those_of_the_released_code(name):
+@pytest.mark.parametrize("name", AUTHORS)
+def test_parameters_macs_and_layers_are_those_of_the_authors_code(name):
     model = on_meta(name)
     layers = tuple(sum(isinstance(m, kind) for m in model.modules()) for kind in (nn.Conv2d, nn.BatchNorm2d, nn.Linear))
     parameters = sum(p.numel() for p in model.parameters())
     size = model.default_cfg["input_size"][-1]
-    assert (parameters, macs(model, images(1, size=size, device="meta")), layers) == RELEASED[name]
+    assert (parameters, macs(model, images(1, size=size, device="meta")), layers) == AUTHORS[name]
 
 
 def test_densenet264_is_torchvisions_densenet_with_the_blocks_of_its_paper():

@@ -27,7 +27,7 @@ from ..fingerprint import digest
 from ..ranks import warn_on_main
 from .sources import Table
 
-VERSION = 5  # of what a cached file holds; a change makes old files be decoded again
+VERSION = 6  # of what a cached file holds; a change makes old files be decoded again
 CHUNK = 512
 SKIPS = "--data.damaged skip leaves such training images out"
 ORIENTATION = 0x0112  # EXIF's tag of how the camera was held
@@ -199,17 +199,17 @@ def open_image(stored, position: int, crop=None) -> tuple[Image.Image, tuple | N
     try:
         is_file = isinstance(stored, dict | bytes)
         image = Image.open(_file(stored)) if is_file else Image.fromarray(_pixels(stored))
-        size = image.size
+        size, deep = image.size, _sixteen_bit_modes(image)  # before EXIF, for which Pillow decodes a PNG
         # A turned image's box lies in the turned frame, where no reduced decoding is to be had.
         turn = UPRIGHT.get(_orientation(image))
         if crop is None or turn is not None or not is_file:
-            image = _rgb(image) if turn is None else _rgb(image).transpose(turn)
+            image = _rgb(image, stored, deep) if turn is None else _rgb(image, stored, deep).transpose(turn)
             return image, crop(image.size)[0] if crop else None
         box, side = crop(size)
         smaller = max(1, min(box[2] - box[0], box[3] - box[1]) // side)
         image.draft("RGB", (size[0] // smaller, size[1] // smaller))
         scale = image.size[0] / size[0], image.size[1] / size[1]
-        return _rgb(image), tuple(edge * scale[i % 2] for i, edge in enumerate(box))
+        return _rgb(image, stored, deep), tuple(edge * scale[i % 2] for i, edge in enumerate(box))
     except Exception as error:  # each of Pillow's readers raises what it likes
         name = f" ({stored['path']})" if isinstance(stored, dict) and stored.get("path") else ""
         why = str(error)[:200] or type(error).__name__
@@ -247,7 +247,10 @@ def _pixels(stored) -> np.ndarray:
     return np.squeeze(pixels.astype(np.uint8), axis=2) if pixels.shape[2:] == (1,) else pixels.astype(np.uint8)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, stored, deep: list[str]) -> Image.Image:
+    """`image`, which was opened from `stored`, as RGB; `deep` is what `_sixteen_bit_modes` says of it."""
+    if deep:
+        return Image.fromarray(_eight_bits(_sixteen_bits(image, stored, deep)))
     if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut off at 255
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.mode == "F":
@@ -255,6 +258,26 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns where a palette loses its transparency at once
     return image.convert("RGB")
+
+
+def _sixteen_bit_modes(image: Image.Image) -> list[str]:
+    """Pillow's names of how the parts of a colour image of 16 bits a channel are stored; none where it is another image."""
+    tiles = getattr(image, "tile", []) if image.mode in ("RGB", "RGBA") else []
+    modes = [tile.args[0] if isinstance(tile.args, tuple) else tile.args for tile in tiles]
+    return modes if all(str(mode)[:-1] == f"{image.mode};16" for mode in modes) else []
+
+
+def _sixteen_bits(image: Image.Image, stored, raw_modes: list[str]) -> np.ndarray:
+    """The pixels [H, W, 3] of a colour image of 16 bits a channel, of which Pillow keeps the upper byte alone.
+
+    Read once more as if its bytes stood the other way round, it gives the lower one.
+    """
+    swapped = Image.open(_file(stored))
+    for place, (tile, mode) in enumerate(zip(swapped.tile, raw_modes, strict=True)):
+        mode = mode[:-1] + ("L" if mode[-1] == "B" else "B")
+        swapped.tile[place] = tile._replace(args=(mode, *tile.args[1:]) if isinstance(tile.args, tuple) else mode)
+    upper, lower = (np.asarray(each)[..., :3].astype(np.int64) for each in (image, swapped))
+    return 256 * upper + lower
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Weights of the PS-KD authors' released code (Kim et al., ICCV 2021, arXiv 2006.12000) under this package's names."""
+"""Weights of the PS-KD authors' code (Kim et al., ICCV 2021, arXiv 2006.12000) under this package's names."""
 
 import re
 
@@ -9,7 +9,7 @@ from .base import CifarNet
 
 
 def stage_of(match: re.Match) -> str:
-    """The released code counts stages from 1 and names their blocks right below."""
+    """The authors' code counts stages from 1 and names their blocks right below."""
     return f"stages.{int(match[1]) - 1}.blocks."
 
 
@@ -34,7 +34,7 @@ RENAMES = (
 def convert_checkpoint(checkpoint: dict, model: nn.Module) -> dict[str, Tensor]:
     """The weights in `checkpoint`, under the names of `model`; ValueError names the first tensor that does not fit.
 
-    `checkpoint` is a loaded file of the released code, {'net': state dict, …}, or a state dict, in its names or ours.
+    `checkpoint` is a loaded file of the authors' code, {'net': state dict, …}, or a state dict, in its names or ours.
     """
     old = checkpoint.get("net", checkpoint)
     old_names = {new_name(name, model): name for name in old}
@@ -44,7 +44,7 @@ def convert_checkpoint(checkpoint: dict, model: nn.Module) -> dict[str, Tensor]:
 
 
 def new_name(name: str, model: nn.Module) -> str:
-    """The name in `model` of a tensor that the released code calls `name`, with or without `module.` in front."""
+    """The name in `model` of a tensor that the authors' code calls `name`, with or without `module.` in front."""
     name = name.removeprefix("module.")
     # ResNet-152 is the only network of the paper that is not ours: timm's, whose names are torchvision's.
     for pattern, replacement in RENAMES if isinstance(model, CifarNet) else ():

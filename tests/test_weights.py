@@ -1,4 +1,4 @@
-"""Files of the PS-KD authors' released code, written here by a small network of that code's layout."""
+"""Files of weights: those of the PS-KD authors' code, written here by a small network of its layout, and other people's."""
 
 import argparse
 from collections import defaultdict
@@ -46,7 +46,7 @@ def recipe(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def released():
+def authors():
     """A checkpoint dictionary after two epochs of the old code's network, as its training script writes it."""
     torch.manual_seed(0)
     network = nn.DataParallel(old_network())
@@ -67,12 +67,12 @@ def released():
 
 
 @pytest.fixture
-def file(released, tmp_path):
-    torch.save(released, tmp_path / "old.pth")
+def file(authors, tmp_path):
+    torch.save(authors, tmp_path / "old.pth")
     return tmp_path / "old.pth"
 
 
-def test_a_released_file_is_continued_with_weights_momentum_predictions_and_epoch(file, released, recipe, monkeypatch):
+def test_an_authors_file_is_continued_with_weights_momentum_predictions_and_epoch(file, authors, recipe, monkeypatch):
     import sys
 
     seen = {}
@@ -89,24 +89,24 @@ def test_a_released_file_is_continued_with_weights_momentum_predictions_and_epoc
     assert [line["epoch"] for line in result.history] == [3, 4]
     assert [line["alpha"] for line in result.history] == pytest.approx([0.8 * 3 / 4, 0.8])
     known = torch.arange(N) != 7
-    torch.testing.assert_close(seen["table"][known], released["prev_predictions"][known])
+    torch.testing.assert_close(seen["table"][known], authors["prev_predictions"][known])
     assert seen["table"][7].max() == 1  # never seen: its one-hot label
     model = timm.create_model("cifar_preact_resnet18", num_classes=10)
-    for name, tensor in convert_checkpoint(released, model).items():
+    for name, tensor in convert_checkpoint(authors, model).items():
         assert torch.equal(seen["weights"][name], tensor)
     # The optimizer numbers parameters as the file orders its weights: the momentum beside each weight has its shape.
-    names = [name for name in released["net"] if "running" not in name and "batches" not in name]
-    converted = dict(zip(names, [n for n in convert_checkpoint(released, model) if n in seen["momentum"]], strict=True))
+    names = [name for name in authors["net"] if "running" not in name and "batches" not in name]
+    converted = dict(zip(names, [n for n in convert_checkpoint(authors, model) if n in seen["momentum"]], strict=True))
     for number, name in enumerate(names):
-        buffer = released["optimizer"]["state"][number]["momentum_buffer"]
+        buffer = authors["optimizer"]["state"][number]["momentum_buffer"]
         assert torch.equal(seen["momentum"][converted[name]], buffer)
     assert newest(result.run_dir)
 
 
-def test_evaluate_scores_a_released_file_as_the_old_network_would(file, released, recipe, capsys):
+def test_evaluate_scores_an_authors_file_as_the_old_network_would(file, authors, recipe, capsys):
     data = load_data(recipe().data, recipe().augment)
     network = old_network().eval()
-    network.load_state_dict({name.removeprefix("module."): tensor for name, tensor in released["net"].items()})
+    network.load_state_dict({name.removeprefix("module."): tensor for name, tensor in authors["net"].items()})
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
     with torch.no_grad():
         logits = network((data.test.images / 255 - mean) / std)
@@ -125,8 +125,8 @@ def test_evaluate_scores_a_released_file_as_the_old_network_would(file, released
     assert f"NLL {nll:.3f}" in capsys.readouterr().out
 
 
-def test_bare_weights_are_a_start_at_the_first_epoch(released, recipe, tmp_path):
-    torch.save(released["net"], tmp_path / "bare.pth")
+def test_bare_weights_are_a_start_at_the_first_epoch(authors, recipe, tmp_path):
+    torch.save(authors["net"], tmp_path / "bare.pth")
     assert [line["epoch"] for line in train(recipe(epochs=1, init_from=str(tmp_path / "bare.pth"))).history] == [1]
 
 
@@ -219,13 +219,13 @@ def test_a_file_that_cannot_be_used_is_refused_in_a_line(content, says, recipe, 
         ({"data.limit_train": 40}, r"predictions \[60, 10\], this run needs \[40, 10\]"),
     ],
 )
-def test_a_released_file_that_does_not_fit_the_run_is_refused(file, recipe, overrides, says):
+def test_an_authors_file_that_does_not_fit_the_run_is_refused(file, recipe, overrides, says):
     with pytest.raises(InputError, match=says):
         train(recipe(init_from=str(file), **overrides))
 
 
-def test_numpy_predictions_are_read_too(released, tmp_path):
-    torch.save(released | {"prev_predictions": released["prev_predictions"].numpy()}, tmp_path / "old.pth")
+def test_numpy_predictions_are_read_too(authors, tmp_path):
+    torch.save(authors | {"prev_predictions": authors["prev_predictions"].numpy()}, tmp_path / "old.pth")
     assert read_weights_file(tmp_path / "old.pth")["prev_predictions"].shape == (N, 10)
 
 
