@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,10 @@ def calibrated_predictions(source: Path, classifier: Classifier) -> tuple[Tensor
     return torch.tensor(table.label.to_numpy()), classifier.confidences(probabilities)
 
 
+NAMES = {"input_names": ["images"], "output_names": ["confidences"], "verbose": False}
+MOST_DIFFERENCE = 1e-3  # of a confidence, between ONNX Runtime and torch
+
+
 class Deployed(nn.Module):
     """From pixels to confidences in one graph: normalisation, network, temperature, softmax."""
 
@@ -267,16 +272,16 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
     """
     try:
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401, what is written is tried in it
         import onnxscript  # noqa: F401, torch's exporter needs it
     except ImportError:
         raise InputError("export to ONNX needs a few packages: pip install onnx onnxscript onnxruntime") from None
     path = Path(path).expanduser()
     classifier = Classifier.of_run(run, best)
-    deployed = Deployed(classifier).eval()
     generator = torch.Generator().manual_seed(0)
-    example = torch.randint(0, 256, (2, 3, *classifier.image_size), dtype=torch.uint8, generator=generator)
-    model = to_onnx(deployed, example, classifier.recipe.model.name)
+    shape = 7, 3, *classifier.image_size
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    model, difference = to_onnx(Deployed(classifier).eval(), pixels, classifier.recipe.model.name)
     onnx.helper.set_model_props(
         model,
         {
@@ -290,35 +295,60 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
         write_atomic(path, model.SerializeToString())
     except (OSError, ValueError) as error:  # a ValueError where the network exceeds the 2 GB of a protocol buffer
         raise InputError(f"{path}: cannot be written: {error}") from None
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    pixels = torch.randint(0, 256, (5, 3, *classifier.image_size), dtype=torch.uint8, generator=generator)
-    (confidences,) = session.run(None, {"images": pixels.numpy()})
-    with torch.no_grad():
-        return float((torch.from_numpy(confidences) - deployed(pixels)).abs().max())
+    return difference
 
 
-def to_onnx(deployed: Deployed, example: Tensor, name: str):
-    """`deployed` as an `onnx.ModelProto` for any number of images; torch's older exporter is tried where the newer one fails.
+def to_onnx(deployed: Deployed, pixels: Tensor, name: str):
+    """`deployed` as an `onnx.ModelProto` for any number of images, and how far ONNX Runtime's outputs are from torch's.
 
-    Raises InputError where both do.
+    torch's older exporter is tried where the newer one fails or the network comes out as another one. Raises InputError
+    where it does not help.
     """
+    reasons = []
+    for export in (_exported, _exported_as_before):
+        try:
+            model = export(deployed, pixels[:2])
+            difference = max(_difference(model, deployed, pixels[:count]) for count in (1, len(pixels)))
+        except Exception as error:  # the exporters and the runtime raise what they like, over many lines
+            reasons.append(first_line(error))
+            continue
+        if difference <= MOST_DIFFERENCE:
+            return model, difference
+        reasons.append(f"the confidences differ from torch's by {difference:.1g}")
+    raise InputError(
+        f"model {name} cannot be exported to ONNX: {reasons[0]}; with torch's older exporter: {reasons[1]}"
+    )
+
+
+def _exported(deployed: Deployed, example: Tensor):
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    with quiet_exporters():
+        return torch.onnx.export(deployed, (example,), dynamo=True, dynamic_shapes=shapes, **NAMES).model_proto
+
+
+def _exported_as_before(deployed: Deployed, example: Tensor):
     import onnx
 
-    names = {"input_names": ["images"], "output_names": ["confidences"], "verbose": False}
+    file, axes = io.BytesIO(), {"images": {0: "batch"}, "confidences": {0: "batch"}}
+    with quiet_exporters():
+        torch.onnx.export(deployed, (example,), file, dynamo=False, dynamic_axes=axes, **NAMES)
+    return onnx.load_from_string(file.getvalue())
+
+
+@contextmanager
+def quiet_exporters():
+    """What torch's exporters print and warn of stays unsaid: `to_onnx` tries what they give."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            shapes = {"images": {0: torch.export.Dim("batch")}}
-            program = torch.onnx.export(deployed, (example,), dynamo=True, dynamic_shapes=shapes, **names)
-            return program.model_proto
-        except Exception as error:  # the exporters raise what they like, over many lines
-            reason = first_line(error)
-        try:
-            file = io.BytesIO()
-            axes = {"images": {0: "batch"}, "confidences": {0: "batch"}}
-            torch.onnx.export(deployed, (example,), file, dynamo=False, dynamic_axes=axes, **names)
-            return onnx.load_from_string(file.getvalue())
-        except Exception as error:
-            both = f"{reason}; torch's older exporter: {first_line(error)}"
-            raise InputError(f"model {name} cannot be exported to ONNX: {both}") from None
+        yield
+
+
+@torch.no_grad()
+def _difference(model, deployed: Deployed, pixels: Tensor) -> float:
+    """The largest difference between ONNX Runtime's and torch's outputs; infinite where the runtime's are not finite."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {"images": pixels.numpy()})
+    return float(np.nan_to_num(np.abs(outputs - deployed(pixels).numpy()).max(), nan=np.inf))

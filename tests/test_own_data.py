@@ -1,5 +1,6 @@
 """A stranger's folder: unbalanced classes, pictures of every mode and size, names in any script."""
 
+import copy
 import json
 import shutil
 import sys
@@ -119,6 +120,26 @@ def test_a_network_that_neither_exporter_takes_is_a_line_and_leaves_no_file(run,
     assert main(["export", str(run), str(tmp_path / "x.onnx")]) == 2
     said = capsys.readouterr().err
     assert calls == [True, False] and said.count("\n") == 1 and "cannot be exported to ONNX: no such operator" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [{True}, {True, False}])
+def test_an_exported_network_that_computes_something_else_is_never_written(run, tmp_path, monkeypatch, capsys, wrong):
+    export = torch.onnx.export
+
+    def sometimes_wrong(model, *arguments, dynamo, **options):
+        if dynamo in wrong:
+            model = copy.deepcopy(model)
+            model.temperature *= 9
+        return export(model, *arguments, dynamo=dynamo, **options)
+
+    monkeypatch.setattr("torch.onnx.export", sometimes_wrong)
+    if wrong == {True}:
+        assert export_onnx(run, tmp_path / "x.onnx") < 1e-5
+        return
+    assert main(["export", str(run), str(tmp_path / "x.onnx")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("the confidences differ from torch's by 0.") == 2 and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

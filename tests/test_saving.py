@@ -13,6 +13,7 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pskd_timm import InputError, load_recipe, train
@@ -283,6 +284,8 @@ def test_the_shared_weights_of_a_network_are_written_under_each_of_their_names(t
     places = [tensor.data_ptr() for tensor in model.state_dict().values()]
     assert len(set(places)) < len(places)
     assert load_file(tmp_path / "model.safetensors").keys() == build.contiguous_state(model).keys()
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # which transformers up to 4.31 and others ask for
 
 
 def test_no_folder_of_this_machine_is_published():

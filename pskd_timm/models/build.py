@@ -155,7 +155,8 @@ def save_model(
     config = model_config(model, mean, std, image_size, crop_pct, class_names)
     write_atomic(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False))
     # safetensors' save_file lets the owner alone read, and leaves a part of the file where the disk is full.
-    write_atomic(folder / "model.safetensors", save(contiguous_state(model)))
+    # Libraries that read several formats look for whose it is.
+    write_atomic(folder / "model.safetensors", save(contiguous_state(model), {"format": "pt"}))
 
 
 def model_config(model: nn.Module, mean, std, image_size, crop_pct: float, class_names: list[str]) -> dict:
