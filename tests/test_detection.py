@@ -310,7 +310,7 @@ def test_a_recipe_file_with_an_unknown_setting_is_told_the_nearest(tmp_path):
         load_detection_recipe(path)
 
 
-@pytest.mark.parametrize("command", ["report", "evaluate"])
+@pytest.mark.parametrize("command", ["evaluate"])
 def test_commands_that_do_not_take_a_detectors_run_say_so_in_a_line(tmp_path, capsys, command):
     run = tmp_path / "resnet18" / "seed0"
     run.mkdir(parents=True)

@@ -232,7 +232,8 @@ LAYERS = [
     },
     {"methods.__init__", "methods.sections", "tasks.__init__", "translation.__init__", "translation.section"}
     | {"recipe", "recipe_files"},
-    {"run.__init__", "run.result", "run.folder", "ranks", "calibration", "outcomes", "store", "models", "optim"},
+    {"run.__init__", "run.result", "run.folder", "ranks", "calibration", "outcomes", "store", "models", "optim"}
+    | {"detection.__init__", "detection.settings", "detection.metrics", "detection.outcomes"},
     {"run.launch", "teacher", "methods", "data", "translation"},
     {"tasks"},
     {"methods.build"},

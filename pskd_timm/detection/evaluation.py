@@ -1,21 +1,16 @@
-"""A detector's detections of a part of the data, over all processes, and the files that keep them."""
+"""A detector's detections of a part of the data, over all processes."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-import pyarrow
 import torch
-from pyarrow import parquet
 from torch import nn
 
 from .. import ranks
 from ..run.launch import autocast
 from .data import Part, examples
-from .metrics import Scores, Table
+from .metrics import Table
 from .settings import DetectionRecipe
-
-DETECTIONS, OBJECTS = "detections.parquet", "objects.parquet"
 
 
 @torch.no_grad()
@@ -52,26 +47,3 @@ def _table(found: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> Table
     image = np.repeat(np.asarray([each[0] for each in found]), [len(each[2]) for each in found])
     boxes, labels, scores = (np.concatenate([each[i] for each in found]) for i in (1, 2, 3))
     return Table(image.astype(np.int64), labels, boxes.astype(np.float64), scores.astype(np.float64))
-
-
-def write_detections(folder: Path, part: Part, detections: Table, truths: Table, scores: Scores):
-    """Write detections.parquet, a row a detection with what it turned out to be, and objects.parquet, a row an object."""
-    parquet.write_table(
-        pyarrow.table(
-            {
-                **_columns(detections),
-                "confidence": detections.value.astype(np.float32),
-                "iou": scores.iou.astype(np.float32),
-                "correct": scores.matches.correct,
-                "ignored": scores.matches.ignored,
-            }
-        ).replace_schema_metadata({"pictures": "\n".join(part.names)}),
-        folder / DETECTIONS,
-    )
-    parquet.write_table(pyarrow.table({**_columns(truths), "difficult": truths.difficult}), folder / OBJECTS)
-
-
-def _columns(table: Table) -> dict[str, np.ndarray]:
-    """The columns that detections and objects share: the picture's number, the class's, and the box in pixels from 0."""
-    corners = dict(zip(("left", "top", "right", "bottom"), table.box.T.astype(np.float32), strict=True))
-    return {"index": table.image.astype(np.int32), "label": table.label.astype(np.int32), **corners}

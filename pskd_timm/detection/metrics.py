@@ -1,14 +1,17 @@
 """Average precision by VOC's two rules and by COCO's, and the calibration of detections.
 
-All detections are one flat table, matched at once for all pictures and classes; nothing here loops over detections.
+All detections are one flat table, matched at once for all pictures and classes; nothing here loops over detections or needs
+torch.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..metrics import Metric, ece
-from .data import Objects
+
+if TYPE_CHECKING:
+    from .data import Objects
 
 METRICS = (
     Metric("map", "mAP", "%", higher_is_better=True),
@@ -19,6 +22,7 @@ METRICS = (
     Metric("ece", "ECE", "%"),
 )
 IOU = 0.5  # VOC's
+RECALLS = np.linspace(0.0, 1.0, 101)  # COCO's
 COCO_IOUS = tuple(k / 100 for k in range(50, 100, 5))
 
 
@@ -52,7 +56,7 @@ class Pairs(NamedTuple):
     iou: np.ndarray
 
 
-def objects_table(objects: list[Objects]) -> Table:
+def objects_table(objects: "list[Objects]") -> Table:
     """The objects of pictures 0 … N − 1 as a table."""
     image = np.repeat(np.arange(len(objects)), [len(each.labels) for each in objects])
     columns = [np.concatenate([getattr(each, name) for each in objects]) for name in ("labels", "boxes", "difficult")]
@@ -169,17 +173,18 @@ def area(recall: np.ndarray, precision: np.ndarray) -> float:
 
 def eleven_points(recall: np.ndarray, precision: np.ndarray) -> float:
     """VOC's rule of 2007: mean of the envelope at recall 0, 0.1, …, 1."""
-    return _at(recall, precision, np.arange(11) / 10)
+    return float(precision_at(recall, precision, np.arange(11) / 10).mean())
 
 
 def hundred_and_one_points(recall: np.ndarray, precision: np.ndarray) -> float:
     """COCO's rule: mean of the envelope at recall 0, 0.01, …, 1."""
-    return _at(recall, precision, np.linspace(0.0, 1.0, 101))
+    return float(precision_at(recall, precision, RECALLS).mean())
 
 
-def _at(recall: np.ndarray, precision: np.ndarray, points: np.ndarray) -> float:
+def precision_at(recall: np.ndarray, precision: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The envelope at `points` of recall; 0 beyond what is reached."""
     reached = np.searchsorted(recall, points, side="left")
-    return float(np.append(envelope(precision), 0.0)[reached].mean())
+    return np.append(envelope(precision), 0.0)[reached]
 
 
 def per_class(detections: Table, truths: Table, matches: Matches, num_classes: int, rule) -> np.ndarray:

@@ -25,9 +25,11 @@ from ..run.result import Result
 from ..run.stopping import RESUMES, SaveSchedule, StopSignals
 from ..run.tracking import Tracker
 from .data import DetectionData, Example, examples, open_data
-from .evaluation import detect, write_detections
+from .evaluation import detect
 from .metrics import METRICS, objects_table, score
+from .mistakes import write_mistakes
 from .network import make_detector, save_description
+from .outcomes import write_found
 from .settings import DetectionRecipe
 
 STEP = 31  # stream of random numbers: what a step draws (which anchors and proposals are trained on, the short side)
@@ -182,7 +184,8 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
         clock.update(progress)
         if is_main:
             write_weights(run_dir, recipe, detector, state.best)
-            write_detections(run_dir, data.test, detections, truths, scores)
+            write_found(run_dir, data.test.names, detections, truths, scores)
+            write_mistakes(run_dir, data.test, detections, truths, scores)
             write_result(run_dir, run_result(recipe, data, detector, scores, progress, world_size, device))
         accelerator.wait_for_everyone()
     return Result(run_dir, folder.read_result(run_dir))

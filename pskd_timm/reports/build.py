@@ -7,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ..errors import InputError
 from ..files import write_atomic
 from ..metrics import Metric, format_metrics
-from . import page, plots
+from . import detection_page, page, plots
+from .detection_runs import DetectorRun, are_detectors, find_detectors
 from .further import add_further, further_metrics
 from .out_of_distribution import OUTSIDE, outside, outside_markdown
 from .runs import Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
@@ -71,10 +73,15 @@ def report(runs: Iterable[str | Path], output: str | Path | None = None, metrics
     runs = [runs] if isinstance(runs, str | Path) else list(runs)
     if not runs:
         raise InputError("report: name run folders, or a folder that holds some (runs/digits)")
-    found = find_runs(runs)
+    detectors = are_detectors(runs)
+    if detectors and further:
+        raise InputError("report --metrics: further figures are those of classifiers; these are detectors' runs")
+    found = find_detectors(runs) if detectors else find_runs(runs)
     folder = Path(output or os.path.commonpath([Path(path).absolute() for path in runs]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if detectors:
+            return write_detectors(found, folder)
         return write(found, find_searches([*map(Path, runs), folder]), folder, further)
     except OSError as error:
         raise InputError(f"{folder}: the report cannot be written: {error}") from None
@@ -105,19 +112,38 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))] + absent
     logged = history(finished) if finished else pd.DataFrame()
     comparison = Comparison(table, metrics, folders, [], name, notes, logged, further, scaling, scaled)
-    table.to_csv(folder / "comparison.csv", index=False)
     text = markdown(table, metrics, name, notes, further)
     if of_others := outside(finished):
         text += f"\n## {OUTSIDE}\n\n{outside_markdown(of_others)}"
-    write_atomic(folder / "comparison.md", text)
     latex = [latex_table(table, each, heading) for each, heading in ((metrics, name), (further, FURTHER)) if each]
-    write_atomic(folder / "comparison.tex", "\n".join(latex))
+    each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
+    figure = plots.comparison(logged, each, name, metrics[0]) if finished else None
+    html = page.render(found, comparison, tables, searches)
+    return _written(comparison, folder, text, "\n".join(latex), figure, html)
+
+
+def write_detectors(found: list[DetectorRun], folder: Path) -> Comparison:
+    """As `write`, of detectors' runs."""
+    table, finished, name, metrics = rows(found), by_method(found), heading(found), common_metrics(found)
+    folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
+    logged = history(finished).dropna(subset=[metrics[0].name]) if finished else pd.DataFrame()
+    comparison = Comparison(table, metrics, folders, [], name, [], logged)
+    text, latex = markdown(table, metrics, name, []), latex_table(table, metrics, name)
+    figure = detection_page.overview(finished, comparison)
+    return _written(comparison, folder, text, latex, figure, detection_page.render(found, comparison))
+
+
+def _written(
+    comparison: Comparison, folder: Path, text: str, latex: str, figure: Figure | None, html: str
+) -> Comparison:
+    comparison.rows.to_csv(folder / "comparison.csv", index=False)
+    write_atomic(folder / "comparison.md", text)
+    write_atomic(folder / "comparison.tex", latex)
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
-    if finished:
-        each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
-        plots.comparison(logged, each, name, metrics[0]).savefig(folder / "comparison.png", dpi=150)
+    if figure:
+        figure.savefig(folder / "comparison.png", dpi=150)
         comparison.paths.append(folder / "comparison.png")
-    write_atomic(folder / "report.html", page.render(found, comparison, tables, searches))
+    write_atomic(folder / "report.html", html)
     comparison.paths.append(folder / "report.html")
     return comparison
 

@@ -26,9 +26,9 @@ def shown_mistakes(folder: Path, outcomes: pd.DataFrame) -> tuple[pd.DataFrame, 
     return wrong.merge(seen, on="index", how="left"), True
 
 
-def data_uri(png: bytes) -> str:
-    """A PNG file as a `data:` URI."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def data_uri(picture: bytes, kind: str = "png") -> str:
+    """A picture file as a `data:` URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def is_small(png: bytes) -> bool:

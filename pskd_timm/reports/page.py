@@ -183,7 +183,7 @@ def tested_on(values: dict) -> str:
 
 def counted(values: dict) -> str:
     """What a run's samples are called."""
-    return {"images": "images", "translation": "tokens"}.get(values["task"], "samples")
+    return {"images": "images", "translation": "tokens", "detection": "pictures"}.get(values["task"], "samples")
 
 
 def _distinct(words) -> str:

@@ -51,21 +51,26 @@ class Look(NamedTuple):
 def title(method: str) -> str:
     """What a method is called; settings after its name (`pskd pskd.alpha=0.5`) stay."""
     name, _, settings = method.partition(" ")
-    named = f"{TITLES['baseline']} + temperature" if name == SCALED else TITLES[name]
+    named = f"{TITLES['baseline']} + temperature" if name == SCALED else TITLES.get(name, name)
     return f"{named} {settings}".rstrip()
 
 
 def looks(methods) -> dict[str, Look]:
-    """The look of each method; those of one name share its colour and differ in dash and marker."""
-    found, order = {}, list(COLOURS)
+    """The look of each method; those of one name share its colour and differ in dash and marker.
+
+    What is no method's name, as that of a detector's backbone, takes the colours in their order.
+    """
+    methods = list(methods)
+    found, palette = {}, list(COLOURS.values())
+    order = list(dict.fromkeys([*COLOURS, *(method.partition(" ")[0] for method in methods)]))
     for method in methods:
-        name = method.partition(" ")[0]
-        place = order.index(name)
+        place = order.index(method.partition(" ")[0])
+        colour = palette[place % len(palette)]
         while (DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]) in {
-            (look.dash, look.marker) for look in found.values() if look.colour == COLOURS[name]
+            (look.dash, look.marker) for look in found.values() if look.colour == colour
         }:
             place += 1
-        found[method] = Look(title(method), COLOURS[name], DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)])
+        found[method] = Look(title(method), colour, DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)])
     return found
 
 
@@ -169,7 +174,7 @@ def curves(
     late = history[history.epoch > 0.4 * history.epoch.max()].groupby(["method", "epoch"])[metric].mean()
     axes.set_ylim(*_frame(late.min(), late.max(), higher_is_better))  # the first epochs may leave it
     first, last = history.epoch.min(), history.epoch.max()
-    margin = 0.02 * (max(last, 2) - first)  # for the outermost markers
+    margin = 0.02 * (max(last, 2) - first or 1)  # for the outermost markers
     axes.set_xlim(first - margin, max(last, 2) + margin)
     if names:
         _names_at_ends(axes, last, ends)
@@ -218,6 +223,17 @@ def risk_coverage(tables: dict[str, list[pd.DataFrame]], axes: Axes | None = Non
     return axes.figure
 
 
+def precision_recall(curves: dict[str, list[np.ndarray]], heading: str, axes: Axes | None = None, size=SIZE) -> Figure:
+    """Precision against recall, mean over a method's runs: `curves` has a precision [P] a run, at P even points of recall."""
+    axes = _axes(axes, heading, "recall", "precision", size)
+    for i, (method, look) in enumerate(looks(curves).items()):
+        precision = np.mean(curves[method], axis=0)
+        apart = max(1, len(precision) // 6)
+        _line(axes, np.linspace(0, 1, len(precision)), precision, look, (i * apart // 5, apart))
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    return axes.figure
+
+
 def confidence_histogram(tables: list[pd.DataFrame], look: Look, axes: Axes | None = None, bins: int = 20) -> Figure:
     """Share of the samples by confidence, right ones and wrong ones, pooled over one method's runs."""
     axes = _axes(axes, look.title, "confidence", "samples, %", (3.1, 2.5), above=0.5)
@@ -259,12 +275,17 @@ def per_class_error(
     heading = (
         "Error by class" if len(shown) == len(errors) else f"Error by class: the hardest {len(shown)} of {len(errors)}"
     )
+    return by_class(shown.rename(index=dict(enumerate(class_names))), heading, "error, %", legend)
+
+
+def by_class(shown: pd.DataFrame, heading: str, xlabel: str, legend: bool = True) -> Figure:
+    """A figure of each class: `shown` has a row a class, from below, and a column a method."""
     # Names are as wide as they are: here matplotlib has to find the room.
     own = Figure(figsize=(SIZE[0], 0.9 + 0.24 * len(shown)), layout="constrained").subplots()
-    axes = _axes(own, heading, "error, %", "")
+    axes = _axes(own, heading, xlabel, "")
     place = np.arange(len(shown))
-    for i, (method, look) in enumerate(looks(tables).items()):
-        shift = 0.5 * ((i + 0.5) / len(tables) - 0.5)
+    for i, (method, look) in enumerate(looks(shown).items()):
+        shift = 0.5 * ((i + 0.5) / len(shown.columns) - 0.5)
         style = {
             "color": look.colour,
             "marker": look.marker,
@@ -273,7 +294,7 @@ def per_class_error(
             "label": plain(look.title),
         }
         axes.plot(shown[method], place - shift, **style)
-    axes.set_yticks(place, [plain(cut(class_names[k])) for k in shown.index])
+    axes.set_yticks(place, [plain(cut(name)) for name in shown.index])
     axes.grid(axis="y", visible=False)
     for at in place[:-1]:
         axes.axhline(at + 0.5, color=GRID, linewidth=0.8)

@@ -91,17 +91,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
     A folder of which nothing tells the method and the seed any more is left out, with a warning.
     """
-    folders = {}
-    for path in map(Path, paths):
-        if not path.is_dir():
-            what = "is a file" if path.exists() else "does not exist"
-            raise InputError(f"{path} {what}: give run folders, or a folder that holds some (runs/digits)")
-        found = list(_run_folders(path))
-        if not found:
-            raise InputError(f"{path}: no run here (a run folder has a recipe.yaml; a search's folder is named itself)")
-        folders |= {folder.resolve(): folder for folder in found}
     runs, unknown = [], []
-    for folder in folders.values():
+    for folder in run_folders(paths):
         try:
             runs.append(read_run(folder))
         except InputError as error:
@@ -129,10 +120,24 @@ def _each_once(runs: list[Run]) -> Iterator[Run]:
             raise InputError(f"{taken.folder} and {run.folder} are one run with two results: leave one out")
 
 
+def run_folders(paths: Iterable[str | Path]) -> list[Path]:
+    """The folders of runs in and below `paths`, each once. Raises InputError for a path without any."""
+    folders = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {what}: give run folders, or a folder that holds some (runs/digits)")
+        found = list(_run_folders(path))
+        if not found:
+            raise InputError(f"{path}: no run here (a run folder has a recipe.yaml; a search's folder is named itself)")
+        folders |= {folder.resolve(): folder for folder in found}
+    return list(folders.values())
+
+
 def _run_folders(path: Path):
     for folder, inside, files in os.walk(path):
         # A run that failed early has no more than the run.log that compare wrote.
-        early = "run.log" in files and _seed_in_name(Path(folder)) is not None
+        early = "run.log" in files and seed_in_name(Path(folder)) is not None
         if early or "recipe.yaml" in files or "result.json" in files:
             inside.clear()
             yield Path(folder)
@@ -140,7 +145,7 @@ def _run_folders(path: Path):
         inside[:] = sorted(name for name in inside if not (Path(folder) / name / "search.json").is_file())
 
 
-def _seed_in_name(folder: Path) -> int | None:
+def seed_in_name(folder: Path) -> int | None:
     number = re.fullmatch(r"seed(\d+)", folder.resolve().name)
     return int(number[1]) if number else None
 
@@ -159,7 +164,7 @@ def read_run(folder: Path) -> Run:
         outcomes = read_outcomes(folder, values) if values else None
     except (InputError, OSError, ArrowException) as error:
         damage = f"damaged: {error}"
-    seed, method = _seed_in_name(folder), folder.resolve().parent.name
+    seed, method = seed_in_name(folder), folder.resolve().parent.name
     if recipe or values:
         method, seed = (recipe.method, recipe.seed) if recipe else (values["method"], values["seed"])
     if method not in METHOD_SECTIONS or seed is None:
@@ -170,11 +175,11 @@ def read_run(folder: Path) -> Run:
         files = {"last": folder / PREDICTIONS, "best": folder / "best" / PREDICTIONS}
         run.kept = {which: Kept(path) for which, path in files.items() if outcomes is not None and path.is_file()}
     elif not damage:
-        run.status = _why_not_finished(folder, recipe)
+        run.status = why_not_finished(folder, recipe)
     return run
 
 
-def _why_not_finished(folder: Path, recipe: Recipe | None) -> str:
+def why_not_finished(folder: Path, recipe: Recipe | None) -> str:
     log, metrics = folder / "run.log", folder / "metrics.jsonl"
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     if lines and lines[-1].startswith("failed: "):

@@ -36,6 +36,18 @@ def read_recipe(run_dir: Path, overrides: dict | None = None, kind: type[Section
     return load_recipe(str(run_dir / "recipe.yaml"), overrides, kind)
 
 
+def task_of(run_dir: Path) -> str:
+    """The task that a run's recipe.yaml, or else its result.json, names; `images` where neither does or can be read."""
+    for name in ("recipe.yaml", "result.json"):
+        try:
+            values = yaml.safe_load((run_dir / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(values, dict) and "task" in values:
+            return str(values["task"])
+    return "images"
+
+
 def read_result(run_dir: Path) -> RunResult:
     """What a finished run's result.json holds. Raises InputError where there is none, or a damaged one."""
     path = run_dir / "result.json"
