@@ -119,14 +119,27 @@ def make_parser() -> Parser:
     )
     evaluate.add_argument("--checkpoint", metavar="FILE", help="weights, or a checkpoint of the PS-KD authors' code")
     add_settings(evaluate)
-    predict = command("predict", "classify images of your own with a finished run", run_predict, takes_recipe=False)
+    predict = command(
+        "predict",
+        "classify images of your own, or find objects in them, with a finished run",
+        run_predict,
+        takes_recipe=False,
+    )
     predict.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
     predict.add_argument("images", metavar="IMAGES", nargs="*", help="image files, folders or quoted patterns")
     predict.add_argument(
         "--against", metavar="DATA", help="tell the run's test images from these: a folder of images, or a data set"
     )
     predict.add_argument("--json", metavar="FILE", help="write the predictions there too")
-    predict.add_argument("--top", type=int, metavar="N", default=5, help="classes to name for each image (default: 5)")
+    predict.add_argument(
+        "--top", type=int, metavar="N", help="classifiers: classes to name for each image (default: 5)"
+    )
+    predict.add_argument(
+        "--output", metavar="DIR", help="detectors: folder for copies with boxes (default: RUN/predicted)"
+    )
+    predict.add_argument(
+        "--confidence", type=float, metavar="P", help="detectors: least confidence of a box (default: 0.5)"
+    )
     predict.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     translate = command("translate", "translate lines with a finished run", run_translate, takes_recipe=False)
     translate.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
@@ -423,18 +436,26 @@ def run_predict(arguments, rest):
     check_file("--json", arguments.json)
     if bool(arguments.images) == bool(arguments.against):
         raise InputError("predict RUN IMAGES classifies images, predict RUN --against DATA holds the run against them")
-    if arguments.against:
-        return run_against(arguments)
-    from pathlib import Path
-
     from rich.console import Console
 
+    from .run.folder import task_of
+
+    detector = task_of(Path(arguments.run_dir)) == "detection"
+    for option in ("top", "against") if detector else ("output", "confidence"):
+        if getattr(arguments, option) is not None:
+            raise InputError(f"--{option} is for {'classifiers' if detector else 'detectors'}, not for this run")
+    if detector:
+        return run_predict_boxes(arguments)
+    if arguments.against:
+        return run_against(arguments)
     from .files import write_atomic
     from .prediction import calibration_line, predict, predictions_table
     from .progress import Display
 
     with Display(not sys.stdout.isatty()) as display:
-        found = predict(arguments.run_dir, arguments.images, arguments.top, arguments.best, display)
+        found = predict(
+            arguments.run_dir, arguments.images, 5 if arguments.top is None else arguments.top, arguments.best, display
+        )
     Console(width=None if sys.stdout.isatty() else 140).print(predictions_table(found))
     print(calibration_line(found))
     if arguments.json:
@@ -443,6 +464,27 @@ def run_predict(arguments, rest):
         except OSError as error:
             raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
         print(f"wrote {arguments.json}")
+    return tell_unreadable(found)
+
+
+def run_predict_boxes(arguments):
+    from rich.console import Console
+
+    from .detection.prediction import CONFIDENCE, boxes_table, predict_boxes
+    from .progress import Display
+
+    confidence = CONFIDENCE if arguments.confidence is None else arguments.confidence
+    where = (arguments.output, arguments.json)
+    with Display(not sys.stdout.isatty()) as display:
+        found = predict_boxes(arguments.run_dir, arguments.images, *where, confidence, arguments.best, display)
+    Console(width=None if sys.stdout.isatty() else 140).print(boxes_table(found))
+    folder = arguments.output or Path(arguments.run_dir) / "predicted"
+    print(f"wrote copies with boxes into {folder}, and {arguments.json or Path(folder) / 'predictions.json'}")
+    return tell_unreadable(found)
+
+
+def tell_unreadable(found: dict) -> int:
+    """Print a line for each image that could not be read; the exit code."""
     unreadable = [row["error"] for row in found["images"] if "error" in row]
     for error in unreadable:
         print(f"pskd-timm: {error}", file=sys.stderr)

@@ -115,7 +115,7 @@ def find_images(names: list[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _name(path: Path) -> str:
+def path_text(path: Path) -> str:
     """A path as text that can be written, whatever bytes are in it."""
     return os.fsencode(path).decode(errors="replace")
 
@@ -174,9 +174,9 @@ def _predict_batch(classifier: Classifier, paths: list[Path], top: int, pool) ->
     rows = []
     for path, image in zip(paths, decoded, strict=True):
         if isinstance(image, InputError):
-            rows.append({"image": _name(path), "error": str(image)})
+            rows.append({"image": path_text(path), "error": str(image)})
         else:
-            rows.append({"image": _name(path), **_ranked(next(confidences), classifier.class_names, top)})
+            rows.append({"image": path_text(path), **_ranked(next(confidences), classifier.class_names, top)})
     return rows
 
 
@@ -185,7 +185,7 @@ def _decoded(classifier: Classifier, path: Path) -> np.ndarray | InputError:
         return classifier.prepare(path)
     except InputError as error:
         # Which number it would have in a data set says nothing here.
-        return InputError(f"{_name(path)} cannot be decoded: {str(error).partition('cannot be decoded: ')[2]}")
+        return InputError(f"{path_text(path)} cannot be decoded: {str(error).partition('cannot be decoded: ')[2]}")
 
 
 def _ranked(confidences: Tensor, class_names: list[str], top: int) -> dict:

@@ -110,7 +110,7 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None, kind: type[S
     path = find_recipe(str(name))
     written = read_yaml(path, kind)
     if kind is Recipe and written.get("task") == "detection":
-        raise InputError(f"{path}: a recipe or run of a detector, which only `pskd-timm detect` takes")
+        raise InputError(f"{path}: a recipe or run of a detector, which only detect, predict and report take")
     return with_overrides(written, overrides, str(path), default_name(path), kind)
 
 

@@ -240,7 +240,17 @@ LAYERS = [
     {"run"},
     {"training", "evaluation", "checks", "reports"},
     {"detection"},
-    {"comparison", "study", "show", "prediction", "out_of_distribution", "export", "bench", "adaptors"},
+    {
+        "comparison",
+        "study",
+        "show",
+        "prediction",
+        "detection.prediction",
+        "out_of_distribution",
+        "export",
+        "bench",
+        "adaptors",
+    },
     {"cli"},
     {"__main__"},
 ]
