@@ -172,18 +172,28 @@ def is_trained(section: ModelSection) -> bool:
     return section.pretrained or ":" in section.backbone or run_folder(section.backbone) is not None
 
 
-def make_detector(section: ModelSection, num_classes: int, saved: Path | None = None) -> FasterRCNN:
-    """The detector of a recipe for `num_classes`, with the backbone's own mean and std.
+def make_backbone(section: ModelSection, saved: Path | None = None) -> Backbone:
+    """The pyramid on a recipe's backbone, with `architecture`, `mean` and `std` as timm describes it.
 
     With `saved`, a folder that `save_description` has written to, for weights that are loaded afterwards: neither the
-    backbone's own weights nor its folder are needed then.
+    backbone's own weights nor its folder are needed then. Raises InputError where the backbone cannot be one.
     """
     features, config = described_features(saved) if saved else make_features(section)
     freeze = is_trained(section) if section.freeze_batch_norm is None and not saved else section.freeze_batch_norm
     if freeze or saved:
         features = freeze_batch_norm_2d(features)
     backbone = Backbone(features, section.backbone, section.fpn_channels)
-    backbone.architecture = config.get("architecture")
+    backbone.architecture, backbone.mean, backbone.std = config.get("architecture"), config["mean"], config["std"]
+    return backbone
+
+
+def make_detector(section: ModelSection, num_classes: int, saved: Path | None = None) -> FasterRCNN:
+    """The detector of a recipe for `num_classes`, on `make_backbone`."""
+    return detector_on(make_backbone(section, saved), section, num_classes)
+
+
+def detector_on(backbone: Backbone, section: ModelSection, num_classes: int) -> FasterRCNN:
+    """Faster R-CNN of a recipe for `num_classes` on a backbone, with its mean and std."""
     levels = len(backbone.strides)
     strides = [*backbone.strides, 2 * list(backbone.strides)[-1]]
     sizes = tuple((round(section.anchor_scale * stride),) for stride in strides)
@@ -191,8 +201,8 @@ def make_detector(section: ModelSection, num_classes: int, saved: Path | None = 
         backbone,
         min_size=tuple(section.short_side),
         max_size=section.max_side,
-        image_mean=list(config["mean"]),
-        image_std=list(config["std"]),
+        image_mean=list(backbone.mean),
+        image_std=list(backbone.std),
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
         rpn_pre_nms_top_n_train=2 * section.proposals,
         rpn_pre_nms_top_n_test=section.proposals,

@@ -28,7 +28,7 @@ from .data import DetectionData, Example, examples, open_data
 from .evaluation import detect
 from .metrics import METRICS, objects_table, score
 from .mistakes import write_mistakes
-from .network import make_detector, save_description
+from .network import detector_on, make_backbone, save_description
 from .outcomes import write_found
 from .settings import DetectionRecipe
 
@@ -59,14 +59,15 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
         display.say(f"{run_dir}: already finished; --resume never deletes the run and trains it from scratch")
         return Result(run_dir, folder.read_result(run_dir))
 
-    # Build. Nothing is written before all of it stands.
+    # Build. Nothing is written before all of it stands; the backbone comes first, for data take minutes to be read.
+    torch.manual_seed(recipe.seed)
+    backbone = make_backbone(recipe.model)
     data = open_data(recipe.data)
     truths = objects_table(data.test.objects)
     steps = num_batches(len(data.train), recipe.batch_size, world_size)
     if not steps:
         raise InputError(f"data.train: {len(data.train)} pictures are fewer than the {world_size} processes")
-    torch.manual_seed(recipe.seed)
-    detector = make_detector(recipe.model, len(data.class_names)).to(device)
+    detector = detector_on(backbone, recipe.model, len(data.class_names)).to(device)
     if recipe.model.sync_bn:
         detector = torch.nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     torch.backends.cudnn.benchmark = False  # pictures differ in size
