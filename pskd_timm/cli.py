@@ -160,12 +160,12 @@ def make_parser() -> Parser:
     export.add_argument("--format", choices=["onnx"], default="onnx", help="default: onnx")
     export.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
-    parts = ["step", "data", "store", "metrics", "start", "translation"]
+    parts = ["step", "data", "store", "metrics", "start", "translation", "detection"]
     bench.add_argument(
         "parts",
         nargs="*",
         metavar="PART",
-        help=f"of {' '.join(parts)} (default: all but translation, under five minutes)",
+        help=f"of {' '.join(parts)} (default: all but the last two, under five minutes)",
     )
     bench.add_argument(
         "--processes", nargs="+", type=int, metavar="N", help="store: so many each time (default: 1 2 4)"

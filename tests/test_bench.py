@@ -44,7 +44,7 @@ def test_bench_measures_the_parts_that_are_named_with_the_options_they_know(tmp_
     [
         (
             ["stor"],
-            "bench has no part 'stor', only step, data, store, metrics, start, translation: did you mean store?",
+            "bench has no part 'stor', only step, data, store, metrics, start, translation, detection: did you mean store?",
         ),
         (["store", "--sizes", "5x"], "'5x' should be SAMPLESxCLASSES"),
         (["store", "--processes", "0"], "--processes must be from 1 to 64"),

@@ -310,11 +310,11 @@ def test_a_recipe_file_with_an_unknown_setting_is_told_the_nearest(tmp_path):
         load_detection_recipe(path)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "train", "show"])
-def test_commands_that_do_not_take_a_detectors_run_say_so_in_a_line(tmp_path, capsys, command):
+@pytest.mark.parametrize("command, inside", [("evaluate", ""), ("train", "recipe.yaml"), ("show", "recipe.yaml")])
+def test_commands_that_do_not_take_a_detectors_run_say_so_in_a_line(tmp_path, capsys, command, inside):
     run = tmp_path / "resnet18" / "seed0"
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text("task: detection\nepochs: 1\ndata: {path: x}\nmodel: {backbone: resnet18}\n")
-    assert main([command, str(run)]) == 2
+    assert main([command, str(run / inside)]) == 2
     said = capsys.readouterr().err
     assert "of a detector, which only detect, predict and report take" in said and said.count("\n") == 1

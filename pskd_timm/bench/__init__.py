@@ -4,7 +4,7 @@ import time
 from importlib import import_module
 
 QUICK_PARTS = ("step", "data", "store", "metrics", "start")
-PARTS = (*QUICK_PARTS, "translation")
+PARTS = (*QUICK_PARTS, "translation", "detection")
 
 
 def bench(parts=QUICK_PARTS, say=print, **options) -> dict[str, list[dict]]:

@@ -40,10 +40,11 @@ def detect(
             progress("evaluating", min(done * world_size, len(part)), len(part))
     detector.train(training)
     everything = sorted((each for of in ranks.all_gather_objects(found) for each in of), key=lambda each: each[0])
-    return _table(everything)
+    return detections_table(everything)
 
 
-def _table(found: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> Table:
+def detections_table(found: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> Table:
+    """Detections as a table, from each picture's number, boxes [n, 4], labels [n] (from 0) and scores [n]."""
     image = np.repeat(np.asarray([each[0] for each in found]), [len(each[2]) for each in found])
     boxes, labels, scores = (np.concatenate([each[i] for each in found]) for i in (1, 2, 3))
     return Table(image.astype(np.int64), labels, boxes.astype(np.float64), scores.astype(np.float64))
