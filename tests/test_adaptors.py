@@ -189,8 +189,8 @@ def one_rank(rank, folder):
 
 
 def test_timms_task_on_two_processes_gives_the_losses_and_the_table_of_one(tmp_path):
-    # Forked, they have the slow imports done; on one thread each that is safe.
-    torch.multiprocessing.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="fork")
+    # Forked from here they would share autograd's and OpenMP's locks, and might wait for ever.
+    torch.multiprocessing.start_processes(one_rank, (tmp_path,), nprocs=2, start_method="forkserver")
     by_rank = [json.loads((tmp_path / f"losses-{rank}").read_text()) for rank in (0, 1)]
     loader, task, optimizer = distributed_parts(distributed=False)
     dataset, losses = loader.loader.dataset, []
