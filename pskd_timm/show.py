@@ -116,7 +116,8 @@ def cost_lines(recipe: Recipe) -> list[str]:
         lines.append(f"prediction store per rank: {', '.join(parts)}")
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     unmixed = 1.0 - recipe.augment.mix_prob if mixes else 1.0
-    lines += section.cost_lines(Scale(size.num_train, size.num_classes, unmixed, lambda: network_size(recipe, size)))
+    scale = Scale(size.num_train, size.num_classes, recipe.epochs, unmixed, lambda: network_size(recipe, size))
+    lines += section.cost_lines(scale)
     if recipe.data.loading == "streaming":
         lines.append("data in memory: none, images are decoded for every batch")
     elif side := size.image_size:

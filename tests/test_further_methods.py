@@ -569,7 +569,7 @@ def test_zipfs_term_leaves_the_labels_logit_alone():
 
 
 def test_what_a_method_costs_is_said():
-    scale = Scale(50_000, 1000, 1.0, lambda: "")
+    scale = Scale(50_000, 1000, 90, 1.0, lambda: "")
     assert recipe_of("ols").ols.cost_lines(scale) == ["soft labels of classes per rank: 12.0 MB"]
     assert "one more forward and backward pass a step" in recipe_of("dlb").dlb.cost_lines(scale)[0]
 

@@ -1,5 +1,6 @@
 """Published settings and what they amount to: losses and gradients against the formulas, written out here once more."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -317,3 +318,17 @@ def test_pskds_effective_loss_is_that_of_the_epoch_asked_for():
     assert recipe.effective_loss(K, epoch=5).kl == pytest.approx(0.4)
     last = recipe.effective_loss(K)
     assert (last.cross_entropy, last.kl) == pytest.approx((0.2, 0.8))
+
+
+@pytest.mark.parametrize("epochs, short", [(20, True), (60, False)])
+def test_show_calls_a_run_short_where_the_kept_results_of_that_length_have_no_gain(epochs, short, capsys):
+    settings = ["--data.limit_train", "5000", "--batch_size", "64", "--epochs", str(epochs)]
+    assert main(["show", "cifar100/preact_resnet18", *settings]) == 0
+    assert ("short run: PS-KD gains once" in capsys.readouterr().out) is short
+    kept = Path(__file__).parent.parent / f"recipes/results/cifar100_tenth/epochs{epochs}"
+    found = {method: list(kept.glob(f"{method}/*/result.json")) for method in ("baseline", "pskd")}
+    nll = {
+        method: np.mean([json.loads(path.read_text())["last"]["nll"] for path in paths])
+        for method, paths in found.items()
+    }
+    assert bool(nll["pskd"] > nll["baseline"]) == short

@@ -194,7 +194,8 @@ class TranslationTask:
             self._store_line(),
         ]
         size = readable(sum(weights.nbytes for weights in network.parameters()))
-        return lines + recipe.method_section.cost_lines(Scale(self.num_rows, self.num_classes, 1.0, lambda: size))
+        scale = Scale(self.num_rows, self.num_classes, recipe.epochs, 1.0, lambda: size)
+        return lines + recipe.method_section.cost_lines(scale)
 
     def _store_line(self) -> str:
         if self.recipe.method_section.store_settings is None:
