@@ -1,5 +1,6 @@
 """Each loop is the other library's own; what it must give is what `train` logged, step by step."""
 
+import gc
 import json
 
 import numpy as np
@@ -164,9 +165,18 @@ def distributed_parts(distributed):
 
 
 def one_rank(rank, folder):
-    """timm's distributed loader, DDP and saver with PS-KD's task: this rank's losses, and rank 0's checkpoints."""
+    """Writes this rank's losses, and rank 0's checkpoints."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    losses = distributed_losses(rank, folder)
+    gc.collect()  # DDP goes before its group: torch 2.11 can wait for ever where the group goes with it
+    (folder / f"losses-{rank}").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def distributed_losses(rank, folder):
+    """The losses of timm's distributed loader, DDP and saver with PS-KD's task, on this rank."""
     loader, task, optimizer = distributed_parts(distributed=True)
     saver = CheckpointSaver(task.trainable_module, optimizer, checkpoint_dir=str(folder), task=task)
     task.prepare_distributed()
@@ -183,9 +193,7 @@ def one_rank(rank, folder):
         task.end_epoch()
         if rank == 0:
             saver.save_checkpoint(epoch, metric=epoch)
-    (folder / f"losses-{rank}").write_text(json.dumps(losses))
-    dist.barrier()
-    dist.destroy_process_group()
+    return losses
 
 
 def test_timms_task_on_two_processes_gives_the_losses_and_the_table_of_one(tmp_path):

@@ -1,9 +1,11 @@
-"""Every shipped recipe: its network is built and takes a training step."""
+"""Every shipped recipe: its network is built and takes a training step. Every kept result: its tables are built again."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from pskd_timm import METHODS, Batch, load_recipe
+from pskd_timm import METHODS, Batch, load_recipe, report
 from pskd_timm.models.build import create_model
 from pskd_timm.optim import make_optimizer
 from pskd_timm.recipe_files import shipped_recipes
@@ -30,3 +32,14 @@ def test_every_recipes_network_takes_a_step_of_its_method_and_learns_from_first_
     method.end_epoch()
     assert logits.shape == (4, 7) and loss.isfinite()
     assert not torch.equal(first, weights[0]) and not torch.equal(last, model.get_classifier().weight)
+
+
+RESULTS = Path(__file__).parent.parent / "recipes/results"
+KEPT = sorted({path.parents[2] for path in RESULTS.rglob("seed*/result.json")})
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=[str(folder.relative_to(RESULTS)) for folder in KEPT])
+def test_every_kept_result_builds_its_tables_again(folder, tmp_path):
+    found = report(folder, tmp_path)
+    assert len(found.rows) == len(list(folder.rglob("seed*/result.json"))) and found.num_failed == 0
+    assert found.rows[found.metrics[0].name].notna().all() and (tmp_path / "report.html").is_file()

@@ -204,7 +204,7 @@ def read_result(folder: Path) -> RunResult:
             raise InputError(f"result.json: metrics: {error}") from None
         best = create_model("Best", chosen_on=(str, ...), __base__=last)
         create_model("Result", last=(last, ...), best=(best, ...)).model_validate(values)
-    if len(values["class_names"]) != values["num_classes"]:
+    if values["class_names"] and len(values["class_names"]) != values["num_classes"]:  # kept results may leave them out
         raise InputError(f"result.json names {len(values['class_names'])} of {values['num_classes']} classes")
     return values
 
