@@ -171,11 +171,36 @@ def test_a_run_may_start_from_a_pushed_network_on_the_hub(tmp_path, monkeypatch,
     assert torch.equal(load_model(tmp_path / "second").eval()(images), model(images))
 
 
-def test_timm_alone_refuses_a_network_with_a_small_stem(tmp_path):
-    saved(tmp_path, "resnet18", {}, 32, True)
-    code = f"import timm; timm.create_model('local-dir:{tmp_path}', pretrained=True)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "Unknown model (pskd_small_input)" in done.stderr
+IN_A_NEW_PROCESS = """
+import sys
+import timm
+import torch
+
+def loaded(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+folders = sys.argv[1:]
+for folder in folders:
+    try:
+        loaded(folder)
+    except RuntimeError as error:
+        print(error)
+import pskd_timm.models
+torch.save([loaded(folder)(torch.ones(1, 3, 32, 32)) for folder in folders], f"{folders[0]}/logits.pt")
+"""
+
+
+def test_timm_alone_refuses_our_networks_and_those_with_a_small_stem_and_loads_them_after_the_import(tmp_path):
+    folders, expected = [tmp_path / "ours", tmp_path / "small"], []
+    for folder, (name, kwargs, _, small_input) in zip(folders, [NETWORKS[2], NETWORKS[-1]], strict=True):
+        model, _ = saved(folder, name, kwargs, 32, small_input)
+        expected.append(model(torch.ones(1, 3, 32, 32)))
+    done = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, *folders], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"Unknown model ({n})" for n in ("cifar_preact_resnet_tiny", "pskd_small_input")
+    ]
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(folders[0] / "logits.pt"), expected)
 
 
 def test_a_folder_saved_by_an_earlier_version_still_loads(tmp_path):
