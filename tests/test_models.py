@@ -165,7 +165,17 @@ def test_batch_norms_start_as_identities(name):
 def test_num_classes_and_in_chans_set_the_ends(name):
     model = on_meta(name, num_classes=7, in_chans=1)
     assert model(images(chans=1, device="meta")).shape == (2, 7)
-    assert model.num_classes == model.get_classifier().out_features == 7
+    assert model.num_classes == model.get_classifier().out_features == 7 and model.in_chans == 1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_weights_are_made_where_and_of_the_type_that_one_says_as_timms_are(name):
+    for features_only in (False, True):
+        model = timm.create_model(name, device="meta", dtype=torch.bfloat16, features_only=features_only)
+        assert {(weights.device.type, weights.dtype) for weights in model.parameters()} == {("meta", torch.bfloat16)}
+    assert next(timm.create_model(name).parameters()).dtype == torch.float32
+    with pytest.raises(TypeError, match="not_an_argument"):
+        timm.create_model(name, not_an_argument=1)
 
 
 @pytest.mark.parametrize("name", TINY)

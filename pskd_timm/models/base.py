@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
@@ -50,7 +51,7 @@ class CifarNet(nn.Module):
     ):
         super().__init__()
         self.num_classes = num_classes
-        self.num_features = stages[-1].out_chs
+        self.in_chans, self.num_features = stem.conv.in_channels, stages[-1].out_chs
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         self.norm = norm_act(self.num_features) if final_norm else nn.Identity()
@@ -184,7 +185,20 @@ def cifar_cfg(pool_size: int) -> dict:
     )
 
 
-def build(model_cls: type[CifarNet], variant: str, pretrained: bool, depths: tuple[int, ...], **kwargs) -> nn.Module:
-    """Build through timm, which adds default_cfg and, for `features_only`, taps after the stem and every stage."""
+def build(
+    model_cls: type[CifarNet],
+    variant: str,
+    pretrained: bool,
+    depths: tuple[int, ...],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs,
+) -> nn.Module:
+    """Build through timm, which adds default_cfg and, for `features_only`, taps after the stem and every stage.
+
+    `device` and `dtype` are where and of what type the weights are, by default torch's.
+    """
     feature_cfg = dict(out_indices=tuple(range(len(depths) + 1)), flatten_sequential=True)
-    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, depths=depths, **kwargs)
+    with torch.device(device) if device else nullcontext():
+        model = build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, depths=depths, **kwargs)
+    return model.to(dtype=dtype) if dtype else model
