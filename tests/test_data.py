@@ -5,7 +5,9 @@ import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -407,8 +409,22 @@ def test_a_part_that_could_be_scored_and_is_not_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
-def test_parts_that_number_their_classes_differently_are_matched_by_the_classes_names(tmp_path, kind):
+def on_the_hub(monkeypatch, name, folder):
+    """Let the data set in a folder be the one that the hub calls `name`, its files at URLs."""
+    load, builder_of = datasets.load_dataset, datasets.load_dataset_builder
+
+    def builder(asked):
+        assert asked == name
+        files = builder_of(str(folder)).config.data_files
+        urls = {split: [f"file://{path}" for path in paths] for split, paths in files.items()}
+        return SimpleNamespace(config=SimpleNamespace(data_files=urls))
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda asked: load(str(folder)) if asked == name else None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved", "hub"])
+def test_parts_that_number_their_classes_differently_are_matched_by_the_classes_names(tmp_path, monkeypatch, kind):
     parts = {"train": (["a", "b"], [0, 1, 1]), "test": (["b", "a"], [0, 1, 1])}
     tables = {
         name: Dataset.from_dict(
@@ -422,12 +438,16 @@ def test_parts_that_number_their_classes_differently_are_matched_by_the_classes_
     else:
         for name, table in tables.items():
             (tmp_path / "d" / name).mkdir(parents=True)
-            if kind == "parquet":
+            if kind in ("parquet", "hub"):
                 table.to_parquet(str(tmp_path / "d" / name / f"{name}.parquet"))
             else:
                 table.save_to_disk(str(tmp_path / "s" / name))
                 shutil.copy(next((tmp_path / "s" / name).glob("*.arrow")), tmp_path / "d" / name / f"{name}.arrow")
-    data = load_data(section(path=str(tmp_path / "d")))
+    where = {"path": str(tmp_path / "d")}
+    if kind == "hub":
+        on_the_hub(monkeypatch, "me/mine", tmp_path / "d")
+        where = {"path": None, "source": "me/mine"}
+    data = load_data(section(**where))
     assert data.class_names == ["a", "b"]
     assert data.train.labels.tolist() == [0, 1, 1] and data.test.labels.tolist() == [1, 0, 0]
     if kind == "parquet":

@@ -226,7 +226,9 @@ def _open(section: DataSection) -> dict:
         splits = _load(str(folder.resolve()), section) if is_table else {}
     except Exception as error:  # the library raises whatever its readers raise
         raise InputError(f"data.path: {folder} cannot be read as a data set: {first_line(error)}") from None
-    return _with_own_class_names(splits, folder, section) if is_table else _image_folders(folder, section)
+    return (
+        _with_own_class_names(splits, str(folder.resolve()), section) if is_table else _image_folders(folder, section)
+    )
 
 
 def _load(name: str, section: DataSection) -> dict:
@@ -241,12 +243,15 @@ def _load(name: str, section: DataSection) -> dict:
     return datasets.load_dataset(builder.name, data_files=training, features=builder.info.features)
 
 
-def _with_own_class_names(splits: dict, folder: Path, section: DataSection) -> dict:
-    """`splits` with the class names that stand in each one's own files: the library takes the first file's for all."""
+def _with_own_class_names(splits: dict, name: str, section: DataSection) -> dict:
+    """`splits` of a folder or hub id with the class names that stand in each one's own files.
+
+    The library takes the first file's for all.
+    """
     import datasets
 
     column = _column_names(section)[1]
-    files = datasets.load_dataset_builder(str(folder.resolve())).config.data_files
+    files = datasets.load_dataset_builder(name).config.data_files or {}  # none where the hub is not asked
     names = {split: _class_names_in(paths, column, split) for split, paths in files.items() if split in splits}
     if len({tuple(each) for each in names.values() if each}) < 2:
         return splits
@@ -255,8 +260,12 @@ def _with_own_class_names(splits: dict, folder: Path, section: DataSection) -> d
 
 
 def _class_names_in(files: list[str], column: str, split: str) -> list[str] | None:
-    """The class names of `column` that local Parquet and Arrow files hold in their schema; None where they hold none."""
-    found = {tuple(names): file for file in files if os.path.isfile(file) and (names := _names_in(file, column))}
+    """The class names of `column` that Parquet and Arrow files hold in their schema; None where they hold none.
+
+    Of files elsewhere than on this machine the first one is read.
+    """
+    here = [file for file in files if os.path.isfile(file)] or files[:1]
+    found = {tuple(names): file for file in here if (names := _names_in(file, column))}
     if len(found) > 1:
         raise InputError(
             f"data: the files of the {split} split number its classes differently: {', '.join(list(found.values())[:2])}"
@@ -265,16 +274,15 @@ def _class_names_in(files: list[str], column: str, split: str) -> list[str] | No
 
 
 def _names_in(file: str, column: str) -> list[str] | None:
+    import fsspec
     import pyarrow
     from pyarrow import parquet
 
-    if file.endswith(".parquet"):
-        schema = parquet.read_schema(file)
-    elif file.endswith(".arrow"):
-        with pyarrow.memory_map(file) as source:
-            schema = pyarrow.ipc.open_stream(source).schema
-    else:
+    if not file.endswith((".parquet", ".arrow")):
         return None
+    with fsspec.open(file, "rb") as source:  # of a file on the hub it reads the schema alone
+        is_parquet = file.endswith(".parquet")
+        schema = parquet.read_schema(source) if is_parquet else pyarrow.ipc.open_stream(source).schema
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = about.get("info", {}).get("features", {}).get(column, {})
     return feature.get("names") if isinstance(feature, dict) else None
@@ -349,7 +357,9 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 def _from_hub(hub_id: str, section: DataSection) -> dict:
     try:
-        return _load(hub_id, section)
+        return _with_own_class_names(_load(hub_id, section), hub_id, section)
+    except InputError:
+        raise
     except Exception as error:  # the library raises whatever its readers raise
         hint = nearest(hub_id, SOURCES) or " (data.path reads a local folder)"
         raise InputError(
