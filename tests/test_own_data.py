@@ -252,6 +252,15 @@ def test_a_damaged_run_is_told_in_a_line_that_names_what_is_damaged(run, folder,
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_run_is_not_scored_on_data_whose_classes_are_others_or_numbered_otherwise(run, folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "data")
+    for part in ("train", "test"):  # "三角" comes first then
+        (tmp_path / "data" / part / "三角").rename(tmp_path / "data" / part / "Dreieck")
+    assert main(["evaluate", str(run), "--data.path", str(tmp_path / "data")]) == 2
+    said = capsys.readouterr().err
+    assert "the model's class 0 is 'Kreis ○', that of the data 'Dreieck'" in said and said.count("\n") == 1
+
+
 def test_a_run_that_held_nothing_out_says_that_its_confidences_are_not_calibrated(folder, tmp_path, capsys):
     # The pictures of one size that the run saw are cut out of others: no data.image_size.
     for path in (folder / "train").rglob("*.png"):

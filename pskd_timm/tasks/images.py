@@ -13,7 +13,7 @@ from ..data import Loader, Split, eval_batches, eval_part, load_data, read_image
 from ..errors import Diverged, InputError
 from ..losses import at_least_float32
 from ..metrics import METRICS, Outcomes
-from ..models.build import check_name, check_saves, create_model, load_model, normalisation, save_model
+from ..models.build import check_name, check_saves, create_model, load_model, normalisation, read_config, save_model
 from ..order import num_batches
 from ..outcomes import Predictions, batch_outcomes
 from ..recipe import Recipe
@@ -93,6 +93,15 @@ class ImageTask:
         network = load_model(folder)
         if network.num_classes != self.num_classes:
             raise InputError(f"{folder}: the model has {network.num_classes} classes, the data {self.num_classes}")
+        known = read_config(folder).get("label_names")
+        if known and known != self.data.class_names:
+            place = next(
+                i for i, pair in enumerate(zip(known, self.data.class_names, strict=False)) if len({*pair}) > 1
+            )
+            raise InputError(
+                f"{folder}: the model's class {place} is {known[place]!r}, that of the data {self.data.class_names[place]!r}: "
+                "its outputs mean other classes"
+            )
         return network
 
     def describe(self) -> dict:
