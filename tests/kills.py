@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from pskd_timm.cli import main
 from pskd_timm.run.checkpoint import damage
 from pskd_timm.run.result import read_lines
 from runs import newest
@@ -58,16 +59,26 @@ def start(settings: dict, world_size: int, target=None) -> list:
 
 def run(settings: dict, rank: int, world_size: int, port: int):
     """One process of a run; its words go to OUTPUT_DIR/rank<n>.log."""
-    from pskd_timm.cli import main
+    _speak_and_join(settings, rank, world_size, port)
+    words = [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
+    raise SystemExit(main(["train", "digits", *words]))
 
+
+def detect(settings: dict, rank: int, world_size: int, port: int):
+    """As `run`, of a detector; `method` is what its backbone is called."""
+    _speak_and_join(settings, rank, world_size, port)
+    chosen = {key: value for key, value in settings.items() if key not in ("method", "model.backbone")}
+    words = [word for key, value in chosen.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
+    raise SystemExit(main(["detect", settings["model.backbone"], "--recipe", "detection/voc_small", *words]))
+
+
+def _speak_and_join(settings: dict, rank: int, world_size: int, port: int):
     log = Path(settings["output_dir"]) / f"rank{rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     _join(rank, world_size, port)
-    words = [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
-    raise SystemExit(main(["train", "digits", *words]))
 
 
 def _join(rank: int, world_size: int, port: int):
@@ -130,9 +141,9 @@ def limit_files_once(num_bytes: int, at: int = 1):
     return lambda: setattr(checkpoint, "_write", write)
 
 
-def to_end(settings: dict, world_size: int) -> Path:
+def to_end(settings: dict, world_size: int, target=run) -> Path:
     """The finished run's folder."""
-    processes = start(settings, world_size)
+    processes = start(settings, world_size, target)
     for process in processes:
         process.join(120)
     log = (Path(settings["output_dir"]) / "rank0.log").read_text()
@@ -140,7 +151,7 @@ def to_end(settings: dict, world_size: int) -> Path:
     return Path(settings["output_dir"]) / settings["method"] / "seed0"
 
 
-def kill_once(settings: dict, world_size: int, draw: random.Random, seconds: float) -> dict | None:
+def kill_once(settings: dict, world_size: int, draw: random.Random, seconds: float, target=run) -> dict | None:
     """Start or continue a run and SIGKILL it at a moment that `draw` decides; None where it ended before.
 
     The moment lies up to 20 ms after the beginning of a save, or within the first `seconds` of work.
@@ -151,7 +162,7 @@ def kill_once(settings: dict, world_size: int, draw: random.Random, seconds: flo
     delay = draw.uniform(0, 0.02) if in_save else draw.uniform(0, seconds)
     victims = range(world_size) if draw.random() < 0.5 else [draw.randrange(world_size)]
     started = time.time()
-    processes = start(settings, world_size)
+    processes = start(settings, world_size, target)
     began = newest(run_dir)
 
     def is_new(path):
@@ -199,11 +210,14 @@ def _wait(for_what, seconds: float = 60):
         time.sleep(0.0005)
 
 
-def differences(one: Path, other: Path) -> list[str]:
+OUTCOMES = ("predictions.parquet", "best/predictions.parquet")
+
+
+def differences(one: Path, other: Path, outcomes=OUTCOMES) -> list[str]:
     """Names of what differs between two finished runs; times and versions aside, everything is compared bit for bit."""
     found = [
         name
-        for name in ("model.safetensors", "best/model.safetensors", "predictions.parquet", "best/predictions.parquet")
+        for name in ("model.safetensors", "best/model.safetensors", *outcomes)
         if (one / name).read_bytes() != (other / name).read_bytes()
     ]
     for name in ("metrics.jsonl", "steps.jsonl"):
