@@ -25,12 +25,12 @@ ELEVEN, HUNDRED_AND_ONE = np.arange(11) / 10, np.linspace(0.0, 1.0, 101)
 class Curve(NamedTuple):
     """The precision–recall curve of a class at one overlap, as what each picture adds to it.
 
-    `seen` [N, H]: detections of picture n since the hit before the h-th one, that included; `hits` [N, H]: 1 where picture n
-    has the h-th hit; `objects` [N]. Between two hits precision only falls, so that the curve's envelope is known at hits.
+    `seen` [N, H]: detections of picture n since the hit before the h-th one, that included; `hits` [H]: the picture of
+    each hit; `objects` [N]. Between two hits precision only falls, so that the curve's envelope is known at hits.
     """
 
     seen: csr_array
-    hits: csr_array
+    hits: np.ndarray
     objects: np.ndarray
 
     def at(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +38,7 @@ class Curve(NamedTuple):
 
         Recall is NaN where there is no object.
         """
-        hits = (counts @ self.hits).cumsum(axis=1)
+        hits = counts[:, self.hits].cumsum(axis=1)
         seen = (counts @ self.seen).cumsum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             recall = hits / (counts @ self.objects)[:, None]
@@ -62,8 +62,7 @@ def curves(found: Found, matches: Matches, num_classes: int) -> list[Curve | Non
         counted = place < num_hits  # what comes after the last hit changes nothing
         shape = (num_pictures, num_hits)
         seen = csr_array((np.ones(counted.sum()), (picture[counted], place[counted])), shape=shape)
-        hits = csr_array((np.ones(num_hits), (picture[correct], place[correct])), shape=shape)
-        each.append(Curve(seen, hits, objects.astype(np.float64)) if objects.any() else None)
+        each.append(Curve(seen, picture[correct], objects.astype(np.float64)) if objects.any() else None)
     return each
 
 
@@ -73,10 +72,9 @@ def area(recall: np.ndarray, precision: np.ndarray) -> np.ndarray:
 
 
 def at_points(recall: np.ndarray, precision: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """AP [R] as the mean of the envelope at `points` of recall."""
-    padded = np.concatenate([precision, np.zeros((len(precision), 1))], axis=1)
-    reached = np.stack([(recall < point).sum(axis=1) for point in points], axis=1)
-    return np.take_along_axis(padded, reached, axis=1).mean(axis=1)
+    """AP [R] as the mean of the envelope at rising `points` of recall, each of which the first hit that reaches it has."""
+    reached = np.searchsorted(points, recall, side="right")
+    return (np.diff(reached, axis=1, prepend=0) * precision).sum(axis=1) / len(points)
 
 
 class Layout:
@@ -128,7 +126,7 @@ def resampled(runs: Sequence[Found], num_classes: int, resamples: int = RESAMPLE
     layouts, num_pictures = [Layout(found, num_classes) for found in runs], len(runs[0].pictures)
     generator = np.random.default_rng(seed)
     parts = [[layout.figures(np.ones((1, num_pictures))) for layout in layouts]]
-    most = max([num_pictures, *(curve.hits.shape[1] for layout in layouts for curve in layout.voc if curve)])
+    most = max([num_pictures, *(len(curve.hits) for layout in layouts for curve in layout.voc if curve)])
     chunk = max(1, AT_ONCE // most)
     for start in range(0, resamples, chunk):
         rows = min(chunk, resamples - start)
