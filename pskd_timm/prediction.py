@@ -23,7 +23,7 @@ from .losses import at_least_float32
 from .models.build import load_model, normalisation
 from .progress import Display
 from .recipe import Recipe
-from .run.folder import read_recipe, read_result
+from .run.folder import read_recipe, read_result, task_of
 from .run.launch import autocast, prepare_scoring
 
 
@@ -40,6 +40,8 @@ class Classifier:
     def of_run(cls, run: str | Path, best: bool = False) -> "Classifier":
         """The last epoch's network of the run in a folder, or with `best` the best epoch's."""
         run = Path(run).expanduser()
+        if task_of(run) == "detection":
+            raise InputError(f"{run}: a detector's run: detection.prediction.predict_boxes finds objects with it")
         recipe = read_recipe(run)
         if recipe.task != "images":
             raise InputError(f"{run}: a run of task {recipe.task}, which classifies no images")

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_tensor
 
-from pskd_timm import InputError
+from pskd_timm import InputError, predict
 from pskd_timm.cli import main
 from pskd_timm.detection.network import make_detector
 from pskd_timm.detection.prediction import copies, predict_boxes
@@ -119,6 +119,11 @@ def test_options_for_detectors_are_refused_for_another_run(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("epochs: 1\ndata: {source: digits}\n")
     assert main(["predict", str(tmp_path), "x.png", "--output", "out"]) == 2
     assert "--output is for detectors, not for this run" in capsys.readouterr().err
+
+
+def test_python_is_told_what_a_detectors_run_is_for(run, pictures):
+    with pytest.raises(InputError, match="a detector's run: detection.prediction.predict_boxes"):
+        predict(run, [pictures / "a.png"])
 
 
 def test_weights_that_are_damaged_or_not_all_there_are_named(run, pictures, tmp_path):
