@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
@@ -46,6 +47,16 @@ def make_parser() -> Parser:
             sub.add_argument("recipe", metavar="RECIPE", help=f"a YAML file, or one of: {', '.join(shipped_recipes())}")
         return sub
 
+    for add in (add_training_commands, add_reading_commands, add_using_commands, add_bench_command):
+        add(command)
+    for sub in commands.choices.values():
+        options = [option.removeprefix("--") for action in sub._actions for option in action.option_strings]
+        sub.set_defaults(options=[option for option in options if not option.startswith("-")])
+    return parser
+
+
+def add_training_commands(command: Callable[..., Parser]):
+    """What trains: one network, a detector, methods × seeds, trials."""
     train = command("train", "train one network with one method", run_train)
     add_settings(train)
     train.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
@@ -78,19 +89,6 @@ def make_parser() -> Parser:
     )
     compare.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
     add_settings(compare, without=("method", "seed"))
-    report = command("report", "compare existing runs: tables and one HTML page", run_report, takes_recipe=False)
-    report.add_argument("runs", metavar="RUNS", nargs="+", help="run folders, or folders that hold some (runs/digits)")
-    report.add_argument(
-        "--output", metavar="DIR", help="where to write (default: the folder that holds all of the runs)"
-    )
-    report.add_argument(
-        "--metrics",
-        nargs="+",
-        metavar="NAME",
-        default=[],
-        help="further figures: all, or of: brier ece15 adaptive_ece classwise_ece smooth_ece augrc coverage_at_5_risk "
-        "risk_at_80_coverage",
-    )
     search = command("search", "choose settings on held-out training data; the test part is not read", run_search)
     search.add_argument(
         "--over",
@@ -109,6 +107,23 @@ def make_parser() -> Parser:
     search.add_argument("--search_seed", type=int, metavar="SEED", default=0, help="fixes what is drawn (default: 0)")
     search.add_argument("--quiet", action="store_true", help="print only the result, warnings and errors")
     add_settings(search, without=("seed",))
+
+
+def add_reading_commands(command: Callable[..., Parser]):
+    """What reads: recipes, finished runs, weights in a file."""
+    report = command("report", "compare existing runs: tables and one HTML page", run_report, takes_recipe=False)
+    report.add_argument("runs", metavar="RUNS", nargs="+", help="run folders, or folders that hold some (runs/digits)")
+    report.add_argument(
+        "--output", metavar="DIR", help="where to write (default: the folder that holds all of the runs)"
+    )
+    report.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="further figures: all, or of: brier ece15 adaptive_ece classwise_ece smooth_ece augrc coverage_at_5_risk "
+        "risk_at_80_coverage",
+    )
     show = command("show", "print a recipe, where each value comes from, and what the run will cost", run_show)
     add_settings(show)
     evaluate = command(
@@ -119,6 +134,16 @@ def make_parser() -> Parser:
     )
     evaluate.add_argument("--checkpoint", metavar="FILE", help="weights, or a checkpoint of the PS-KD authors' code")
     add_settings(evaluate)
+    dashboard = command("dashboard", "build wandb's workspace that compares a recipe's runs", run_dashboard, False)
+    dashboard.add_argument("runs", metavar="RUNS", help="a comparison's folder (runs/digits), or its recipe")
+    dashboard.add_argument("--entity", help="user or team on wandb (default: the recipe's, else the account's own)")
+    dashboard.add_argument("--project", help="project on wandb (default: the recipe's)")
+    dashboard.add_argument("--publish", action="store_true", help="put it on wandb (with an account)")
+    command("models", "list this package's networks", run_models, takes_recipe=False)
+
+
+def add_using_commands(command: Callable[..., Parser]):
+    """What uses a finished run: on other people's pictures and lines, for other people's machines."""
     predict = command(
         "predict",
         "classify images of your own, or find objects in them, with a finished run",
@@ -159,6 +184,10 @@ def make_parser() -> Parser:
     export.add_argument("file", metavar="FILE", help="where to write it")
     export.add_argument("--format", choices=["onnx"], default="onnx", help="default: onnx")
     export.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
+
+
+def add_bench_command(command: Callable[..., Parser]):
+    """What measures the machine."""
     bench = command("bench", "measure what this machine does", run_bench, takes_recipe=False)
     parts = ["step", "data", "store", "metrics", "start", "translation", "detection"]
     bench.add_argument(
@@ -176,16 +205,6 @@ def make_parser() -> Parser:
     bench.add_argument("--images", metavar="DIR", help="data: JPEG files to stream (default: random ones)")
     bench.add_argument("--text", metavar="DIR", help="translation: pairs in de and en (default: random words)")
     bench.add_argument("--json", metavar="PATH", help="write the figures there too")
-    dashboard = command("dashboard", "build wandb's workspace that compares a recipe's runs", run_dashboard, False)
-    dashboard.add_argument("runs", metavar="RUNS", help="a comparison's folder (runs/digits), or its recipe")
-    dashboard.add_argument("--entity", help="user or team on wandb (default: the recipe's, else the account's own)")
-    dashboard.add_argument("--project", help="project on wandb (default: the recipe's)")
-    dashboard.add_argument("--publish", action="store_true", help="put it on wandb (with an account)")
-    command("models", "list this package's networks", run_models, takes_recipe=False)
-    for sub in commands.choices.values():
-        options = [option.removeprefix("--") for action in sub._actions for option in action.option_strings]
-        sub.set_defaults(options=[option for option in options if not option.startswith("-")])
-    return parser
 
 
 def add_settings(parser: argparse.ArgumentParser, without=(), kind=Recipe):

@@ -110,8 +110,7 @@ def search(
     seeds = list(dict.fromkeys(seeds))
     if trials < 1 or not seeds or min(seeds) < 0:
         raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
-    display = display or Display()
-    ranges = parse_over(over, recipe)
+    display, ranges = display or Display(), parse_over(over, recipe)
     folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
     base = _on_holdout(recipe)
     if recipe.method_section.trained_teacher == BASELINE:
@@ -138,8 +137,7 @@ def search(
         finished = [trial for trial in done if trial.state == DONE]
         if not finished:
             raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
-        better = max if metrics[metric].higher_is_better else min
-        best = better(finished, key=lambda trial: trial.figures[metric])
+        best = (max if metrics[metric].higher_is_better else min)(finished, key=lambda trial: trial.figures[metric])
         chosen = with_overrides(recipe.model_dump(), best.settings, str(folder), recipe.name)
         return SearchResult(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
 
