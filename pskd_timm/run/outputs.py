@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import __version__
 from ..cpus import num_cpus
 from ..files import without_nan, write_atomic
 from ..metrics import Metric
@@ -18,7 +19,7 @@ from ..teacher import teacher_figures
 from .checkpoint import Progress
 from .result import RunResult
 
-PACKAGES = ("pskd_timm", "torch", "torchvision", "timm", "accelerate", "datasets")
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets")
 
 
 def better(metric: Metric, figures: dict, best: dict) -> bool:
@@ -97,5 +98,6 @@ def describe_machine(device: torch.device) -> dict:
         "cpu_count": num_cpus(),
         "threads": torch.get_num_threads(),
     }
-    versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    versions = {"python": platform.python_version(), "pskd_timm": __version__}
+    versions |= {package: version(package) for package in PACKAGES}
     return {"versions": versions, "hardware": hardware}
