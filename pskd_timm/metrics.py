@@ -236,7 +236,9 @@ def ece_floor(confidence: np.ndarray, name: str = "ece", seed: int = 0) -> EceFl
     """
     confidence = np.sort(np.asarray(confidence))
     errors, generator = _errors_of_draws(confidence, name), np.random.default_rng(seed)
-    draws = _num_draws(len(confidence))
+    draws = (
+        FLOOR_DRAWS[0] if name == "smooth_ece" else _num_draws(len(confidence))
+    )  # each costs as much with few samples
     rows, found = max(1, NUMBERS_AT_ONCE // len(confidence)), []
     for start in range(0, draws, rows):
         drawn = generator.random((min(rows, draws - start), len(confidence)), dtype=np.float32)

@@ -61,7 +61,15 @@ class Images:
         of_files = (path.is_dir() and image_files(path)) or path.is_file() or any(mark in data for mark in "*?[")
         self.name = path.resolve().name if path.exists() else data
         self.files = find_images([data]) if of_files else None
-        self.table = None if of_files else open_images(data)
+        self.table = None if of_files else self._open(data)
+
+    @staticmethod
+    def _open(data: str):
+        try:
+            return open_images(data)
+        except InputError as error:
+            why = str(error).partition(": ")[2] or error
+            raise InputError(f"--against {data}: neither images nor a data set that can be read: {why}") from None
 
     def __len__(self) -> int:
         return len(self.table if self.files is None else self.files)

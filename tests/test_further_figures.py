@@ -99,7 +99,12 @@ def test_further_figures_stand_in_a_table_of_their_own_on_the_page_in_markdown_l
     assert cell.replace("±", r"$\pm$") in (runs / "comparison.tex").read_text()
     assert main(["report", str(runs), "--metrics", "smooth_ece", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert cell in printed and "Further figures" in printed and "AUGRC" not in printed
+    assert (
+        f" {values.mean():.2f} " in printed
+        and "±" not in printed.split("Further")[1]
+        and "Further figures" in printed
+        and "AUGRC" not in printed
+    )
 
 
 def test_further_figures_after_temperature_scaling_are_the_scores_of_the_scaled_probabilities(runs, compared):
@@ -140,6 +145,21 @@ def test_of_a_run_whose_predictions_are_gone_a_dash_stands_for_the_figure_and_a_
     assert found.rows[found.rows.method == "pskd"].augrc.isna().all()
     assert "| PS-KD | 2 | – |" in (copied / "comparison.md").read_text()
     assert any(note.startswith("Not computed for PS-KD seed 0 and PS-KD seed 1") for note in found.notes)
+
+
+@pytest.mark.parametrize("method", ["baseline", "pskd"])
+@pytest.mark.parametrize("file", ["predictions.parquet", "best/predictions.parquet", "best/holdout.parquet"])
+def test_probabilities_that_cannot_be_read_cost_their_figures_and_a_line(copied, method, file):
+    path = copied / method / "seed0" / file
+    content, group = path.read_bytes(), parquet.ParquetFile(path).metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    start = next(c.data_page_offset for c in columns if c.path_in_schema.startswith("probabilities")) + 100
+    path.write_bytes(content[:start] + b"\xff" * 400 + content[start + 400 :])
+    found = report(copied, metrics=["brier", "classwise_ece", "augrc"])
+    assert set(found.rows.status) == {"finished"} and found.rows.augrc.notna().all()
+    mine = found.rows[(found.rows.method == method) & (found.rows.seed == 0)]
+    assert mine.brier.isna().all() == (file == "predictions.parquet")
+    assert mine.best_brier.isna().all() == (file == "best/predictions.parquet")
 
 
 def test_an_unknown_metric_is_named_with_the_nearest_and_the_help_names_all(runs, capsys):
@@ -192,7 +212,7 @@ def test_what_still_gains_is_what_is_better_with_a_small_p():
         columns=["method", "metric", "difference", "better", "low", "high", "p"],
     )
     assert still_better([(SCALED, (0,), tests)], list(METRICS.values())) == [
-        "Still better than Baseline + temperature, which is trained no differently (p < 0.05, one seed): "
+        "Still better than Baseline + temperature, temperature scaling of the baseline (p < 0.05, one seed): "
         "top-1 error: PS-KD and CS-KD; ECE: no method."
     ]
 

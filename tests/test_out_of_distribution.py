@@ -111,12 +111,14 @@ def test_what_cannot_be_held_against_the_run_is_refused_with_a_reason(run, pictu
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     (tmp_path / "words").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "words" / "a.csv").write_text("text\nhello\n")
     for words, says in (
         ([], "predict RUN --against DATA"),
         (["--against", str(pictures), str(pictures)], "predict RUN --against DATA"),
         (["--against", str(tmp_path / "broken")], "none of its 1 images can be decoded"),
-        (["--against", str(tmp_path / "words")], "no column of images in the data, it has text"),
+        (["--against", str(tmp_path / "words")], "words: neither images nor a data set that can be read: no column of"),
+        (["--against", str(tmp_path / "empty")], "empty: neither images nor a data set that can be read: "),
         (["--against", "nowhere/*.png"], "no such image"),
     ):
         assert main(["predict", str(run), *words]) == 2

@@ -29,7 +29,7 @@ class Comparison:
 
     `notes` says what always guessing the most frequent class would give, and what each trained teacher reached. `further` are
     metrics that were asked for, `scaling` the runs' temperatures, `scaled` the baseline's runs after temperature scaling,
-    which have rows of their own.
+    which have rows of their own, `gains` the notes of what is still better than these.
     """
 
     rows: pd.DataFrame
@@ -42,6 +42,7 @@ class Comparison:
     further: list[Metric] = field(default_factory=list)
     scaling: Scaling = field(default_factory=Scaling)
     scaled: list[Run] = field(default_factory=list)
+    gains: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> int:
@@ -107,11 +108,12 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     further, absent = add_further([*found, *scaled], further)
     table = with_scaled(rows(found, further), scaled, further)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
-    notes = still_better(page.compared_with_scaled(finished, tables, scaled, metrics), metrics)
-    notes += majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
-    notes += [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))] + absent
+    gains = still_better(page.compared_with_scaled(finished, tables, scaled, metrics), metrics)
+    of_guessing = majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
+    of_teachers = [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
+    notes = [*gains, *of_guessing, *of_teachers, *absent]
     logged = history(finished) if finished else pd.DataFrame()
-    comparison = Comparison(table, metrics, folders, [], name, notes, logged, further, scaling, scaled)
+    comparison = Comparison(table, metrics, folders, [], name, notes, logged, further, scaling, scaled, gains)
     text = markdown(table, metrics, name, notes, further)
     if of_others := outside(finished):
         text += f"\n## {OUTSIDE}\n\n{outside_markdown(of_others)}"

@@ -1,13 +1,13 @@
 """What a run has kept of each scored sample, as the network said it or at a temperature, and the figures that this gives."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pyarrow import parquet
+from pyarrow import ArrowException, parquet
 
 from ..calibration import scaled_outcomes, with_temperature
 from ..metrics import (
@@ -69,14 +69,27 @@ class Kept:
 
     def further(self, names: Iterable[str]) -> dict[str, float]:
         """Those of FURTHER_METRICS among `names` that the file tells."""
+        names = list(names)
         confidence, correct = self.outcomes.confidence.to_numpy(), self.outcomes.correct.to_numpy(bool)
-        of_rows = further_of_rows(self.parts(), names) if keeps_rows(self.path) else {}
-        return further_of_outcomes(confidence, correct, names) | of_rows
+        return further_of_outcomes(confidence, correct, names) | self._of_rows(
+            lambda: further_of_rows(self.parts(), names)
+        )
 
     def floors(self, names: Iterable[str]) -> dict[str, EceFloor]:
         """What perfect calibration would measure with these confidences, of those among `names` that are FLOORED."""
         names, confidence = list(names), self.outcomes.confidence.to_numpy()
         found = {name: ece_floor(confidence, name) for name in names if name in FLOORED and name not in OF_ROWS}
-        if "classwise_ece" in names and keeps_rows(self.path):
-            found["classwise_ece"] = classwise_floor((rows for rows, _ in self.parts()), len(confidence))
-        return found
+        if "classwise_ece" not in names:
+            return found
+
+        def of_rows() -> dict[str, EceFloor]:
+            return {"classwise_ece": classwise_floor((rows for rows, _ in self.parts()), len(confidence))}
+
+        return found | self._of_rows(of_rows)
+
+    def _of_rows(self, figures: Callable[[], dict]) -> dict:
+        """What `figures` makes of the probabilities; nothing where there are none, or their column cannot be read."""
+        try:
+            return figures() if keeps_rows(self.path) else {}
+        except (ArrowException, OSError):
+            return {}

@@ -36,6 +36,7 @@ def scale(finished: dict[str, list[Run]]) -> Scaling:
     for run in (run for runs in finished.values() for run in runs):
         try:
             if (fitted := at_temperature(run, "last")) is not None:
+                fitted[1].outcomes  # noqa: B018, read here, where what cannot be read is told
                 found.fitted[run.folder] = fitted
         except (ArrowException, OSError) as error:
             found.unreadable.append(f"{title(run.method)}, seed {run.seed}: {first_line(error)}")
@@ -56,12 +57,15 @@ def at_temperature(run: Run, which: str) -> tuple[Temperature, Kept] | None:
 
 def scaled_baselines(finished: dict[str, list[Run]], scaling: Scaling) -> list[Run]:
     """The baseline's runs that have a temperature, each as a run of the method SCALED: its figures are those after scaling."""
-    return [
-        scaled_baseline(run, scaling.fitted[run.folder][1])
-        for runs in finished.values()
-        for run in runs
-        if run.name == "baseline" and run.folder in scaling.fitted and not scaling.fitted[run.folder][0].reason
-    ]
+    found = []
+    for run in (run for runs in finished.values() for run in runs if run.name == "baseline"):
+        fitted, kept = scaling.fitted.get(run.folder, (None, None))
+        if fitted and not fitted.reason:
+            try:
+                found.append(scaled_baseline(run, kept))
+            except (ArrowException, OSError) as error:
+                scaling.unreadable.append(f"{title(run.method)}, seed {run.seed}: {first_line(error)}")
+    return found
 
 
 def scaled_baseline(run: Run, last: Kept) -> Run:
@@ -100,7 +104,7 @@ def still_better(tests: Sequence[tuple], metrics: Sequence[Metric]) -> list[str]
     sentences: dict[str, dict[str, list[str]]] = {}
     for baseline, seeds, found in tests:
         runs = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-        start = f"Still better than {title(baseline)}, which is trained no differently (p < {LEVEL}, {runs})"
+        start = f"Still better than {title(baseline)}, temperature scaling of the baseline (p < {LEVEL}, {runs})"
         of_each = sentences.setdefault(
             start, {metric.title: [] for metric in metrics if metric.name in set(found.metric)}
         )

@@ -17,7 +17,7 @@ IF_CALIBRATED = "if calibrated"
 FLOOR_WIDTH = 11  # of the terminal's column
 WIDE = 140  # columns of a terminal that has room for everything
 FLOOR_NOTE = (
-    f"{IF_CALIBRATED}: what a network whose confidences are exactly right would measure on so few samples, its mean and, "
+    "If calibrated: what a network whose confidences are exactly right would measure on so few samples, its mean and, "
     "in brackets, what 95 % of such measurements stay below; an ECE below that cannot be told from 0, nor be the best"
 )
 
@@ -166,18 +166,22 @@ def terminal_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str, 
 
 
 def further_table(rows: pd.DataFrame, metrics: Sequence[Metric]):
-    """A rich table of the finished runs' further `metrics`; what perfect calibration would measure stands below each."""
+    """A rich table of the finished runs' further `metrics`, means only; what perfect calibration would measure below each."""
     from rich.markup import escape
     from rich.table import Table
 
     heads, *body = _text(rows[rows.status == "finished"], metrics, "")
-    table = Table(title=FURTHER, title_justify="left", caption=footnote(rows, metrics), caption_justify="left")
+    words = direction(metrics) + (
+        "; below an ECE what it would be if calibrated." if has_floors(rows, metrics) else "."
+    )
+    table = Table(title=FURTHER, title_justify="left", caption=words, caption_justify="left")
     shown = [i for i, head in enumerate(heads) if head not in ("runs", "seconds") and not head.endswith(IF_CALIBRATED)]
     for i in shown:
         table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in body:
         below = ["\n" + line[i + 1] if heads[i + 1].endswith(IF_CALIBRATED) else "" for i in shown]
-        table.add_row(*(escape(line[i] + floor) for i, floor in zip(shown, below, strict=True)))
+        means = [line[i].partition(" ±")[0] for i in shown]
+        table.add_row(*(escape(mean + floor) for mean, floor in zip(means, below, strict=True)))
     return table
 
 
