@@ -171,15 +171,14 @@ def further_table(rows: pd.DataFrame, metrics: Sequence[Metric]):
     from rich.table import Table
 
     heads, *body = _text(rows[rows.status == "finished"], metrics, "")
-    words = direction(metrics) + (
-        "; below an ECE what it would be if calibrated." if has_floors(rows, metrics) else "."
-    )
+    words = f"{direction(metrics)}; means over the seeds"
+    words += "; below an ECE what it would be if calibrated." if has_floors(rows, metrics) else "."
     table = Table(title=FURTHER, title_justify="left", caption=words, caption_justify="left")
     shown = [i for i, head in enumerate(heads) if head not in ("runs", "seconds") and not head.endswith(IF_CALIBRATED)]
     for i in shown:
         table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in body:
-        below = ["\n" + line[i + 1] if heads[i + 1].endswith(IF_CALIBRATED) else "" for i in shown]
+        below = ["\n" + line[i + 1].partition(" (")[0] if heads[i + 1].endswith(IF_CALIBRATED) else "" for i in shown]
         means = [line[i].partition(" ±")[0] for i in shown]
         table.add_row(*(escape(mean + floor) for mean, floor in zip(means, below, strict=True)))
     return table
