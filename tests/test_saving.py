@@ -95,6 +95,7 @@ def pictures(folder, sizes, per_class):
 
 
 SIZES = [(40, 30), (31, 47), (36, 36), (90, 33)]
+SWIN = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 VIT = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8}
 
 
@@ -157,12 +158,32 @@ def test_a_run_may_start_from_a_saved_network(tmp_path, name, kwargs, size, smal
     assert torch.equal(load_model(tmp_path / "second").eval()(images), again(images))
 
 
-@pytest.mark.parametrize("name, kwargs, size, small_input", [NETWORKS[2], NETWORKS[-1]])
-def test_a_run_may_start_from_a_pushed_network_on_the_hub(tmp_path, monkeypatch, name, kwargs, size, small_input):
-    snapshot = tmp_path / "models--me--mine" / "snapshots" / ("0" * 40)
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    """The folder in the hub's cache of the repository me/mine."""
     (tmp_path / "models--me--mine" / "refs").mkdir(parents=True)
     (tmp_path / "models--me--mine" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path / "models--me--mine" / "snapshots" / ("0" * 40)
+
+
+@pytest.mark.parametrize("name, kwargs", [("vit_tiny_patch16_224", VIT), ("swin_tiny_patch4_window7_224", SWIN)])
+def test_a_network_bound_to_an_image_size_may_start_from_one_of_another_size_as_timm_resizes_it(
+    snapshot, tmp_path, name, kwargs
+):
+    saved(snapshot, name, kwargs, 32, False)
+    images = torch.rand(2, 3, 64, 64)
+    expected = timm.create_model(f"local-dir:{snapshot}", pretrained=True, img_size=(64, 64)).eval()(images)
+    for source in (f"local-dir:{snapshot}", "hf-hub:me/mine"):
+        model = create_model(Model(name=source, pretrained=True), 3, (64, 64)).eval()
+        assert torch.equal(model(images), expected)
+        check_saves(model)
+        save_model(model, tmp_path / "again", [0.5] * 3, [0.5] * 3, (64, 64), 1.0, CLASSES)
+        assert torch.equal(load_model(tmp_path / "again").eval()(images), expected)
+
+
+@pytest.mark.parametrize("name, kwargs, size, small_input", [NETWORKS[2], NETWORKS[-1]])
+def test_a_run_may_start_from_a_pushed_network_on_the_hub(snapshot, tmp_path, name, kwargs, size, small_input):
     model, images = saved(snapshot, name, kwargs, size, small_input)
     again = create_model(Model(name="hf-hub:me/mine", pretrained=True), 3, (size, size)).eval()
     assert torch.equal(again(images), model(images))

@@ -71,25 +71,41 @@ def create_model(section: ModelSection, num_classes: int, image_size: tuple[int,
 
 
 def _from_timm(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
-    arguments = {"num_classes": num_classes, **section.kwargs}
-    if _is_bound_to_a_size(section.name):
+    arguments, of_hub = {"num_classes": num_classes, **section.kwargs}, {}
+    if section.name.startswith(HUB):
+        config, _, of_hub = load_model_config_from_hf(section.name.removeprefix(HUB))
+        bound = "img_size" in of_hub or config.get("fixed_input_size")
+    else:
+        bound = _is_bound_to_a_size(section.name)
+    if bound:
         arguments.setdefault("img_size", image_size)
     model = timm.create_model(section.name, pretrained=section.pretrained, **arguments)
-    if section.name.startswith(HUB):  # timm itself adds those in the repository's config.json
-        arguments = load_model_config_from_hf(section.name.removeprefix(HUB))[2] | arguments
-    return model, arguments
+    return model, of_hub | arguments  # timm itself adds those in a repository's config.json
 
 
 def _from_folder(section: ModelSection, num_classes: int, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
     folder = Path(section.name.removeprefix(LOCAL)).expanduser()
     config = read_config(folder)
-    config["model_args"] = config.get("model_args", {}) | section.kwargs
+    arguments = config.get("model_args", {}) | section.kwargs
+    if "img_size" in arguments:
+        arguments |= {"img_size": section.kwargs.get("img_size", image_size)}
+    config["model_args"] = arguments
     model = from_config(config)
     if section.pretrained:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict(_for_another_size(weights, config) if "img_size" in arguments else weights)
     if model.num_classes != num_classes:
         model.reset_classifier(num_classes)
     return model, config["model_args"]
+
+
+def _for_another_size(weights: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """Weights for the image size that a config.json's arguments say: timm resizes position embeddings where it differs."""
+    arguments = config["model_args"] | {"num_classes": config["num_classes"]}
+    overlay = {"state_dict": weights, "num_classes": config["num_classes"], "label_offset": 0}
+    return timm.create_model(
+        config["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, **arguments
+    ).state_dict()
 
 
 def _is_bound_to_a_size(name: str) -> bool:
