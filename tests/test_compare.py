@@ -23,13 +23,14 @@ from pskd_timm.reports.tables import markdown_table, summary
 from pskd_timm.run.folder import is_locked
 
 SIX = list(METRICS.values())
+PATIENCE = 900  # seconds until what hangs is ended; no machine is so busy that anything else lasts as long
 
 QUICK = ["--epochs", "1", "--data.limit_train", "100", "--data.limit_test", "60", "--model.kwargs.width", "4"]
 
 
 def cli(*words, cwd=None):
     command = [sys.executable, "-m", "pskd_timm", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_compare_refuses_what_no_run_could_do_before_it_starts_any(options, says
 
 
 def wait_for_lines(path, process, count=2):
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE
     while not path.is_file() or path.read_text().count("\n") < count:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
@@ -158,7 +159,7 @@ def test_a_signal_to_compare_stops_its_runs_and_one_to_a_run_is_told(tmp_path, t
     wait_for_lines(tmp_path / "baseline" / "seed0" / "metrics.jsonl", process)
     run = child_of(tmp_path)
     os.kill(run if to_run else process.pid, number)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == code
     assert not alive(run)
     assert ("ended by signal 9" if to_run else "each run saves where it stands") in output
@@ -320,9 +321,9 @@ def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for
     os.kill(process.pid, signal.SIGINT)
     told = next(line for line in process.stdout if "the same command resumes" in line)
     os.kill(run, signal.SIGCONT)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in told + output
-    other.communicate(timeout=200)
+    other.communicate(timeout=PATIENCE)
     assert other.returncode == 0
     assert "resuming after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
     assert lines.read_text().count("\n") == 100

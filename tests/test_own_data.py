@@ -171,6 +171,15 @@ def test_a_folder_of_mixed_pictures_trains_and_its_class_names_are_in_the_result
     assert [held_out[k] for k in range(3)] == [round(CLASSES[name] / 4) for name in sorted(CLASSES)]
 
 
+def test_predict_computes_in_the_precision_that_the_run_had(folder, tmp_path):
+    run = train(recipe_for(folder, tmp_path, epochs=1, mixed_precision="bf16", data__holdout_fraction=0)).run_dir
+    table = pd.read_parquet(run / "predictions.parquet")
+    found = predict(run, [str(folder / "test")], top=3)["images"]
+    for row, probabilities in zip(found, table.probabilities, strict=True):
+        told = {each["class"]: each["confidence"] for each in row["top"]}
+        assert [told[name] for name in sorted(CLASSES)] == pytest.approx(probabilities, abs=1e-6)
+
+
 def test_predictions_for_the_test_images_are_those_of_the_test_split(run, folder):
     for best, at in ((False, run), (True, run / "best")):
         table = pd.read_parquet(at / "predictions.parquet")

@@ -430,6 +430,13 @@ def test_copies_that_know_nothing_of_each_other_are_refused(tiny, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.parametrize("backend", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_launches_that_shard_the_network_are_refused(tiny, monkeypatch, backend):
+    monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
+    with pytest.raises(InputError, match=f"asks for {backend}, and training here is data-parallel"):
+        train(tiny(epochs=1))
+
+
 def test_a_network_whose_outputs_are_not_finite_is_no_perfect_network(tiny):
     # One step from a finite loss to weights without bounds: only the evaluation can see it.
     with pytest.raises(Diverged, match="outputs are not finite for .* evaluated samples: a lower optim.lr"):
