@@ -13,9 +13,10 @@ from filelock import FileLock
 
 from kills import differences, limit_files_once
 from pskd_timm import InputError, train
-from pskd_timm.cli import main
+from pskd_timm.cli import main, run_to_end
 from pskd_timm.files import Lines, checksum
 from pskd_timm.run import checkpoint
+from pskd_timm.run.folder import checkpoints
 from pskd_timm.run.result import read_lines
 
 
@@ -199,6 +200,19 @@ def test_a_result_that_cannot_be_written_is_a_line_and_the_same_command_goes_on(
     assert err.count("\n") == 1 and "File too large" in err and "the same command resumes" in err
     assert main(command) == 0
     assert not differences(finished[1], recipe.run_dir)
+
+
+def test_a_full_disk_promises_to_go_on_only_where_there_is_a_checkpoint(finished, tmp_path, capsys):
+    def full(display):
+        raise OSError(28, "No space left on device")
+
+    recipe = unfinished_copy(finished, tmp_path)
+    name = checkpoints(recipe.run_dir)[-1].name
+    assert run_to_end(recipe, full, quiet=True) == 1
+    assert f"once that is mended, the same command resumes from {name}\n" in capsys.readouterr().err
+    shutil.rmtree(recipe.run_dir / "checkpoints")
+    assert run_to_end(recipe, full, quiet=True) == 1
+    assert "the same command starts from scratch: there is no checkpoint yet\n" in capsys.readouterr().err
 
 
 def test_lines_that_a_full_disk_refuses_are_written_once_it_has_room(tmp_path, capsys):

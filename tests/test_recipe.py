@@ -156,6 +156,16 @@ def test_settings_that_do_not_go_together_are_told_with_where_each_was_set(tmp_p
     assert str(error.value).startswith(f"{where.format(file=path)}: pskd.alpha_warmup_epochs 4 must be below epochs")
 
 
+def test_what_a_short_run_and_mixed_inputs_are_refused_for_comes_with_the_way_out():
+    with pytest.raises(InputError, match=r"must be below epochs 1: for so short a run --optim.warmup_epochs 0.1, or 0"):
+        load_recipe("custom", {"data.path": "my_images", "epochs": 1})
+    load_recipe("custom", {"data.path": "my_images", "epochs": 1, "optim.warmup_epochs": 0.1})
+    mixed = load_recipe("digits", {"augment.cutmix": 1})
+    with pytest.raises(InputError, match="leave cskd out of --methods, or set both to 0"):
+        mixed.check_method("cskd")
+    mixed.check_method("pskd")
+
+
 def test_settings_of_one_section_that_do_not_go_together_are_told_with_where_they_were_set():
     for overrides in ({"pskd.store_topk": "3"}, {"data.loading": "streaming"}, {"data.path": "x"}):
         with pytest.raises(
