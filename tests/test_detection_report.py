@@ -76,8 +76,8 @@ def written_out(table, counts):
 def test_a_draws_figures_are_those_of_the_photographs_written_out(seed):
     detections, truths = made_up(seed)
     counts = np.random.default_rng(seed).multinomial(12, np.full(12, 1 / 12), size=4)
-    layout = Layout(found_of(detections, truths), 3)
-    figures = layout.figures(np.concatenate([np.ones((1, 12)), counts]))
+    layout = Layout(found_of(detections, truths))
+    figures = layout.figures(np.concatenate([np.ones((1, 12)), counts]).T)
     for row, times in zip(figures, [np.ones(12, int), *counts], strict=True):
         wanted = score(written_out(detections, times), written_out(truths, times), 3).figures
         np.testing.assert_allclose(row, [wanted[name] for name in FIGURES], atol=1e-9)
@@ -85,7 +85,7 @@ def test_a_draws_figures_are_those_of_the_photographs_written_out(seed):
 
 def test_draws_are_the_same_for_every_run_and_a_run_differs_from_itself_by_nothing():
     first, second = (found_of(*made_up(0)), found_of(*made_up(0)))
-    draws = resampled([first, second], 3, resamples=50)
+    draws = resampled([first, second], resamples=50)
     assert draws.shape == (2, 51, 6) and np.array_equal(draws[0], draws[1]) and draws[0, 1:, 0].std() > 1
 
 
@@ -93,7 +93,7 @@ def test_a_class_that_was_not_drawn_is_left_out_of_the_mean():
     detections, truths = made_up(0)
     only_first = Table(truths.image, np.where(truths.image == 0, 2, truths.label % 2), *truths[2:])
     counts = np.r_[0, np.full(11, 1)][None]
-    figures = Layout(found_of(detections, only_first), 3).figures(counts)
+    figures = Layout(found_of(detections, only_first)).figures(counts.T)
     wanted = score(written_out(detections, counts[0]), written_out(only_first, counts[0]), 3).figures
     np.testing.assert_allclose(figures[0], [wanted[name] for name in FIGURES], atol=1e-9)
 
@@ -103,11 +103,20 @@ def test_a_clear_difference_is_told_from_none():
     perfect = Table(*truths[:3], np.linspace(0.99, 0.9, len(truths.label)))
     metrics = [metric for metric in METRICS if metric.name == "map"]
     runs = {name: [found_of(each, truths)] for name, each in (("a", detections), ("b", perfect), ("c", detections))}
-    rows = against("a", runs, metrics, 3).set_index("method")
+    rows = against("a", runs, metrics).set_index("method")
     assert rows.p["b"] < 0.05 and rows.better["b"] and rows.low["b"] > 0
     first, second = (score(each, truths, 3).figures["map"] for each in (detections, perfect))
     assert rows.difference["b"] == pytest.approx(second - first)
     assert rows.p["c"] == 1 and rows.difference["c"] == rows.low["c"] == rows.high["c"] == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_draws_of_photographs_without_any_object_are_left_out():
+    detections, truths = made_up(1)
+    first = truths.image == 0
+    runs = {name: [found_of(detections, Table(*(values[first] for values in truths)))] for name in ("a", "b")}
+    rows = against("a", runs, METRICS)
+    assert rows.p.eq(1).all() and rows.difference.eq(0).all() and len(rows) == 6
 
 
 def test_a_curves_mean_at_a_hundred_and_one_points_is_cocos_ap():
@@ -211,7 +220,7 @@ def test_the_verdict_is_of_the_bootstrap_over_photographs(runs, tmp_path):
     found = {run.method: [] for run in find_detectors([runs])}
     for run in find_detectors([runs]):
         found[run.method].append(run.found)
-    row = against("baseline", found, comparison.metrics, 20).set_index("metric").loc["map"]
+    row = against("baseline", found, comparison.metrics).set_index("metric").loc["map"]
     difference = comparison.frame["map"]["pskd"] - comparison.frame["map"]["baseline"]
     assert row.difference == pytest.approx(difference) and f"{row.difference:+.2f}" in page(tmp_path)
 

@@ -129,13 +129,12 @@ def compared(kept: dict[str, list[DetectorRun]], metrics: Sequence[Metric]) -> l
     for method in others:
         if seeds := tuple(sorted(by_seed[method].keys() & by_seed[reference].keys())):
             alike.setdefault(seeds, []).append(method)
-    num_classes = kept[reference][0].values["num_classes"]
     return [
         (
             reference,
             seeds,
             detection_significance.against(
-                reference, {m: [by_seed[m][s] for s in seeds] for m in (reference, *methods)}, metrics, num_classes
+                reference, {m: [by_seed[m][s] for s in seeds] for m in (reference, *methods)}, metrics
             ),
         )
         for seeds, methods in alike.items()
