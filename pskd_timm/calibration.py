@@ -1,14 +1,19 @@
 """Temperature scaling (Guo et al., ICML 2017): one number, fitted on held-out samples, that corrects confidences."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pyarrow import parquet
 from scipy.optimize import brentq
 
 from .metrics import as_array
 
 ROWS_AT_ONCE = 1024  # so many that what is made of them stays in the processor's cache
+PART_BYTES = (
+    32 * 2**20
+)  # of float32 probabilities read from a file at once: few enough that no large memory is asked for
 LOWEST, HIGHEST = 0.01, 100.0  # bounds of a fit
 # Right and wrong predictions that a fit needs of each. In 1700 simulated fits (2, 10 and 100 classes, errors from 1 to 80 %)
 # of confidences that were off by a factor of 1.5, the temperature from at most 2 of either made the test NLL worse in 39 to
@@ -24,6 +29,27 @@ class Temperature(NamedTuple):
     value: float
     num_samples: int
     reason: str = ""
+
+
+def kept_probabilities(path: Path) -> str | None:
+    """The column of a file of predictions that has probabilities or their logarithms; None where the run kept none."""
+    names = parquet.read_schema(path).names
+    return next((name for name in ("probabilities", "log_probabilities") if name in names), None)
+
+
+def probability_parts(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Probabilities [n, K], labels [n] and hits [n] of a file of predictions, part by part, each read once."""
+    column = kept_probabilities(path)
+    file = parquet.ParquetFile(path)
+    rows = max(1, PART_BYTES // (4 * file.schema_arrow.field(column).type.list_size))
+    for part in file.iter_batches(rows, columns=["label", "correct", column]):
+        flat, labels, correct = (
+            each.to_numpy(zero_copy_only=False) for each in (part[column].flatten(), part["label"], part["correct"])
+        )
+        rows_of_part = flat.reshape(len(part), -1)
+        if column == "log_probabilities":
+            rows_of_part = np.exp(rows_of_part.astype(np.float32))
+        yield rows_of_part, labels, correct
 
 
 def log_probabilities(probabilities) -> np.ndarray:

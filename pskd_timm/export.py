@@ -17,10 +17,11 @@ import yaml
 from torch import Tensor, nn
 
 from . import __version__
+from .calibration import Temperature, probability_parts, with_temperature
 from .data.augmentation import normalize
 from .errors import InputError, first_line
 from .files import write_atomic
-from .metrics import score
+from .metrics import Outcomes, outcomes, summarize
 from .models.base import CifarNet
 from .models.build import LOCAL, normalisation
 from .prediction import Classifier, describe_calibration
@@ -228,20 +229,19 @@ def card_table(result: Result, classifier: Classifier, best: bool) -> str:
     """The figures as the network gives them, and with the temperature where other images than the scored ones gave it."""
     rows = {"as trained": result.best if best else result.last}
     if not classifier.temperature.reason and result.values["evaluated_on"] == "test":
-        labels, probabilities = calibrated_predictions(result.run_dir / "best" if best else result.run_dir, classifier)
         label = f"with temperature {classifier.temperature.value:.4f}, fitted on held-out training images"
-        rows[label] = score(probabilities, labels)
+        rows[label] = calibrated_metrics(result.run_dir / "best" if best else result.run_dir, classifier.temperature)
     metrics = telling_metrics(read_metrics(result.values), len(classifier.class_names))
     lines = [["confidences", *(metric.header for metric in metrics)], ["---", *("---:" for _ in metrics)]]
     lines += [[label, *(f"{row[m.name]:.{m.digits}f}" for m in metrics)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def calibrated_predictions(source: Path, classifier: Classifier) -> tuple[Tensor, Tensor]:
-    """Labels [N] and calibrated probabilities [N, K] of the scored images whose predictions lie in `source`."""
-    table = pd.read_parquet(source / "predictions.parquet", columns=["label", "probabilities"])
-    probabilities = torch.tensor(np.stack(table.probabilities))
-    return torch.tensor(table.label.to_numpy()), classifier.confidences(probabilities)
+def calibrated_metrics(source: Path, temperature: Temperature) -> dict[str, float]:
+    """The metrics, with a temperature, of the scored images whose predictions lie in `source`."""
+    parts = probability_parts(source / "predictions.parquet")
+    each = [outcomes(with_temperature(probabilities, temperature.value), labels) for probabilities, labels, _ in parts]
+    return summarize(Outcomes(*map(np.concatenate, zip(*each, strict=True))))
 
 
 NAMES = {"input_names": ["images"], "output_names": ["confidences"], "verbose": False}

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from .calibration import Temperature, fit_temperature, with_temperature
+from .calibration import Temperature, fit_to_parts, kept_probabilities, probability_parts, with_temperature
 from .cpus import num_cpus
 from .data.augmentation import normalize
 from .data.decode import fit, open_image
@@ -96,10 +95,11 @@ def held_out_temperature(folder: Path) -> Temperature:
     if not path.is_file():
         return Temperature(1.0, 0, "the run held no images out (data.holdout_fraction)")
     try:
-        table = pd.read_parquet(path, columns=["label", "probabilities"])
+        if not kept_probabilities(path):
+            return Temperature(1.0, 0, "the run kept no probabilities (keep_probabilities)")
+        return fit_to_parts(part[:2] for part in probability_parts(path))
     except (OSError, ValueError) as error:  # pyarrow's are among them
         raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-    return fit_temperature(np.stack(table.probabilities), table.label.to_numpy())
 
 
 def find_images(names: list[str]) -> list[Path]:

@@ -235,6 +235,8 @@ class RecipeBase(Section):
     """CPU threads of torch; one is often fastest for small networks. By default torch's own choice."""
     output_dir: str | None = None
     """Root of the run folders <method>/seed<seed>; by default runs/<name>."""
+    keep_probabilities: Literal["auto", "float32", "float16", "none"] = "auto"
+    """What is kept of each evaluated image's probabilities: all, their logarithms in 16 bits, or none; `auto`: all up to 1 GB."""
     timeout_minutes: Positive = 10.0
     """How long a process waits for one that died or hangs before it ends."""
     init_from: str | None = None
@@ -367,6 +369,7 @@ _NO_OUTCOME = {
     "preset",
     "preset_of",
     "output_dir",
+    "keep_probabilities",
     "resume",
     "threads",
     "timeout_minutes",

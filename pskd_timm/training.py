@@ -23,7 +23,7 @@ from .run.init_from import start_from
 from .run.launch import connect, forget_single_process, place_network
 from .run.meters import Clock, RunningMeans
 from .run.mistakes import find_mistakes, write_mistakes
-from .run.outputs import better, run_result, write_predictions, write_result
+from .run.outputs import better, run_result, score_splits, write_result
 from .run.profile import profiled
 from .run.result import Result
 from .run.stopping import RESUMES, SaveSchedule, StopSignals
@@ -215,17 +215,11 @@ def train(
                     stop.obey(due.signal)
 
         # The result: the last and the best epoch's weights over each part; result.json, written last, says it is finished.
-        last = {
-            split: task.evaluate(state.eval_network, split, keep_probabilities=True, progress=display.advance)
-            for split in task.splits
-        }
+        last = score_splits(task, state.eval_network, run_dir, display.advance)
         if is_main:
             task.save(state.eval_network, run_dir)
         state.eval_network.load_state_dict(state.best)
-        best = {
-            split: task.evaluate(state.eval_network, split, keep_probabilities=True, progress=display.advance)
-            for split in task.splits
-        }
+        best = score_splits(task, state.eval_network, run_dir / "best", display.advance)
         clock.update(progress)
         if is_main:
             task.save(state.eval_network, run_dir / "best")
@@ -233,7 +227,6 @@ def train(
             mistakes = find_mistakes(last[scored_on], lambda rows: task.examples(scored_on, rows))
             tracker.log_result(values, last[scored_on], mistakes)
             write_mistakes(run_dir, mistakes)
-            write_predictions(run_dir, last, best)
             write_result(run_dir, values)
         accelerator.wait_for_everyone()
     return Result(run_dir, folder.read_result(run_dir))

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -93,6 +94,7 @@ def score(settings: dict, rank: int, world_size: int, port: int):
     """The per-sample outcomes of a finished run's weights into OUTPUT_DIR/on<world_size>.safetensors."""
     from pskd_timm.data import load_data
     from pskd_timm.models.build import load_model, normalisation
+    from pskd_timm.outcomes import ProbabilityRows
     from pskd_timm.run.folder import read_recipe
     from pskd_timm.tasks.images import predict
 
@@ -101,11 +103,11 @@ def score(settings: dict, rank: int, world_size: int, port: int):
     if world_size > 1:
         dist.init_process_group("gloo")
     recipe, model = read_recipe(Path(settings["run_dir"])), load_model(settings["run_dir"])
-    found = predict(
-        model, load_data(recipe.data, recipe.augment).test, 8, *normalisation(model, recipe), keep_probabilities=True
-    )
+    rows = ProbabilityRows(Path(settings["output_dir"]) / f"on{world_size}.rows", model.num_classes, "float32")
+    settings_of_run = 8, *normalisation(model, recipe)
+    found = predict(model, load_data(recipe.data, recipe.augment).test, *settings_of_run, rows=rows)
     if rank == 0:
-        tensors = found.outcomes._asdict() | {"probabilities": found.probabilities}
+        tensors = found.outcomes._asdict() | {"probabilities": np.concatenate(list(rows.blocks()))}
         tensors = {name: torch.as_tensor(values).contiguous() for name, values in tensors.items()}
         save_file(tensors, Path(settings["output_dir"]) / f"on{world_size}.safetensors")
     if world_size > 1:

@@ -91,12 +91,12 @@ class SequenceTask:
         return Batches(self.seed, rank, world_size)
 
     @torch.no_grad()
-    def evaluate(self, network, split, keep_probabilities=False, progress=None):
+    def evaluate(self, network, split, final=False, progress=None, rows_in=None):
         tokens, mask, _ = sentences()
         logits = network.eval()((tokens, mask))
         found, probabilities = logits.argmax(1) == self.labels, logits.softmax(1)
         nll = F.cross_entropy(logits, self.labels, reduction="none").double()
-        return TokenPredictions(Outcomes(probabilities.amax(1), found, found, nll), self.labels, probabilities)
+        return TokenPredictions(Outcomes(probabilities.amax(1), found, found, nll), self.labels, logits.argmax(1))
 
     def save(self, network, folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pyarrow import ArrowException, parquet
+from pyarrow import ArrowException
 
-from ..calibration import scaled_outcomes, with_temperature
+from ..calibration import kept_probabilities, probability_parts, scaled_outcomes, with_temperature
 from ..metrics import (
     FLOORED,
     OF_ROWS,
@@ -22,23 +22,7 @@ from ..metrics import (
     summarize,
 )
 
-PART = 4096  # probabilities' rows read at once: few enough that no large memory is asked for
 SCALED_METRICS = ("nll", "ece", "aurc", "eaurc")  # which a temperature changes
-
-
-def keeps_rows(path: Path) -> bool:
-    """Whether a file of predictions has each sample's probabilities of all classes."""
-    return "probabilities" in parquet.read_schema(path).names
-
-
-def probability_parts(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Probabilities [n, K], labels [n] and hits [n] of a file of predictions, part by part, each read once."""
-    for part in parquet.ParquetFile(path).iter_batches(PART, columns=["label", "correct", "probabilities"]):
-        flat, labels, correct = (
-            column.to_numpy(zero_copy_only=False)
-            for column in (part["probabilities"].flatten(), part["label"], part["correct"])
-        )
-        yield flat.reshape(len(part), -1), labels, correct
 
 
 @dataclass
@@ -90,6 +74,6 @@ class Kept:
     def _of_rows(self, figures: Callable[[], dict]) -> dict:
         """What `figures` makes of the probabilities; nothing where there are none, or their column cannot be read."""
         try:
-            return figures() if keeps_rows(self.path) else {}
+            return figures() if kept_probabilities(self.path) else {}
         except (ArrowException, OSError):
             return {}

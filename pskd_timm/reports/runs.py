@@ -14,6 +14,7 @@ import pandas as pd
 from pyarrow import ArrowException, parquet
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError, create_model
 
+from ..calibration import kept_probabilities
 from ..errors import InputError
 from ..files import warn
 from ..methods import METHOD_SECTIONS
@@ -266,12 +267,11 @@ def _check_predictions(path: Path, values: RunResult):
         classes = file.read(columns=["label", "prediction"]).to_pandas()
     except (ArrowException, OSError) as error:
         raise InputError(f"{path.name} cannot be read: {str(error).partition('. ')[0]}") from None
-    kept = ["probabilities"] if values["task"] == "images" else []  # of a token there are too many to be kept
-    if missing := [name for name in [*OUTCOMES, *kept] if name not in file.schema_arrow.names]:
+    if missing := [name for name in OUTCOMES if name not in file.schema_arrow.names]:
         raise InputError(f"{path.name} has no column {missing[0]!r}")
     of_rows = values["num_classes"]
-    if kept:
-        of_rows = getattr(file.schema_arrow.field("probabilities").type, "list_size", None)
+    if kept := kept_probabilities(path):
+        of_rows = getattr(file.schema_arrow.field(kept).type, "list_size", None)
     if of_rows != values["num_classes"] or not classes.isin(range(of_rows)).all(axis=None):
         raise InputError(f"{path.name} has other classes than result.json's {values['num_classes']}")
     of_holdout = path.name == HOLDOUT or values["evaluated_on"] == "holdout"

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from pyarrow import ArrowException
 
-from ..calibration import Temperature, fit_to_parts
+from ..calibration import Temperature, fit_to_parts, kept_probabilities, probability_parts
 from ..errors import first_line
 from ..metrics import Metric
-from .kept import SCALED_METRICS, Kept, keeps_rows, probability_parts
+from .kept import SCALED_METRICS, Kept
 from .plots import SCALED, title
 from .runs import HOLDOUT, PREDICTIONS, Run, rows
 from .significance import LEVEL, in_a_row
@@ -49,7 +49,7 @@ def at_temperature(run: Run, which: str) -> tuple[Temperature, Kept] | None:
     held_out, scored = folder / HOLDOUT, folder / PREDICTIONS
     if run.values["evaluated_on"] != "test" or not {"nll", "ece"} <= run.values[which].keys():
         return None
-    if not (held_out.is_file() and scored.is_file() and keeps_rows(held_out) and keeps_rows(scored)):
+    if not (held_out.is_file() and scored.is_file() and kept_probabilities(held_out) and kept_probabilities(scored)):
         return None
     fitted = fit_to_parts(part[:2] for part in probability_parts(held_out))
     return fitted, Kept(scored, fitted.value)

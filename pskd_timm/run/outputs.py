@@ -2,13 +2,15 @@
 
 import json
 import platform
+import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .. import __version__
+from .. import __version__, ranks
 from ..cpus import num_cpus
 from ..files import without_nan, write_atomic
 from ..metrics import Metric
@@ -72,14 +74,26 @@ def run_result(
     return values
 
 
-def write_predictions(run_dir: Path, last: dict[str, Predictions], best: dict[str, Predictions]):
-    """Write predictions.parquet of the scored split, and <split>.parquet of the others and of the held-out one."""
-    for folder, of_splits in ((run_dir, last), (run_dir / "best", best)):
-        for place, (split, predictions) in enumerate(of_splits.items()):
-            if place == 0:
-                predictions.write(folder / "predictions.parquet")
-            if place > 0 or split == "holdout":
-                predictions.write(folder / f"{split}.parquet")
+def score_splits(task: Task, network: nn.Module, folder: Path, progress: Callable) -> dict[str, Predictions]:
+    """What `network` predicts of each split (all ranks call it together), written into `folder` by the main rank.
+
+    predictions.parquet has the scored split, <split>.parquet the others and the held-out one.
+    """
+    is_main, found = ranks.rank_and_world_size()[0] == 0, {}
+    for place, split in enumerate(task.splits):
+        rows = folder / f"{split}.rows"
+        try:
+            found[split] = task.evaluate(network, split, True, progress, rows)
+            if is_main:
+                folder.mkdir(exist_ok=True)
+                if place == 0:
+                    found[split].write(folder / "predictions.parquet")
+                if place > 0 or split == "holdout":
+                    found[split].write(folder / f"{split}.parquet")
+        finally:
+            if is_main:
+                shutil.rmtree(rows, ignore_errors=True)
+    return found
 
 
 def write_result(run_dir: Path, values: RunResult):

@@ -53,9 +53,18 @@ class Task(Protocol):
         """The training batches on `device`; with `partners` (`class`, `view`) each has `partner_inputs` too."""
 
     def evaluate(
-        self, network: nn.Module, split: str, keep_probabilities: bool = False, progress: Callable | None = None
+        self,
+        network: nn.Module,
+        split: str,
+        final: bool = False,
+        progress: Callable | None = None,
+        rows_in: Path | None = None,
     ) -> Predictions:
-        """The outcome of each target of `split`, in eval mode (all ranks call it together; the result is on each)."""
+        """The outcome of each target of `split`, in eval mode (all ranks call it together; the result is on each).
+
+        With `final` also what is computed only once a run has ended (`Metric.only_at_end`). Where probabilities are to be kept
+        they go into the new folder `rows_in`, for `Predictions.write`.
+        """
 
     def save(self, network: nn.Module, folder: Path):
         """Write the network so that `load` and other people's tools read it back."""

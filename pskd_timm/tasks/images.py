@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from ..losses import at_least_float32
 from ..metrics import METRICS, Outcomes
 from ..models.build import check_name, check_saves, create_model, load_model, normalisation, read_config, save_model
 from ..order import num_batches
-from ..outcomes import Predictions, batch_outcomes
+from ..outcomes import Predictions, ProbabilityRows, batch_outcomes
 from ..recipe import Recipe
 from ..run.launch import autocast
 
 WEIGHTS = 10  # stream of random numbers: initial weights
+LARGEST_IN_FULL = 10**9  # bytes of a split's probabilities that are kept as they are where nothing else is asked for
 
 
 class ImageTask:
@@ -78,12 +80,22 @@ class ImageTask:
         )
 
     def evaluate(
-        self, network: nn.Module, split: str, keep_probabilities: bool = False, progress: Callable | None = None
+        self,
+        network: nn.Module,
+        split: str,
+        final: bool = False,
+        progress: Callable | None = None,
+        rows_in: Path | None = None,
     ) -> Predictions:
-        self.evaluated[split] = self.evaluated[split].to(next(network.parameters()).device)
+        samples = self.evaluated[split] = self.evaluated[split].to(next(network.parameters()).device)
         recipe = self.recipe
+        kept = recipe.keep_probabilities
+        if kept == "auto":
+            kept = "float32" if 4 * len(samples) * self.num_classes <= LARGEST_IN_FULL else "float16"
+        rows = ProbabilityRows(rows_in, self.num_classes, kept) if rows_in and kept != "none" else None
         settings = recipe.batch_size, *normalisation(network, recipe), recipe.mixed_precision
-        return predict(network, self.evaluated[split], *settings, keep_probabilities, progress)
+        found = predict(network, samples, *settings, rows, progress)
+        return replace(found, paths=samples.paths) if final else found
 
     def save(self, network: nn.Module, folder: Path):
         seen = *normalisation(network, self.recipe), self.data.image_size, self.recipe.data.crop_pct
@@ -126,42 +138,43 @@ def predict(
     mean: list[float],
     std: list[float],
     mixed_precision: str = "no",
-    keep_probabilities: bool = False,
+    rows: ProbabilityRows | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Predictions:
     """Outcomes of `split` in eval mode, each rank its slice, gathered on every rank and moved to the CPU.
 
+    The probabilities go into `rows`, where there are any, batch by batch, and nowhere else.
     `progress` is called with ("evaluating", samples on their way, samples) of this rank.
     """
     rank, world_size = ranks.rank_and_world_size()
     ranks.copy_buffers_from_main(model)
     model.eval()
-    num_classes = model.num_classes
-    each, kept, done = [], [], 0
     parts = [eval_part(len(split), batch_size, r, world_size) for r in range(world_size)]
+    mine, done = parts[rank].stop - parts[rank].start, 0
+    # Made before the loop: small tensors kept of each batch would lie between its large ones, whose memory could not be
+    # used again.
+    types = (torch.float32, torch.bool, torch.bool, torch.float64, torch.int64)
+    columns = [torch.empty(mine, dtype=dtype, device=split.labels.device) for dtype in types]
     for images, labels in eval_batches(split, batch_size, mean, std, parts[rank]):
         with autocast(images.device, mixed_precision):
             logits = model(images)
         logits = at_least_float32(logits)
         probabilities = logits.softmax(dim=1)
-        each.append(batch_outcomes(logits, probabilities, labels))
-        if keep_probabilities:
-            kept.append(probabilities)
+        of_batch = (*batch_outcomes(logits, probabilities, labels), probabilities.argmax(dim=1))
+        for column, values in zip(columns, of_batch, strict=True):
+            column[done : done + len(labels)] = values
+        if rows:
+            rows.add(probabilities)
         done += len(labels)
         if progress:
-            progress("evaluating", done, parts[rank].stop - parts[rank].start)
-    device = split.labels.device
-    empty = Outcomes(
-        *(torch.empty(0, dtype=d, device=device) for d in (torch.float32, torch.bool, torch.bool, torch.float64))
-    )
-    columns = [torch.cat(parts) for parts in zip(*(each or [empty]), strict=True)]
-    gathered = Outcomes(*(ranks.gather_rows(column, parts).cpu().numpy() for column in columns))
+            progress("evaluating", done, mine)
+    if rows:
+        rows.close()
+    *of_samples, guesses = (ranks.gather_rows(column, parts).cpu() for column in columns)
+    gathered = Outcomes(*(column.numpy() for column in of_samples))
     if wrong := int((~np.isfinite(gathered.nll)).sum()):
         raise Diverged(f"the network's outputs are not finite for {wrong} of {len(split)} evaluated samples")
-    mine = torch.cat(kept) if kept else torch.empty(0, num_classes, device=device)
-    probabilities = ranks.gather_rows(mine, parts).cpu() if keep_probabilities else mine.cpu()
-    paths = split.paths if keep_probabilities else None
-    return Predictions(gathered, split.labels.cpu(), probabilities, split.source_id.cpu(), paths)
+    return Predictions(gathered, split.labels.cpu(), guesses, rows, split.source_id.cpu())
 
 
 def takes_one_sample(model: nn.Module, image_size: tuple[int, int]) -> bool:

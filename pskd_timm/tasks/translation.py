@@ -144,15 +144,16 @@ class TranslationTask:
         self,
         network: TranslationNetwork,
         split: str,
-        keep_probabilities: bool = False,
+        final: bool = False,
         progress: Callable | None = None,
+        rows_in: Path | None = None,
     ) -> TokenPredictions:
-        """With `keep_probabilities` the sentences are translated too; the probabilities of all pieces are never kept."""
+        """With `final` the sentences are translated too; the probabilities of all pieces are never kept."""
         here = self.evaluated[split]
         outcomes, guesses = predict_tokens(network, here.sources, here.targets, self.recipe.mixed_precision, progress)
         sentence = torch.arange(len(here.targets)).repeat_interleave(here.targets.lengths)
         translations = None
-        if keep_probabilities:
+        if final:
             translations = beam.translate(network, self.tokenizer, here.sources, self.recipe.translation, progress)
         return TokenPredictions(outcomes, here.targets.tokens, guesses, sentence, translations, here.pairs.targets)
 
