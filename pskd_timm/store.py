@@ -2,8 +2,8 @@
 
 Row i of the N×K table has a home rank (contiguous blocks). `checkout(ids)` brings the rows a rank will visit, `read` and
 `write` are local tensor operations on the device, `checkin()` sends the rows home. With one process home and working copy
-are the same tensor. Memory a rank: 2·N·K·bytes/W, N·K·bytes with one process, and an exchange buffer of bounded size;
-`topk` keeps k probabilities and their classes of each row instead of K.
+are the same tensor. Memory a rank: N/W·(2·K·bytes + 16), with one process N·(K·bytes + 1), and an exchange buffer of bounded
+size; `topk` keeps k probabilities and their classes of each row instead of K.
 """
 
 import torch
@@ -17,6 +17,7 @@ from .errors import InputError
 DTYPES = ("float16", "float32", "float64")
 NO_SAMPLE = torch.iinfo(torch.int64).min
 UNSEEN = -1.0  # first number of a row that was never written: no probability is negative
+SLOT_BYTES = 16  # of a checked-out row beside its numbers: its sample's id, and its place in its home rank's hands
 LOOKED_AT = 64  # rows of each write whose `topk` error is computed, which takes all classes
 EXCHANGE_BYTES = 16 * 2**20  # what a rank sends, and receives, in one round of an exchange
 
@@ -25,7 +26,7 @@ class FullRows:
     """Rows of K probabilities of `dtype`, as they are."""
 
     def __init__(self, num_classes: int, dtype: torch.dtype):
-        self.num_classes, self.dtype = num_classes, dtype
+        self.num_classes, self.dtype, self.wide = num_classes, dtype, torch.promote_types(dtype, torch.float32)
         self.row_bytes = num_classes * dtype.itemsize
 
     def blank(self, num_rows: int, device) -> Tensor:
@@ -35,8 +36,8 @@ class FullRows:
         return rows
 
     def unseen(self, rows: Tensor) -> Tensor:
-        """Which rows [B] were never written."""
-        return rows[:, 0] < 0
+        """Which rows were never written, [B, 1]."""
+        return rows[:, :1] < 0
 
     def encode(self, probabilities: Tensor) -> Tensor:
         """Probabilities [B, K] as rows of the table."""
@@ -44,7 +45,7 @@ class FullRows:
 
     def decode(self, rows: Tensor) -> Tensor:
         """Rows of the table as probabilities [B, K], at least float32; those never written are all zero."""
-        probabilities = rows.to(torch.promote_types(self.dtype, torch.float32), copy=True)
+        probabilities = rows.to(self.wide, copy=True)
         probabilities[:, :1].clamp_(min=0.0)
         return probabilities
 
@@ -60,7 +61,12 @@ class TopRows:
             raise InputError(
                 f"pskd.store_topk {k} must be from 1 to {num_classes - 1}, below the {num_classes} classes"
             )
-        self.num_classes, self.dtype, self.k = num_classes, dtype, k
+        self.num_classes, self.dtype, self.wide, self.k = (
+            num_classes,
+            dtype,
+            torch.promote_types(dtype, torch.float32),
+            k,
+        )
         self.index_dtype = torch.int16 if num_classes <= 2**15 else torch.int32
         self.value_bytes = k * dtype.itemsize
         self.row_bytes = self.value_bytes + k * self.index_dtype.itemsize
@@ -70,7 +76,7 @@ class TopRows:
         return self._pack(torch.full_like(classes, UNSEEN, dtype=self.dtype), classes).repeat(num_rows, 1)
 
     def unseen(self, rows: Tensor) -> Tensor:
-        return self._values(rows)[:, 0] < 0
+        return self._values(rows)[:, :1] < 0
 
     def encode(self, probabilities: Tensor) -> Tensor:
         return self.pack(*probabilities.topk(self.k, dim=1))
@@ -85,7 +91,7 @@ class TopRows:
 
     def parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The probabilities kept [B, k], their classes [B, k], and that of each other class [B]; zeros where never written."""
-        values = self._values(rows).to(torch.promote_types(self.dtype, torch.float32))
+        values = self._values(rows).to(self.wide)
         classes = _aligned(rows[:, self.value_bytes :]).view(self.index_dtype).long()
         # Rounded values can add up to a little more than 1.
         rest = (1.0 - values.sum(dim=1)).clamp_min(0.0) / (self.num_classes - self.k)
@@ -103,6 +109,10 @@ def _aligned(columns: Tensor) -> Tensor:
     return columns.clone(memory_format=torch.contiguous_format)
 
 
+def _numbers(rows: Tensor | range, device) -> Tensor:
+    return torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, range) else rows
+
+
 def row_format(num_classes: int, dtype: str, topk: int | None = None) -> FullRows | TopRows:
     """How rows of K probabilities are kept: in full, or with `topk` the k largest of each."""
     if dtype not in DTYPES:
@@ -117,9 +127,9 @@ def home_rows(num_samples: int, rank: int, world_size: int) -> slice:
 
 
 def store_bytes(num_samples: int, num_classes: int, dtype: str, world_size: int = 1, topk: int | None = None) -> int:
-    """Bytes of the store on the rank that holds most, the working copy included."""
-    rows = -(-num_samples // world_size)
-    return rows * row_format(num_classes, dtype, topk).row_bytes * (1 if world_size == 1 else 2)
+    """Bytes of the store on the rank that holds most, the working copy and what finds its rows included."""
+    rows, row_bytes = -(-num_samples // world_size), row_format(num_classes, dtype, topk).row_bytes
+    return rows * (row_bytes + 1 if world_size == 1 else 2 * row_bytes + SLOT_BYTES)
 
 
 def choose_device(wanted: str, run_device, num_bytes: int) -> torch.device:
@@ -163,8 +173,8 @@ class PredictionStore:
         self.home = self.format.blank(self.own.stop - self.own.start, device)
         self.rows = self.home if self.world_size == 1 else self.format.blank(1, device)
         self._off = torch.zeros(2, dtype=torch.float64, device=self.device)  # mass misplaced by topk; rows written
-        # A recorded step (CUDA graph) goes on using these two tensors: they are changed in place only.
-        self._slot = torch.full((num_samples,), -1, device=self.device)
+        # A recorded step (CUDA graph), of one process, goes on using these two: they are changed in place only.
+        self._known = torch.zeros(num_samples if self.world_size == 1 else 0, dtype=torch.bool, device=self.device)
         self._stray = torch.tensor(NO_SAMPLE, device=self.device)
         self._release()
 
@@ -178,12 +188,16 @@ class PredictionStore:
 
         Not those of now: a run resumed in mid-epoch visits fewer rows, and logs the same figures all the same.
         """
-        return self.home.nbytes * (1 if self.world_size == 1 else 2)
+        if self.world_size == 1:
+            return self.home.nbytes + self._known.nbytes
+        return 2 * self.home.nbytes + SLOT_BYTES * len(self.home)
 
     def _release(self):
-        self.ids = torch.empty(0, dtype=torch.int64)  # sorted, so that rows of one home lie together
-        self._slot.fill_(-1)
-        self._borrowed = self._lent = None  # per rank: my slots of its home rows, my home rows in its hands
+        self._known.fill_(False)  # with one process: which samples are checked out
+        # With several: the ids of the working rows, sorted, so that rows of one home lie together; one row for strays.
+        self._ids = torch.full((1,), NO_SAMPLE, device=self.device)
+        self._borrowed: list[range] | None = None  # per rank: my slots of its home rows
+        self._lent: list[Tensor] | None = None  # per rank: my home rows in its hands
 
     def checkout(self, ids: Tensor):
         """Bring the rows of the sample ids [n] that this rank will visit (all ranks call it together)."""
@@ -191,15 +205,14 @@ class PredictionStore:
         if len(ids) and (ids[0] < 0 or ids[-1] >= self.num_samples):
             raise InputError(f"sample ids must lie in 0 … {self.num_samples - 1}, got {ids[0]} … {ids[-1]}")
         self.checkin()
-        self.ids = ids
         if self.world_size == 1:
-            self._slot[ids.to(self.device)] = ids.to(self.device)
+            self._known[ids.to(self.device)] = True
             return
-        num_rows = max(1, len(ids))  # one for strays, where this rank visits nothing
-        if len(self.rows) != num_rows:  # else the last epoch's memory serves again
-            self.rows = self.format.blank(num_rows, self.device)
-        self._slot[ids.to(self.device)] = torch.arange(len(ids), device=self.device)
-        self._agree_on_rows()
+        if len(ids):
+            self._ids = ids.to(self.device)
+        if len(self.rows) != len(self._ids):  # else the last epoch's memory serves again
+            self.rows = self.format.blank(len(self._ids), self.device)
+        self._agree_on_rows(ids)
         self._exchange(self.home, self._lent, self.rows, self._borrowed)
 
     def checkin(self):
@@ -212,13 +225,18 @@ class PredictionStore:
         if self._borrowed is not None:
             self._exchange(self.rows, self._borrowed, self.home, self._lent)
 
-    def _slots(self, index: Tensor) -> Tensor:
-        inside = index.clamp(0, self.num_samples - 1)
-        slot = self._slot.index_select(0, inside)
-        stray = torch.where((slot < 0) | (inside != index), index, NO_SAMPLE)
-        # Only noted here, since to look would wait for the device: `checkin` raises.
-        torch.maximum(self._stray, stray.max(), out=self._stray)
-        return slot.clamp_min(0)
+    def find(self, index: Tensor) -> Tensor:
+        """The slots [B] of the samples `index` [B], for both `read` and `write`; `checkin` raises where one has none."""
+        index = index.to(self.device)
+        if self.world_size == 1:
+            slots = index.clamp(0, self.num_samples - 1)
+            known = (slots == index).logical_and_(self._known.index_select(0, slots))
+        else:
+            slots = torch.searchsorted(self._ids, index).clamp_max_(len(self._ids) - 1)
+            known = self._ids.index_select(0, slots) == index
+        # A stray sample is only noted here, since to look would wait for the device.
+        torch.maximum(self._stray, index.masked_fill(known, NO_SAMPLE).max(), out=self._stray)
+        return slots
 
     def _raise_stray(self):
         sample = int(ranks.largest([self._stray.item()])[0])
@@ -228,36 +246,41 @@ class PredictionStore:
                 f"sample {sample} was not checked out: begin_epoch(epoch, order) must name every id of the epoch"
             )
 
-    def read(self, index: Tensor, labels: Tensor) -> Tensor:
-        """The last predictions [B, K] of the samples `index` [B]; one-hot `labels` [B] for those never seen."""
-        rows = self.rows.index_select(0, self._slots(index.to(self.device)))
+    def read(self, index: Tensor, labels: Tensor, slots: Tensor | None = None) -> Tensor:
+        """The last predictions [B, K] of the samples `index` [B]; one-hot `labels` [B] for those never seen.
+
+        `slots` is what `find(index)` gave, where the same step also writes.
+        """
+        rows = self.rows.index_select(0, self.find(index) if slots is None else slots)
         last = self.format.decode(rows)
         # What was never written is decoded to zeros; a one at the label, where torch.where would go over whole rows.
-        unseen = self.format.unseen(rows)[:, None].to(last.dtype)
+        unseen = self.format.unseen(rows).to(last.dtype)
         return last.scatter_add_(1, labels.to(self.device)[:, None], unseen).to(index.device)
 
-    def read_top(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read_top(self, index: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What a store with `topk` keeps of the samples `index` [B]: probabilities [B, k], classes [B, k], each other's [B].
 
         All three are zero for samples never seen.
         """
-        parts = self.format.parts(self.rows.index_select(0, self._slots(index.to(self.device))))
+        parts = self.format.parts(self.rows.index_select(0, self.find(index) if slots is None else slots))
         return tuple(part.to(index.device) for part in parts)
 
-    def write(self, index: Tensor, probabilities: Tensor):
+    @torch.no_grad()
+    def write(self, index: Tensor, probabilities: Tensor, slots: Tensor | None = None):
         """Overwrite the rows of the samples `index` [B] with `probabilities` [B, K]."""
-        probabilities = probabilities.detach().to(self.device)
+        probabilities = probabilities.to(self.device)
         rows = self.format.encode(probabilities)
-        self.rows.index_copy_(0, self._slots(index.to(self.device)), rows)
+        self.rows.index_copy_(0, self.find(index) if slots is None else slots, rows)
         if isinstance(self.format, TopRows):
             self._note_error(probabilities[:LOOKED_AT], rows[:LOOKED_AT])
 
-    def write_top(self, index: Tensor, log_probabilities: Tensor):
+    @torch.no_grad()
+    def write_top(self, index: Tensor, log_probabilities: Tensor, slots: Tensor | None = None):
         """`write`, in a store with `topk`, from `log_probabilities` [B, K]: the other probabilities are never computed."""
-        log_probabilities = log_probabilities.detach().to(self.device)
+        log_probabilities = log_probabilities.to(self.device)
         values, classes = log_probabilities.topk(self.format.k, dim=1)
         rows = self.format.pack(values.exp(), classes)
-        self.rows.index_copy_(0, self._slots(index.to(self.device)), rows)
+        self.rows.index_copy_(0, self.find(index) if slots is None else slots, rows)
         self._note_error(log_probabilities[:LOOKED_AT].exp(), rows[:LOOKED_AT])
 
     def _note_error(self, probabilities: Tensor, rows: Tensor):
@@ -279,7 +302,7 @@ class PredictionStore:
         """
         rows = ranks.gather_rows(self.shard(), self.parts)
         table = self.format.decode(rows)
-        unseen = self.format.unseen(rows).nonzero().squeeze(1)
+        unseen = self.format.unseen(rows).squeeze(1).nonzero().squeeze(1)
         table[unseen] = float("nan")
         if self.labels is not None:
             labels = self.labels.to(unseen.device)[unseen]
@@ -291,18 +314,19 @@ class PredictionStore:
         self._return_rows()
         return self.home
 
-    def _agree_on_rows(self):
-        """Tell every home rank which of its rows this rank borrows, and learn which of its own it lends."""
+    def _agree_on_rows(self, ids: Tensor):
+        """Tell every home rank which of its rows this rank borrows (`ids`, sorted), and learn which of its own it lends."""
         wire = ranks.exchange_device()
-        bounds = torch.searchsorted(self.ids, torch.tensor([part.start for part in self.parts] + [self.num_samples]))
+        bounds = torch.searchsorted(ids, torch.tensor([part.start for part in self.parts] + [self.num_samples]))
         borrowed = bounds.diff().to(wire)
         lent = torch.empty_like(borrowed)
         dist.all_to_all_single(lent, borrowed)
         borrowed, lent = borrowed.tolist(), lent.tolist()
         lent_ids = torch.empty(sum(lent), dtype=torch.int64, device=wire)
-        dist.all_to_all_single(lent_ids, self.ids.to(wire), lent, borrowed)
-        self._lent = (lent_ids.to(self.device) - self.own.start).split(lent)
-        self._borrowed = torch.arange(len(self.ids), device=self.device).split(borrowed)
+        dist.all_to_all_single(lent_ids, ids.to(wire), lent, borrowed)
+        self._lent = list((lent_ids.to(self.device) - self.own.start).split(lent))
+        bounds = bounds.tolist()
+        self._borrowed = [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
         self._longest = int(ranks.largest([max(lent + borrowed)])[0])
 
     def _exchange(self, source: Tensor, source_rows, target: Tensor, target_rows):
@@ -310,8 +334,8 @@ class PredictionStore:
         wire = ranks.exchange_device()
         chunk = max(1, EXCHANGE_BYTES // (self.format.row_bytes * self.world_size))
         for begin in range(0, self._longest, chunk):
-            out = [rows[begin : begin + chunk] for rows in source_rows]
-            into = [rows[begin : begin + chunk] for rows in target_rows]
+            out = [_numbers(rows[begin : begin + chunk], self.device) for rows in source_rows]
+            into = [_numbers(rows[begin : begin + chunk], self.device) for rows in target_rows]
             # A rank's own rows need no wire.
             target.index_copy_(0, into[self.rank], source.index_select(0, out[self.rank]))
             out[self.rank] = into[self.rank] = out[self.rank][:0]

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pskd_timm import PSKD, Batch, InputError, PredictionStore
 from pskd_timm.recipe_files import load_recipe
@@ -65,8 +66,52 @@ def test_the_stated_bytes_are_those_held():
     for dtype in ("float16", "float32"):
         assert PredictionStore(100, 10, dtype=dtype).nbytes == store_bytes(100, 10, dtype)
         assert PredictionStore(100, 10, dtype=dtype, topk=3).nbytes == store_bytes(100, 10, dtype, topk=3)
-    assert store_bytes(1_281_167, 1_000, "float16", topk=10) == 1_281_167 * 10 * (2 + 2)
-    assert store_bytes(100, 40_000, "float16", topk=10) == 100 * 10 * (2 + 4)
+    # A byte a sample says whether it is checked out.
+    assert store_bytes(1_281_167, 1_000, "float16", topk=10) == 1_281_167 * (10 * (2 + 2) + 1)
+    assert store_bytes(100, 40_000, "float16", topk=10) == 100 * (10 * (2 + 4) + 1)
+    # Among 64 ranks: twice the rows, and for each the id of its sample and its place at home.
+    assert store_bytes(14_200_000, 21_841, "float16", 64, topk=10) == 221_875 * (2 * 10 * (2 + 2) + 2 * 8)
+
+
+def held_bytes(thing, seen):
+    """Bytes of every tensor that an object holds, directly or in lists; those that share memory once."""
+    if isinstance(thing, torch.Tensor):
+        memory = thing.untyped_storage()
+        return 0 if memory.data_ptr() in seen or seen.add(memory.data_ptr()) else memory.nbytes()
+    return sum(held_bytes(each, seen) for each in thing) if isinstance(thing, list | tuple) else 0
+
+
+def test_nbytes_counts_every_tensor_that_the_store_holds():
+    for options in ({}, {"topk": 3}):
+        store = PredictionStore(10_000, 10, **options)
+        store.checkout(torch.arange(10_000))
+        held = sum(held_bytes(thing, seen) for seen in [set()] for thing in vars(store).values())
+        assert store.nbytes <= held <= store.nbytes + 64  # the stray sample, the misplaced mass
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_loss_of_a_step_is_at_most_30_operations_and_finds_its_rows_once(monkeypatch):
+    pskd = PSKD(0.8).setup(num_samples=40, num_classes=10, num_epochs=2, device="cpu")
+    pskd.begin_epoch(1, torch.arange(40))
+    logits, batch = torch.randn(8, 10, requires_grad=True), Batch(None, torch.arange(8), torch.arange(8))
+    calls = []
+    monkeypatch.setattr(
+        pskd.store, "find", lambda index: calls.append(index) or PredictionStore.find(pskd.store, index)
+    )
+    with Operations() as operations:
+        pskd.loss(lambda _: logits, batch)
+    assert operations.count <= 30 and len(calls) == 1
 
 
 @settings(deadline=None, max_examples=40)
@@ -104,11 +149,11 @@ def test_topk_says_what_it_takes_and_what_it_costs_and_full_says_no_error():
         pskd.loss(model, Batch(torch.eye(10)[labels], labels, torch.arange(40)))
         pskd.end_epoch()
         said[start] = pskd.describe()
-    assert said.pop("prediction store: 40 × 10 float16, 800 bytes a rank on cpu") == (
-        "prediction store: 40 × 10 float16, 800 bytes a rank on cpu"
+    assert said.pop("prediction store: 40 × 10 float16, 840 bytes a rank on cpu") == (
+        "prediction store: 40 × 10 float16, 840 bytes a rank on cpu"
     )
     ((start, end),) = said.items()
-    assert start == "prediction store: 40 × 10 float16, the 2 largest of each row, 320 bytes a rank on cpu"
+    assert start == "prediction store: 40 × 10 float16, the 2 largest of each row, 360 bytes a rank on cpu"
     assert end.startswith(start) and end.endswith(" % of a row's mass is misplaced on average")
 
 

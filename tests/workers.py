@@ -64,6 +64,8 @@ def exchange(folder: Path):
             mine = order[even_slice(len(order), rank, world_size)]
             middle = data.draw(st.booleans())
             store.checkout(mine)
+            lists = [*vars(store).values(), *store._lent]
+            assert sum(t.nbytes for t in lists if isinstance(t, torch.Tensor) and t is not labels) <= store.nbytes + 200
             if len(mine):
                 torch.testing.assert_close(store.read(mine, labels[mine]), table[mine], **close)
             for done, half in enumerate((mine[: len(mine) // 2], mine[len(mine) // 2 :])):

@@ -89,23 +89,24 @@ class PSKD(Method):
     def loss(self, model, batch):
         logits = model(batch.inputs)
         wide = losses.at_least_float32(logits)
+        slots = self.store.find(batch.index) if self.store else None
         if self.topk and batch.permutation is None:
-            return self._loss_of_top_rows(wide, batch), logits
-        last = self.last_prediction(model, batch).to(wide.dtype)
+            return self._loss_of_top_rows(wide, batch, slots), logits
+        last = self.last_prediction(model, batch, slots).to(wide.dtype)
         log_p = F.log_softmax(wide, dim=1)
         cross_entropy = batch.label_loss(partial(F.nll_loss, log_p))
-        last_cross_entropy = -(last * log_p).sum(dim=1).mean()
-        self.terms = torch.stack([cross_entropy, last_cross_entropy]).detach()
-        if self.store and batch.permutation is None:
-            # What this very forward predicts (training mode, augmented view) is the next visit's target; of a mixed image
-            # it is neither sample's.
-            self.store.write(batch.index, wide.detach().softmax(dim=1))
-        alpha = self._alpha.to(wide.dtype)
-        return (1.0 - alpha) * cross_entropy + alpha * last_cross_entropy, logits
+        last_cross_entropy = (last * log_p).sum() / -len(wide)
+        with torch.no_grad():
+            self.terms = torch.stack([cross_entropy, last_cross_entropy])
+            if self.store and batch.permutation is None:
+                # What this very forward predicts (training mode, augmented view) is the next visit's target; of a mixed
+                # image it is neither sample's.
+                self.store.write(batch.index, wide.softmax(dim=1), slots)
+        return torch.lerp(cross_entropy, last_cross_entropy, self._alpha.to(wide.dtype)), logits
 
-    def _loss_of_top_rows(self, logits, batch):
+    def _loss_of_top_rows(self, logits, batch, slots):
         """`loss` with a store of the k largest, whose rows are never spread out over all the classes."""
-        values, classes, rest = self.store.read_top(batch.index)
+        values, classes, rest = self.store.read_top(batch.index, slots)
         values, rest = values.to(logits.dtype), rest.to(logits.dtype)
         labels = batch.labels[:, None]
         unseen = (values[:, :1] == 0).to(logits.dtype)  # the label stands in for it
@@ -116,16 +117,16 @@ class PSKD(Method):
         of_top = ((values - rest[:, None]) * log_p.gather(1, classes)).sum(dim=1)
         last = (unseen * cross_entropy)[:, 0] - of_top - rest * log_p.sum(dim=1)
         self.terms = torch.stack([cross_entropy.mean(), last.mean()])
-        self.store.write_top(batch.index, log_p)
+        self.store.write_top(batch.index, log_p, slots)
         return loss.mean()
 
-    def last_prediction(self, model, batch):
+    def last_prediction(self, model, batch, slots=None):
         """The last predictions, probabilities [B, K]; one-hot labels where there is none yet, or a snapshot would not count.
 
         The store's is of the samples, mixed as a mixed batch's images are; the snapshot looks at the mixed images themselves.
         """
         if self.store:
-            return batch.mixed(self.store.read(batch.index, batch.labels))
+            return batch.mixed(self.store.read(batch.index, batch.labels, slots))
         self.snapshot.watch(model)
         if not self.snapshot_teaches:
             return batch.mixed(losses.one_hot(batch.labels, self.num_classes))
