@@ -252,8 +252,8 @@ def test_show_prints_values_with_their_sources_and_the_cost_before_any_training(
     )
     assert re.search(r"optim.clip_grad_norm +│ None +│ default", text)
     assert "391 an epoch × 300 epochs = 117,300" in text
-    # 50 000 × 100 × 2 bytes; with several ranks home and working copy, each 1/W of it.
-    assert "prediction store per rank: 1 rank 10.0 MB, 2 ranks 10.0 MB, 8 ranks 2.5 MB" in text
+    # 50 000 × (100 × 2 + 1) bytes; with several ranks 1/W of it home, as much a working copy, and 16 bytes a row to find it.
+    assert "prediction store per rank: 1 rank 10.1 MB, 2 ranks 10.4 MB, 8 ranks 2.6 MB" in text
     assert "data in memory: 184.3 MB" in text  # 60 000 × 3 × 32 × 32
     assert not list(tmp_path.iterdir())
 
