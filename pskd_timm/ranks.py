@@ -1,6 +1,6 @@
 """The processes of a run, seen through torch's default process group; one process where there is none."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -111,6 +111,13 @@ def copy_buffers_from_main(model: nn.Module):
 
     In training mode they influence nothing, so once before an evaluation is enough and no step pays for it.
     """
+    copy_from_main(model.buffers())
+
+
+def copy_from_main(tensors: Iterable[Tensor]):
+    """Give every rank the main rank's values of `tensors`, in place (all ranks call it together)."""
     if rank_and_world_size()[1] > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            sent = tensor.detach().contiguous()  # as weights in channels_last are not
+            dist.broadcast(sent, 0)
+            tensor.copy_(sent)

@@ -17,7 +17,7 @@ from .progress import Display
 from .recipe import Recipe
 from .recipe_files import as_recipe
 from .run import checkpoint, folder
-from .run.checkpoint import Progress, TrainState, cpu_copy
+from .run.checkpoint import Progress, TrainState
 from .run.graph import StepGraph, check_recordable
 from .run.init_from import start_from
 from .run.launch import connect, forget_single_process, place_network
@@ -196,7 +196,7 @@ def train(
                 clock.update(progress)
                 if progress.best is None or better(task.metrics[0], figures, progress.best):
                     progress.best = {"epoch": epoch + 1, **figures}
-                    state.best.update(cpu_copy(state.eval_network))
+                    state.keep_best()
 
                 # Log and save.
                 line |= {"evaluated_on": chosen_on, **figures}
@@ -218,7 +218,7 @@ def train(
         last = score_splits(task, state.eval_network, run_dir, display.advance)
         if is_main:
             task.save(state.eval_network, run_dir)
-        state.eval_network.load_state_dict(state.best)
+        state.put_back_best()
         best = score_splits(task, state.eval_network, run_dir / "best", display.advance)
         clock.update(progress)
         if is_main:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from safetensors import safe_open
 
 from kills import differences, limit_files_once
-from pskd_timm import InputError, train
+from pskd_timm import InputError, PredictionStore, train
+from pskd_timm.bench.rounds import peak
 from pskd_timm.cli import main, run_to_end
 from pskd_timm.files import Lines, checksum
 from pskd_timm.run import checkpoint
@@ -290,3 +292,56 @@ def test_synchronised_batch_norm_is_refused_without_a_gpu(tmp_path, capsys, monk
     assert main(["train", "digits", "--model.sync_bn", "true", "--output_dir", str(tmp_path / "runs")]) == 2
     assert "model.sync_bn needs GPUs" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_written_piece_by_piece_is_what_safetensors_reads_and_its_checksum_that_of_the_file(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "BYTES_AT_ONCE", 64)
+    tensors = {str(dtype): torch.arange(99).reshape(9, 11).t().to(dtype) for dtype in checkpoint.TYPES}
+    tensors |= {"none": torch.empty(0, 3), "one": torch.tensor(7), "like an image": torch.randn(2, 3, 5, 5)}
+    tensors["like an image"] = tensors["like an image"].to(memory_format=torch.channels_last)
+    with checkpoint.HashedFile(tmp_path / "all.safetensors") as file:
+        checkpoint.write_tensors(file, tensors)
+    assert file.checksum == checksum(tmp_path / "all.safetensors")
+    with safe_open(tmp_path / "all.safetensors", "pt") as read:
+        assert set(read.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            assert read.get_tensor(name).dtype == tensor.dtype and torch.equal(read.get_tensor(name), tensor)
+
+
+def test_a_checkpoint_is_written_without_a_second_copy_of_optimizer_store_or_weights(tmp_path):
+    network = torch.nn.Linear(2500, 4000)  # 40 MB
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    network(torch.ones(1, 2500)).sum().backward()
+    optimizer.step()
+    store = PredictionStore(40_000, 1000)  # 80 MB
+    state = checkpoint.TrainState(network, None, optimizer, None, store, torch.zeros(3), {})
+    assert checkpoint.save(tmp_path, checkpoint.Progress(), state, keep=1)
+    needed = peak(lambda: checkpoint.save(tmp_path, checkpoint.Progress(step=1), state, keep=1))
+    assert needed < 20e6
+
+
+def test_each_rank_looks_at_its_own_shard_and_all_of_them_at_every_file(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(finished[1] / "checkpoints" / "000003-00000000", folder)
+    state = json.loads((folder / "state.json").read_text())
+    names = [f"store-{rank:05d}-of-00005.safetensors" for rank in range(5)]
+    (folder / "store-00000-of-00001.safetensors").unlink()
+    del state["checksum"], state["checksums"]["store-00000-of-00001.safetensors"]
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+        state["checksums"][name] = checksum(folder / name)
+    state["world_size"] = 5
+    (folder / "state.json").write_text(json.dumps(state | {"checksum": checkpoint._state_checksum(state)}))
+    looked = []
+    monkeypatch.setattr(checkpoint, "checksum", lambda path: looked.append(path.name) or checksum(path))
+    for world_size in (1, 2, 5, 7):
+        shares = []
+        for rank in range(world_size):
+            looked.clear()
+            assert checkpoint.damage(folder, rank, world_size) is None
+            shares.append(list(looked))
+        assert sorted(sum(shares, [])) == sorted(state["checksums"])
+        assert all(names[rank] in shares[rank] for rank in range(min(5, world_size)))
+        assert all(name.startswith("store-") for share in shares[1:] for name in share)

@@ -2,13 +2,13 @@
 
 A checkpoint is a folder `checkpoints/<epoch>-<step>`: weights, moving average, optimizer, the best epoch's weights, what
 the method remembers (PS-KD's snapshot, OLS's soft labels, DLB's last batch), each rank's home rows of the prediction store,
-and state.json, written last, with the checksum of every other file. Order, augmentation and learning rate are functions of
-(seed, epoch, step) and are not saved. Nothing in it is code.
+and state.json, written last, with the checksum of every other file, taken while it is written. Order, augmentation and
+learning rate are functions of (seed, epoch, step) and are not saved. Nothing in it is code.
 """
 
 import hashlib
-import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -17,7 +17,7 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -31,6 +31,20 @@ from ..store import PredictionStore, home_rows
 from .folder import checkpoints
 
 FORMAT, VERSION = "pskd_timm checkpoint", 3
+BYTES_AT_ONCE = 64 * 2**20  # of a tensor on its way from the device into a file
+# What a safetensors file calls the types of tensors.
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @dataclass
@@ -63,13 +77,24 @@ class TrainState:
     store: PredictionStore | None
     sums: Tensor  # this rank's running sums that are not in Progress yet
     fingerprint: dict[str, str]  # of the data; a checkpoint of other data is refused
-    best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best epoch so far, on the CPU
+    best: dict[str, Tensor] = field(default_factory=dict)  # weights of the best epoch so far, on the main rank's CPU
     method: Method = field(default_factory=Method)  # its state_dict, where it has one
 
     @property
     def eval_network(self) -> nn.Module:
         """The weights that are evaluated and kept: the moving average where there is one."""
         return self.ema.module if self.ema else self.network
+
+    def keep_best(self):
+        """Keep the weights that were just evaluated, on the main rank alone."""
+        if ranks.rank_and_world_size()[0] == 0:
+            self.best.update(cpu_copy(self.eval_network))
+
+    def put_back_best(self):
+        """Give every rank the weights of the best epoch (all ranks call it together)."""
+        if ranks.rank_and_world_size()[0] == 0:
+            self.eval_network.load_state_dict(self.best)
+        ranks.copy_from_main(self.eval_network.state_dict().values())
 
 
 class CannotWrite(Exception):
@@ -138,27 +163,79 @@ def _write(
     partial: Path, train_state: TrainState, rows: Tensor | None, remembered: dict, rank: int, world_size: int
 ) -> tuple[dict, list[float]]:
     """Write this rank's files; returns their checksums by name, and the running sums."""
-    tensors = {}
+    tensors, checksums = {}, {}
     if rows is not None:
         tensors[_shard_name(rank, world_size)] = {"rows": rows}
     if rank == 0:
-        tensors["model.safetensors"] = contiguous_state(train_state.network)
+        tensors["model.safetensors"] = train_state.network.state_dict()
         if train_state.ema is not None:
-            tensors["ema.safetensors"] = contiguous_state(train_state.ema)
+            tensors["ema.safetensors"] = train_state.ema.state_dict()
         if train_state.best:
             tensors["best.safetensors"] = train_state.best
         if remembered:
             tensors["method.safetensors"] = remembered
-        # Through memory, because torch does not say why it could not write a file.
-        buffer = io.BytesIO()
-        torch.save(train_state.optimizer.state_dict(), buffer)
-        (partial / "optimizer.pt").write_bytes(buffer.getbuffer())
+        with HashedFile(partial / "optimizer.pt") as file:
+            _save_optimizer(train_state.optimizer, file)
+        checksums["optimizer.pt"] = file.checksum
     for name, state in tensors.items():
-        save_file(state, partial / name)
-    mine = [partial / name for name in [*tensors, *(["optimizer.pt"] if rank == 0 else [])]]
-    for path in mine:
-        flush_to_disk(path)
-    return {path.name: checksum(path) for path in mine}, train_state.sums.tolist()
+        with HashedFile(partial / name) as file:
+            write_tensors(file, state)
+        checksums[name] = file.checksum
+    return checksums, train_state.sums.tolist()
+
+
+class HashedFile:
+    """A file to be written, which knows the SHA-256 of what was written; at the end the disk holds it."""
+
+    def __init__(self, path: Path):
+        self.file, self.digest = path.open("wb"), hashlib.sha256()
+
+    def write(self, content) -> int:
+        self.digest.update(content)
+        return self.file.write(content)
+
+    def flush(self):
+        self.file.flush()
+
+    @property
+    def checksum(self) -> str:
+        return self.digest.hexdigest()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+
+def write_tensors(file: HashedFile, tensors: dict[str, Tensor]):
+    """Write a safetensors file piece by piece; the library's own writer cannot tell the checksum."""
+    # Wide types first, so that each tensor lies where its type may.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header, start = {}, 0
+    for name in names:
+        tensor, end = tensors[name], start + tensors[name].nbytes
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        flat = tensors[name].detach().reshape(-1)
+        for piece in flat.split(BYTES_AT_ONCE // flat.itemsize):
+            file.write(piece.cpu().view(torch.uint8).numpy().data)
+
+
+def _save_optimizer(optimizer: torch.optim.Optimizer, file: HashedFile):
+    try:
+        torch.save(optimizer.state_dict(), file)
+    except RuntimeError as error:
+        # Of a write that failed torch says only that the file is not as long as it should be.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _write_state(partial: Path, progress: Progress, train_state: TrainState, checksums: dict, sums: list):
@@ -190,31 +267,38 @@ def newest_whole(run_dir: Path) -> Path | None:
 
     Damaged ones that are newer are named in a line each and set aside. Raises InputError where all are damaged.
     """
-    return ranks.on_main(lambda: _look_for_whole(run_dir))
-
-
-def _look_for_whole(run_dir: Path) -> Path | None:
     damaged = {}
-    for path in reversed(checkpoints(run_dir)):
-        if problem := damage(path):
-            damaged[path] = problem
+    for path in reversed(ranks.on_main(lambda: checkpoints(run_dir))):
+        found = ranks.all_gather_objects(damage(path, *ranks.rank_and_world_size()))
+        if problems := list(filter(None, found)):
+            damaged[path] = problems[0]
             continue
-        for bad, problem in damaged.items():
-            aside = bad.with_name(f"damaged-{bad.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            bad.rename(aside)
-            warn(f"{bad}: {problem}; resuming from {path.name} instead; {aside.name} can be deleted")
+        ranks.on_main(lambda whole=path: _set_aside(damaged, whole))
         return path
+    return ranks.on_main(lambda: _refuse(damaged))
+
+
+def _set_aside(damaged: dict[Path, str], whole: Path):
+    for bad, problem in damaged.items():
+        aside = bad.with_name(f"damaged-{bad.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        bad.rename(aside)
+        warn(f"{bad}: {problem}; resuming from {whole.name} instead; {aside.name} can be deleted")
+
+
+def _refuse(damaged: dict[Path, str]):
     if damaged:
         path, problem = next(iter(damaged.items()))
         raise InputError(
             f"{path}: {problem}; no other checkpoint is whole; --resume never deletes the run and starts from scratch"
         )
-    return None
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None where every file is as it was written."""
+def damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None where every file is as it was written.
+
+    Of several ranks each looks at its shard (of fewer or more, at its share of them), the main rank at the other files too.
+    """
     try:
         state = json.loads((path / "state.json").read_bytes())
     except FileNotFoundError:
@@ -227,7 +311,10 @@ def damage(path: Path) -> str | None:
         return f"written in version {state.get('version')} of the format, this pskd_timm reads version {VERSION}"
     if state.pop("checksum", None) != _state_checksum(state):
         return "state.json is not as it was written (wrong checksum)"
+    shards = {_shard_name(shard, state["world_size"]): shard for shard in range(state["world_size"])}
     for name, written in state["checksums"].items():
+        if shards.get(name, 0) % world_size != rank:
+            continue
         if not (path / name).is_file():
             return f"{name} is missing"
         try:
@@ -255,13 +342,13 @@ def load(path: Path, train_state: TrainState) -> Progress:
         train_state.network.load_state_dict(load_file(path / "model.safetensors"))
         if train_state.ema is not None:
             train_state.ema.load_state_dict(load_file(path / "ema.safetensors"))
-        train_state.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+        train_state.optimizer.load_state_dict(_load_optimizer(path, train_state.sums.device))
         if "method.safetensors" in state["checksums"]:
             train_state.method.load_state_dict(load_file(path / "method.safetensors"))
     except (RuntimeError, ValueError, KeyError, FileNotFoundError, UnpicklingError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"{path}: does not fit this recipe's network and optimizer: {why}") from None
-    if "best.safetensors" in state["checksums"]:
+    if rank == 0 and "best.safetensors" in state["checksums"]:
         train_state.best.update(load_file(path / "best.safetensors"))
     if train_state.scaler and state["scaler"]:
         train_state.scaler.load_state_dict(state["scaler"])
@@ -270,6 +357,11 @@ def load(path: Path, train_state: TrainState) -> Progress:
     train_state.sums.copy_(torch.tensor(_my_sums(state["sums"], rank, world_size)))
     known = {one.name for one in fields(Progress)}
     return Progress(**{key: value for key, value in state["progress"].items() if key in known})
+
+
+def _load_optimizer(path: Path, device: torch.device) -> dict:
+    # What goes to a GPU is read from the file on its way there; on the CPU the optimizer takes the loaded tensors over.
+    return torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu", mmap=device.type == "cuda")
 
 
 def _my_sums(saved: list[list[float]], rank: int, world_size: int) -> list[float]:
