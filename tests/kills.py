@@ -1,12 +1,10 @@
 """Runs in processes of their own that are killed at seeded moments, and what must be equal afterwards."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
 import signal
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from commands import LIMIT, forkserver, free_port, told_by_launcher
 from pskd_timm.cli import main
 from pskd_timm.run.checkpoint import damage
 from pskd_timm.run.result import read_lines
@@ -46,13 +45,9 @@ TIMES = ("seconds", "epoch_seconds", "images_per_second")
 
 def start(settings: dict, world_size: int, target=None) -> list:
     """A run's processes, forked from one that has the slow imports done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pskd_timm.training", "datasets", "sklearn.datasets", "sklearn.model_selection"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    target = target or run
-    processes = [context.Process(target=target, args=(settings, rank, world_size, port)) for rank in range(world_size)]
+    target, port = target or run, free_port()
+    places = range(world_size)
+    processes = [forkserver().Process(target=target, args=(settings, rank, world_size, port)) for rank in places]
     for process in processes:
         process.start()
     return processes
@@ -79,15 +74,7 @@ def _speak_and_join(settings: dict, rank: int, world_size: int, port: int):
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    _join(rank, world_size, port)
-
-
-def _join(rank: int, world_size: int, port: int):
-    """What a launcher tells its processes."""
-    if world_size > 1:
-        ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        os.environ.update({key: str(value) for key, value in ours.items()})
+    os.environ.update(told_by_launcher(rank, world_size, port))
 
 
 def score(settings: dict, rank: int, world_size: int, port: int):
@@ -99,7 +86,7 @@ def score(settings: dict, rank: int, world_size: int, port: int):
     from pskd_timm.tasks.images import predict
 
     torch.set_num_threads(1)
-    _join(rank, world_size, port)
+    os.environ.update(told_by_launcher(rank, world_size, port))
     if world_size > 1:
         dist.init_process_group("gloo")
     recipe, model = read_recipe(Path(settings["run_dir"])), load_model(settings["run_dir"])
@@ -147,7 +134,7 @@ def to_end(settings: dict, world_size: int, target=run) -> Path:
     """The finished run's folder."""
     processes = start(settings, world_size, target)
     for process in processes:
-        process.join(120)
+        process.join(LIMIT)
     log = (Path(settings["output_dir"]) / "rank0.log").read_text()
     assert [process.exitcode for process in processes] == [0] * world_size, log[-3000:]
     return Path(settings["output_dir"]) / settings["method"] / "seed0"
@@ -187,7 +174,7 @@ def kill_once(settings: dict, world_size: int, draw: random.Random, seconds: flo
             os.kill(processes[victim].pid, signal.SIGKILL)
     half_written = sorted(path.name for path in partial.glob("*")) if is_new(partial) else None
     for process in processes:
-        process.join(60)
+        process.join(LIMIT)
     assert not any(process.is_alive() for process in processes), "a rank did not end"
     if not alive:
         return None
@@ -205,8 +192,8 @@ def kill_once(settings: dict, world_size: int, draw: random.Random, seconds: flo
     }
 
 
-def _wait(for_what, seconds: float = 60):
-    deadline = time.monotonic() + seconds
+def _wait(for_what):
+    deadline = time.monotonic() + LIMIT
     while not for_what():
         assert time.monotonic() < deadline
         time.sleep(0.0005)

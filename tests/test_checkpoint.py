@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from filelock import FileLock
 from safetensors import safe_open
 
+from commands import cli
 from kills import differences, limit_files_once
 from pskd_timm import InputError, PredictionStore, train
 from pskd_timm.bench.rounds import peak
@@ -262,9 +262,8 @@ def test_a_run_resumed_between_two_log_lines_writes_the_same_lines(tiny, tmp_pat
 
 def test_a_second_process_in_the_same_run_folder_is_refused_with_exit_code_2(finished, tmp_path):
     recipe = unfinished_copy(finished, tmp_path)
-    command = [sys.executable, "-m", "pskd_timm", "train", str(recipe.run_dir / "recipe.yaml")]
     with FileLock(recipe.run_dir / ".lock"):
-        done = subprocess.run([*command, "--output_dir", str(tmp_path)], capture_output=True, text=True, timeout=120)
+        done = cli("train", recipe.run_dir / "recipe.yaml", "--output_dir", tmp_path)
     assert done.returncode == 2
     assert done.stderr == (
         f"pskd-timm: {recipe.run_dir}: another process is at work on this run: wait for it, or choose another --output_dir\n"

@@ -6,11 +6,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from commands import LIMIT, wait_until
 from pskd_timm.recipe_files import SHIPPED
 from pskd_timm.run.result import read_lines
 from runs import newest
@@ -84,18 +84,16 @@ def test_a_job_that_slurm_ends_saves_asks_to_be_requeued_and_the_next_one_goes_o
     run_dir = tmp_path / "pskd" / "seed0"
     settings = ["--method", "pskd", "--epochs", "40", "--tracking.log_every", "1"]
     job = slurm("single_node.sh", *settings)
-    deadline = time.monotonic() + 120
-    while len(read_lines(run_dir / "metrics.jsonl")) < 2:
-        assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: len(read_lines(run_dir / "metrics.jsonl")) >= 2 or job.poll() is not None)
+    assert job.poll() is None
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=LIMIT)
     assert job.returncode == 138, output
     assert output.count("the same command resumes") == 1
     assert (tmp_path / "scontrol.log").read_text().split() == ["requeue", str(os.getpid())]
     stopped_at = newest(run_dir).name
     job = slurm("multi_node.sh", *settings, SLURM_JOB_NODELIST="node[1-2]")
-    output, _ = job.communicate(timeout=240)
+    output, _ = job.communicate(timeout=LIMIT)
     assert job.returncode == 0, output
     epoch, step = map(int, stopped_at.split("-"))
     assert f"resuming after epoch {epoch}, step {step} of 5" in output
@@ -106,7 +104,7 @@ def test_a_job_that_slurm_ends_saves_asks_to_be_requeued_and_the_next_one_goes_o
 
 def test_a_task_of_the_array_is_a_method_and_a_seed(slurm, tmp_path):
     job = slurm("array.sh", "--epochs", "1", tasks=1, SLURM_ARRAY_TASK_ID="7")
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=LIMIT)
     assert job.returncode == 0, output
     assert (tmp_path / "cskd" / "seed1" / "result.json").is_file()
 
@@ -114,7 +112,7 @@ def test_a_task_of_the_array_is_a_method_and_a_seed(slurm, tmp_path):
 def test_two_nodes_train_one_network(tmp_path):
     script = [str(Path(__file__).parent / "two_nodes.sh"), sys.executable, "digits", *SMALL]
     done = subprocess.run(
-        [*script, "--epochs", "2", "--output_dir", str(tmp_path)], capture_output=True, text=True, timeout=240
+        [*script, "--epochs", "2", "--output_dir", str(tmp_path)], capture_output=True, text=True, timeout=LIMIT
     )
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())

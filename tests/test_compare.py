@@ -2,7 +2,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from commands import LIMIT, Command, cli, wait_until
 from pskd_timm import InputError, compare, report, train
 from pskd_timm.cli import main
 from pskd_timm.comparison import BUSY, _run, _start, gpu_of
@@ -21,16 +21,11 @@ from pskd_timm.metrics import METRICS
 from pskd_timm.reports.runs import columns, floor_columns
 from pskd_timm.reports.tables import markdown_table, summary
 from pskd_timm.run.folder import is_locked
+from pskd_timm.run.result import read_lines
 
 SIX = list(METRICS.values())
-PATIENCE = 900  # seconds until what hangs is ended; no machine is so busy that anything else lasts as long
 
 QUICK = ["--epochs", "1", "--data.limit_train", "100", "--data.limit_test", "60", "--model.kwargs.width", "4"]
-
-
-def cli(*words, cwd=None):
-    command = [sys.executable, "-m", "pskd_timm", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +83,7 @@ def test_the_processes_of_a_comparison_do_not_run_its_script_again(tmp_path, mon
     for start, runs_it in ((_start, False), (lambda process: process.start(), True)):
         process = context.Process(target=time.sleep, args=(0,))
         start(process)
-        process.join(60)
+        process.join(LIMIT)
         assert process.exitcode == 0 and ran.exists() == runs_it
 
 
@@ -125,13 +120,6 @@ def test_compare_refuses_what_no_run_could_do_before_it_starts_any(options, says
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def wait_for_lines(path, process, count=2):
-    deadline = time.monotonic() + PATIENCE
-    while not path.is_file() or path.read_text().count("\n") < count:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-
-
 def child_of(folder):
     """The process that has the log of the run in `folder` as its output."""
     log = str(next(folder.rglob("run.log")))
@@ -154,15 +142,14 @@ def alive(pid):
 @pytest.mark.parametrize(("to_run", "number", "code"), [(False, signal.SIGTERM, 143), (True, signal.SIGKILL, 1)])
 def test_a_signal_to_compare_stops_its_runs_and_one_to_a_run_is_told(tmp_path, to_run, number, code):
     options = ["--epochs", "400", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
-    command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    wait_for_lines(tmp_path / "baseline" / "seed0" / "metrics.jsonl", process)
+    comparison = Command("pskd_timm", "compare", "digits", *options)
+    wait_until(lambda: len(read_lines(tmp_path / "baseline" / "seed0" / "metrics.jsonl")) >= 2, comparison)
     run = child_of(tmp_path)
-    os.kill(run if to_run else process.pid, number)
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code
+    os.kill(run if to_run else comparison.pid, number)
+    done = comparison.wait()
+    assert done.returncode == code
     assert not alive(run)
-    assert ("ended by signal 9" if to_run else "each run saves where it stands") in output
+    assert ("ended by signal 9" if to_run else "each run saves where it stands") in done.stdout
 
 
 def test_the_table_gives_mean_and_sample_deviation_and_marks_the_lowest():
@@ -304,29 +291,27 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
 
 
 def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for_them(tmp_path):
-    options = ["--epochs", "100", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
-    command = [sys.executable, "-m", "pskd_timm", "compare", "digits", *options]
-    # A shell's background job ignores SIGINT, and so would all that it starts: the tests may be run in one.
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **listening)
+    options = ["--epochs", "40", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
+    one = Command("pskd_timm", "compare", "digits", *options, error=False)
     lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
-    wait_for_lines(lines, process)
+    wait_until(lambda: len(read_lines(lines)) >= 2, one)
     run = child_of(tmp_path)
     os.kill(run, signal.SIGSTOP)  # or it might be done before the other one has started
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert "1 runs, 0 already finished" in other.stdout.readline()
-    assert "another process is at work on this run; waiting for it" in other.stdout.readline()
+    other = Command("pskd_timm", "compare", "digits", *options)
+    wait_until(lambda: other.stdout().count("\n") >= 2, other)
+    said = other.stdout().splitlines()
+    assert "1 runs, 0 already finished" in said[0]
+    assert "another process is at work on this run; waiting for it" in said[1]
     first = lines.parent.joinpath("run.log").read_text().splitlines()[0]
-    assert "epoch 1/100" in first  # the other one has left the log alone
-    os.kill(process.pid, signal.SIGINT)
-    told = next(line for line in process.stdout if "the same command resumes" in line)
+    assert "epoch 1/40" in first  # the other one has left the log alone
+    os.kill(one.pid, signal.SIGINT)
+    wait_until(lambda: "the same command resumes" in one.stdout())
     os.kill(run, signal.SIGCONT)
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and "Traceback" not in told + output
-    other.communicate(timeout=PATIENCE)
-    assert other.returncode == 0
+    interrupted = one.wait()
+    assert interrupted.returncode == 130 and "Traceback" not in interrupted.stdout
+    assert other.wait().returncode == 0
     assert "resuming after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
-    assert lines.read_text().count("\n") == 100
+    assert lines.read_text().count("\n") == 40
 
 
 def test_runs_take_turns_on_the_gpus_that_are_given_to_them():

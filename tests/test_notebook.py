@@ -9,6 +9,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+from commands import LIMIT
 from pskd_timm import Result
 from pskd_timm.recipe_files import SHIPPED
 from pskd_timm.reports.plots import COLOURS
@@ -23,7 +24,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     # A cell that raises ends the execution with its traceback.
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=LIMIT, resources={"metadata": {"path": str(folder)}}).execute()
     cells, heading = {}, ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and cell.source.startswith("#"):

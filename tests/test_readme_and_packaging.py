@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
+from commands import LIMIT
 from pskd_timm.cli import main, make_parser
 from pskd_timm.detection.recipes import shipped as shipped_for_detectors
 from pskd_timm.recipe_files import load_recipe, shipped_recipes
@@ -144,7 +145,7 @@ def test_a_wheel_holds_the_recipes_and_shows_them_from_any_folder(tmp_path):
         str(tmp_path),
         str(ROOT),
     ]
-    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    subprocess.run(build, check=True, capture_output=True, timeout=LIMIT)
     wheel = next(tmp_path.glob("*.whl"))
     with zipfile.ZipFile(wheel) as files:
         files.extractall(tmp_path / "site")

@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from commands import LIMIT, cli
 from pskd_timm import METHODS, load_recipe, train
 from pskd_timm.cli import main, make_parser
 from pskd_timm.data import load_data
@@ -28,12 +29,11 @@ from pskd_timm.run.tracking import Tracker
 from pskd_timm.tasks import open_task
 
 SWEEP = yaml.safe_load((SHIPPED / "sweep.yaml").read_text())
-TRAIN = [sys.executable, "-m", "pskd_timm", "train", "digits", "--model.kwargs.width", "4", "--tracking.log_every", "5"]
 
 
 def inspect(run_folder, *options):
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(run_folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT).stdout
 
 
 def records(run_folder):
@@ -298,9 +298,9 @@ def test_a_number_that_is_none_is_null_in_the_files_and_a_gap_in_wandb(tiny, tmp
 
 
 def test_online_without_an_account_is_refused_in_one_line_and_offline_needs_none(tmp_path):
-    options = ["--epochs", "1", "--tracking.wandb", "online", "--output_dir", str(tmp_path)]
+    options = ["--epochs", "1", "--model.kwargs.width", "4", "--tracking.wandb", "online", "--output_dir", tmp_path]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_MODE": "online"}
-    done = subprocess.run([*TRAIN, *options], capture_output=True, text=True, timeout=120, env=environment)
+    done = cli("train", "digits", *options, env=environment)
     assert done.returncode == 2
     assert "pskd-timm: tracking.wandb online: " in done.stderr and "Traceback" not in done.stderr
 

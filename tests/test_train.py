@@ -2,9 +2,7 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
+from commands import Command, wait_until
 from pskd_timm import METHODS, InputError, evaluate, load_recipe, score, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
@@ -521,17 +520,13 @@ def test_learning_rates_equal_torchs_schedulers():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_ends_the_program_with_a_checkpoint_a_line_and_its_code(tmp_path, number, code):
-    command = [sys.executable, "-m", "pskd_timm", "train", "digits", "--epochs", "2000", "--output_dir", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    program = Command("pskd_timm", "train", "digits", "--epochs", "2000", "--output_dir", tmp_path)
     run_dir = tmp_path / "pskd" / "seed0"
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").is_file() or not read_lines(run_dir / "metrics.jsonl"):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "the same command resumes" in output
+    wait_until(lambda: read_lines(run_dir / "metrics.jsonl"), program)
+    os.kill(program.pid, number)
+    done = program.wait()
+    assert done.returncode == code
+    assert "the same command resumes" in done.stdout
     assert newest(run_dir)
 
 
