@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from commands import LIMIT
+
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -78,7 +80,7 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.loaded = False
         self.call("Page.navigate", url=path.resolve().as_uri())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LIMIT
         while not self.loaded:
             assert time.monotonic() < deadline
             self._message()

@@ -4,6 +4,7 @@ What they are given (words, environment, folder), their output and their exit co
 interpreter's start is left out. Tests of start-up, imports, launchers and Ctrl-C in imports start a real one.
 """
 
+import io
 import multiprocessing
 import os
 import runpy
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +92,15 @@ def cli(*words, **options) -> Done:
     return Command("pskd_timm", *words, **options).wait()
 
 
+def here(*words) -> Done:
+    """`pskd-timm` with `words` in this very process, whose own processes then are forked too."""
+    from pskd_timm.cli import main
+
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+        code = main([str(word) for word in words])
+    return Done(code, output.getvalue(), errors.getvalue())
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -114,11 +125,11 @@ def together(world_size: int, name, *words) -> list[Done]:
     return done
 
 
-def wait_until(reached: Callable[[], bool], *working):
-    """Until `reached()`, while all that are `working` (commands or processes) do so."""
+def wait_until(reached: Callable[[], bool], *working, every: float = 0.02):
+    """Until `reached()`, asked `every` so many seconds, while all that are `working` (commands or processes) do so."""
     deadline = time.monotonic() + LIMIT
     while not reached():
         assert time.monotonic() < deadline, f"not reached in {LIMIT} seconds"
         for each in working:
             assert each.is_alive(), each.stdout()[-3000:] if isinstance(each, Command) else "a process has ended"
-        time.sleep(0.02)
+        time.sleep(every)

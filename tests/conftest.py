@@ -21,6 +21,28 @@ def caches(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = folder / "hf" / "datasets"
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The recipe and the result of a finished PS-KD run: three epochs, a held-out part, the two newest checkpoints.
+
+    For all that only look at one; who changes its folder takes a copy.
+    """
+    from pskd_timm import load_recipe, train
+
+    settings = {
+        "epochs": 3,
+        "threads": 1,
+        "data.limit_train": 250,
+        "data.limit_test": 100,
+        "data.holdout_fraction": 0.2,
+        "model.kwargs": {"width": 4, "drop_rate": 0.1},
+        "checkpoint.keep": 2,
+        "output_dir": str(tmp_path_factory.mktemp("finished")),
+    }
+    recipe = load_recipe("digits", settings)
+    return recipe, train(recipe)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A recipe of a few CPU seconds: digits, 300 of them, two epochs; overrides as on the command line."""

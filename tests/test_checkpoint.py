@@ -22,22 +22,11 @@ from pskd_timm.run.folder import checkpoints
 from pskd_timm.run.result import read_lines
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of three epochs with its two newest checkpoints: its recipe and folder."""
-    from pskd_timm import load_recipe
-
-    settings = {
-        "epochs": 3,
-        "threads": 1,
-        "data.limit_train": 200,
-        "data.limit_test": 50,
-        "model.kwargs": {"width": 4},
-        "checkpoint.keep": 2,
-        "output_dir": str(tmp_path_factory.mktemp("runs")),
-    }
-    recipe = load_recipe("digits", settings)
-    return recipe, train(recipe).run_dir
+@pytest.fixture
+def finished(finished_run):
+    """The finished run's recipe and folder."""
+    recipe, result = finished_run
+    return recipe, result.run_dir
 
 
 def unfinished_copy(finished, root: Path):

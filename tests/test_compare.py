@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from commands import LIMIT, Command, cli, wait_until
+from commands import LIMIT, Command, cli, here, wait_until
 from pskd_timm import InputError, compare, report, train
 from pskd_timm.cli import main
 from pskd_timm.comparison import BUSY, _run, _start, gpu_of
@@ -31,7 +31,7 @@ QUICK = ["--epochs", "1", "--data.limit_train", "100", "--data.limit_test", "60"
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
-    return folder, cli("compare", "digits", *QUICK, "--output_dir", folder, "--jobs", "2", "--seeds", "0", "1")
+    return folder, here("compare", "digits", *QUICK, "--output_dir", folder, "--jobs", "2", "--seeds", "0", "1")
 
 
 def test_compare_trains_every_method_and_seed_and_writes_table_and_picture(compared):
@@ -56,7 +56,7 @@ def test_compare_trains_every_method_and_seed_and_writes_table_and_picture(compa
 def test_a_second_compare_retrains_nothing_and_prints_the_same_table(compared):
     folder, first = compared
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
-    again = cli("compare", "digits", *QUICK, "--output_dir", folder, "--seeds", "0", "1")
+    again = here("compare", "digits", *QUICK, "--output_dir", folder, "--seeds", "0", "1")
     assert "10 already finished" in again.stdout
     assert again.stdout[again.stdout.index("┏") :] == first.stdout[first.stdout.index("┏") :]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")} == before
@@ -65,7 +65,7 @@ def test_a_second_compare_retrains_nothing_and_prints_the_same_table(compared):
 def test_a_failed_run_is_told_in_the_table_and_does_not_hide_the_others(tmp_path):
     # A weight that overflows ends CS-KD's loss and no other's.
     options = ["--methods", "baseline", "cskd", "--cskd.weight", "1e38", "--output_dir", tmp_path]
-    done = cli("compare", "digits", *QUICK, *options)
+    done = here("compare", "digits", *QUICK, *options)
     assert done.returncode == 1
     table = pd.read_csv(tmp_path / "comparison.csv")
     assert table.status[0] == "finished" and "a lower optim.lr" in table.status[1]
@@ -263,7 +263,8 @@ def test_train_through_the_command_line_tells_last_and_best(tmp_path):
     )
 
 
-def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_model(tmp_path):
+def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 6)):
         for name, level in (("dark", 60), ("bright", 190)):
@@ -283,9 +284,7 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
         "--batch_size",
         "8",
     ]
-    done = cli(
-        "compare", "custom", *options, "--methods", "baseline", "pskd", "--tracking.wandb", "disabled", cwd=tmp_path
-    )
+    done = here("compare", "custom", *options, "--methods", "baseline", "pskd", "--tracking.wandb", "disabled")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(pd.read_csv(tmp_path / "runs" / "custom" / "comparison.csv")) == 2
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -113,11 +112,9 @@ def run_until(settings, processes, step=None):
     """Run on so many processes, to the end or until SIGTERM once `step` steps are logged; returns the run's folder."""
     run_dir = Path(settings["output_dir"]) / "pskd" / "seed0"
     running = start(settings, processes)
-    deadline = time.monotonic() + 120
-    while step and (not (log := read_lines(run_dir / "steps.jsonl")) or log[-1]["step"] < step):
-        assert time.monotonic() < deadline and all(process.is_alive() for process in running)
-        time.sleep(0.002)
     if step:
+        steps = run_dir / "steps.jsonl"
+        wait_until(lambda: any(line["step"] >= step for line in read_lines(steps)[-1:]), *running, every=0.002)
         for process in running:
             os.kill(process.pid, signal.SIGTERM)
     for process in running:
@@ -174,7 +171,7 @@ def test_figures_do_not_depend_on_the_number_of_ranks_by_a_single_bit(runs, tmp_
     for processes in (1, 2, 3):
         scoring = start({"run_dir": str(finished), "output_dir": str(tmp_path)}, processes, target=score)
         for process in scoring:
-            process.join(60)
+            process.join(LIMIT)
         assert [process.exitcode for process in scoring] == [0] * processes
     found = [load_file(tmp_path / f"on{processes}.safetensors") for processes in (1, 2, 3)]
     assert found[0]["confidence"].shape == (51,)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +11,7 @@ import sacrebleu
 import torch
 from safetensors.torch import load_file
 
+from commands import LIMIT, told_by_launcher, wait_until
 from corpora import pairs, small_recipe, write_plain
 from kills import start
 from pskd_timm import InputError, evaluate, train
@@ -121,10 +121,7 @@ def test_translate_on_the_command_line_reads_a_file_and_writes_lines_and_json(fi
 
 def run(settings, rank, world_size, port):
     """One process of a run; its words go to OUTPUT_DIR/rank<n>.log."""
-    if world_size > 1:
-        ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        os.environ.update({key: str(value) for key, value in ours.items()})
+    os.environ.update(told_by_launcher(rank, world_size, port))
     log = Path(settings["output_dir"]) / f"rank{rank}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", buffering=1) as file:
@@ -137,7 +134,7 @@ def run(settings, rank, world_size, port):
 def to_end(settings, world_size=1):
     processes = start(settings, world_size, run)
     for process in processes:
-        process.join(180)
+        process.join(LIMIT)
     log = (Path(settings["output_dir"]) / "rank0.log").read_text()
     assert [process.exitcode for process in processes] == [0] * world_size, log[-3000:]
     return Path(settings["output_dir"]) / settings["method"] / "seed0"
@@ -165,10 +162,7 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_that_was_not(corpus, tm
     (victim,) = start(killed, 1, run)
     steps = tmp_path / "killed" / "pskd" / "seed0" / "steps.jsonl"
     per_epoch = len(read_lines(whole / "steps.jsonl")) // 2
-    deadline = time.monotonic() + 120
-    while not steps.is_file() or len(read_lines(steps)) < per_epoch + 4:  # in the second epoch
-        assert victim.is_alive() and time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: len(read_lines(steps)) >= per_epoch + 4, victim, every=0.001)  # in the second epoch
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     again = to_end(killed)
