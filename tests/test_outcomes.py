@@ -86,10 +86,10 @@ def test_a_temperature_from_16_bits_and_its_figures_are_those_of_all_the_probabi
 
 
 def test_a_final_evaluation_of_many_classes_keeps_no_table_of_them_in_memory(tmp_path):
-    network, samples = Sums(8000), split(16_000, 8000)
+    network, samples = Sums(8000), split(10_000, 8000)
     write(tmp_path / "first", network, samples.take(torch.arange(128)), "float16")  # what is loaded with the first use
     needed = peak(lambda: write(tmp_path / "all", network, samples, "float16"))
-    assert needed < 200e6  # of 512 MB in float32 for the probabilities alone
+    assert needed < 220e6  # of 320 MB in float32 for the probabilities alone
 
 
 def test_a_full_disk_ends_the_evaluation_with_what_needs_no_room(tmp_path):
