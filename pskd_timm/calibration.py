@@ -40,7 +40,7 @@ def kept_probabilities(path: Path) -> str | None:
 def probability_parts(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Probabilities [n, K], labels [n] and hits [n] of a file of predictions, part by part, each read once."""
     column = kept_probabilities(path)
-    file = parquet.ParquetFile(path)
+    file = parquet.ParquetFile(path, page_checksum_verification=True)
     rows = max(1, PART_BYTES // (4 * file.schema_arrow.field(column).type.list_size))
     for part in file.iter_batches(rows, columns=["label", "correct", column]):
         flat, labels, correct = (

@@ -112,11 +112,12 @@ class Predictions:
         }
         table = pyarrow.table(columns)
         if self.rows is None:
-            parquet.write_table(table, path)
+            parquet.write_table(table, path, write_page_checksum=True)
             return
         of_rows = pyarrow.list_(pyarrow.from_numpy_dtype(self.rows.dtype), self.rows.num_classes)
         schema = table.schema.append(pyarrow.field(self.rows.column, of_rows))
-        with parquet.ParquetWriter(path, schema, use_dictionary=table.column_names) as writer:
+        options = {"use_dictionary": table.column_names, "write_page_checksum": True}
+        with parquet.ParquetWriter(path, schema, **options) as writer:
             start = 0
             for block in self.rows.blocks():
                 rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(block.ravel()), block.shape[1])
