@@ -97,12 +97,8 @@ def heading(runs: list[Run]) -> str:
 
 def write(found: list[Run], searches: list[Search], folder: Path, further: Sequence[Metric] = ()) -> Comparison:
     """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`."""
-    finished, name, metrics, tables = (
-        by_method(found),
-        heading(found),
-        common_metrics(found),
-        predictions(by_method(found)),
-    )
+    finished, name, metrics = by_method(found), heading(found), common_metrics(found)
+    tables = predictions(finished)
     scaling = scale(finished)
     scaled = scaled_baselines(finished, scaling)
     further, absent = add_further([*found, *scaled], further)
