@@ -321,6 +321,13 @@ def test_a_saved_network_is_read_back_by_transformers_and_here(task, tmp_path):
         load_translator(tmp_path / "nothing")
 
 
+def test_a_network_that_is_not_there_is_named_as_the_folder_that_is_missing(corpus, tmp_path):
+    name = str(tmp_path / "runs" / "mine")
+    assert f"model.name: there is no folder {name}, and the hub has no" in refused(corpus, model__name=name)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    assert f"model.name: the folder {name} holds no encoder–decoder" in refused(corpus, model__name=name)
+
+
 def test_a_network_of_transformers_trains_from_a_folder_with_its_own_tokenizer(task, corpus, tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 

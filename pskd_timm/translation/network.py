@@ -148,7 +148,8 @@ def _had(read, section: ModelSection, **arguments):
         return read(str(name) if name.is_dir() else section.name, **arguments)
     except Exception as error:  # the library raises whatever its readers raise
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"model.name: {section.name} is no encoder–decoder that can be had: {line}") from None
+        there = f"the folder {name} holds" if name.is_dir() else f"there is no folder {name}, and the hub has"
+        raise InputError(f"model.name: {there} no encoder–decoder that can be read: {line}") from None
 
 
 def _small(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
