@@ -355,7 +355,7 @@ def test_a_finished_runs_network_teaches_tfkd(finished_run, tiny):
     assert np.isfinite(losses(result.run_dir)).all()
     recorded = result.values["teacher"]
     assert recorded == {"run": str(teacher.run_dir), "method": "pskd", "seed": 0, **teacher.last}
-    with pytest.raises(InputError, match="no model here"):
+    with pytest.raises(InputError, match="nowhere: there is no such folder or file"):
         train(tiny(method="tfkd", tfkd__teacher="nowhere", seed=5))
 
 
