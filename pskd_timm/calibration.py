@@ -91,6 +91,8 @@ def fit_to_parts(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Temperature:
         kept.append((logs, float(of_labels.sum(dtype=np.float64))))
         right += int((of_labels == 0).sum())
         num_samples += len(labels)
+    if not all(np.isfinite(of_labels) for _, of_labels in kept):
+        return Temperature(1.0, num_samples, "the held-out probabilities are damaged: some are no numbers")
     wrong = num_samples - right
     if min(right, wrong) < FEWEST:
         count, which = min((right, "right"), (wrong, "wrong"))

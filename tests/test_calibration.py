@@ -73,6 +73,12 @@ def test_too_few_right_or_wrong_samples_and_an_optimum_outside_the_bounds_give_n
     assert fitted.value == 1.0 and fitted.num_samples == right + wrong and fitted.reason.startswith(reason)
 
 
+def test_probabilities_that_are_no_numbers_give_no_temperature():
+    probabilities, labels = sure(40, 40)
+    probabilities[7] = np.nan
+    assert "no numbers" in fit_temperature(probabilities, labels).reason
+
+
 def test_label_smoothing_s_mild_confidences_get_a_sound_temperature_below_1():
     probabilities, labels = sure(480, 20, confidence=0.9 * 0.9 + 0.025)
     fitted = fit_temperature(probabilities, labels)
