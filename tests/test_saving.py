@@ -51,10 +51,13 @@ def test_timm_and_we_load_a_saved_network_as_it_was(tmp_path, name, kwargs, size
     assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), expected)
 
 
-def test_the_file_says_how_the_network_was_tested_and_nothing_of_weights_that_were_never_loaded(tmp_path):
-    published = timm.get_pretrained_cfg("resnet50")
+@pytest.mark.parametrize("name, small_input", [("resnet50", False), ("resnet18", True)])
+def test_the_file_says_how_the_network_was_tested_and_nothing_of_weights_that_were_never_loaded(
+    tmp_path, name, small_input
+):
+    published = timm.get_pretrained_cfg(name)
     assert published.test_input_size and published.origin_url and published.tag  # what must not be kept
-    saved(tmp_path, "resnet50", {}, 32, False, crop_pct=0.875)
+    saved(tmp_path, name, {}, 32, small_input, crop_pct=0.875)
     config = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     left_out = {"tag", "license", "origin_url", "paper_ids", "hf_hub_id", "url", "test_input_size", "test_crop_pct"}
     assert not left_out & config.keys()

@@ -54,10 +54,9 @@ def pskd_small_input(pretrained: bool = False, base: str = "", **kwargs) -> nn.M
     if "num_classes" in config:
         kwargs.setdefault("num_classes", config["num_classes"])
     model = small_input(timm.create_model(base, pretrained=False, **kwargs))
-    model.pretrained_cfg = {
-        **model.pretrained_cfg,
-        **{key: value for key, value in config.items() if value is not None},
-    }
+    if config:  # what it lacks is not filled in: the architecture's own description is of other weights
+        said = {key: value for key, value in config.items() if value is not None}
+        model.pretrained_cfg = {"architecture": model.pretrained_cfg["architecture"], **said}
     model.has_small_input = True
     if pretrained:
         load_pretrained(model, model.pretrained_cfg, model.num_classes)
