@@ -17,7 +17,7 @@ from ..optim import grad_norm, lr_at, make_optimizer
 from ..order import epoch_order, even_slice, num_batches, rank_batches
 from ..progress import Display
 from ..run import checkpoint, folder
-from ..run.checkpoint import Progress, TrainState, cpu_copy
+from ..run.checkpoint import Progress, TrainState
 from ..run.launch import connect, forget_single_process
 from ..run.meters import Clock, RunningMeans
 from ..run.outputs import better, describe_machine, write_result
@@ -165,7 +165,7 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
                 figures = found[1].figures
                 if progress.best is None or better(METRICS[0], figures, progress.best):
                     progress.best = {"epoch": epoch + 1, **figures}
-                    state.best.update(cpu_copy(detector))
+                    state.keep_best()
                 clock.update(progress)
                 line |= {"evaluated_on": "test", **figures, "seconds": progress.seconds}
                 display.epoch(line)
