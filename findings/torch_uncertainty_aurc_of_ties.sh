@@ -11,7 +11,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q "torch_uncertainty==0.13.0" "torch==2.14.1" "torchmetrics==1.9.0"
+"$folder/venv/bin/pip" install -q "torch_uncertainty==0.13.0" "lightning==2.6.6" "torch==2.14.1" "torchmetrics==1.9.0"
 "$folder/venv/bin/python" - 2>/dev/null <<'PY'
 from importlib.metadata import version
 
