@@ -235,5 +235,5 @@ def test_the_bench_measures_steps_a_run_beside_seq2seqtrainer_and_beam_search(mo
     said = []
     rows = part.measure(said.append)
     assert [row["step"] for row in rows] == ["store", "plain", "pskd top-20", "pskd snapshot", "run", "beam"]
-    assert rows[0]["bytes"] == rows[0]["num_rows"] * 20 * 4
+    assert rows[0]["bytes"] == rows[0]["num_rows"] * (20 * 4 + 1)
     assert all(row["ratio"] > 0 for row in rows[1:4]) and rows[4]["ratios"][0] > 0 and len(said) == len(rows)
