@@ -7,7 +7,7 @@ folder=$1
 shift
 python3 -m venv "$folder"
 . "$folder/bin/activate"
-# Of a package that stands twice (timm, for the tests of its training tasks) the first, lower floor counts.
+# A package may stand in several extras (transformers), with one floor.
 wanted=$(sed -n 's/^    \([A-Za-z0-9_-]*\)>=\([0-9.]*\)$/\1 \2/p' setup.cfg | awk '!seen[$1]++ {
   print ($1 ~ /^(torch|torchvision|timm|accelerate|datasets|transformers)$/) ? $1 "==" $2 ".*" : $1 ">=" $2 }')
 pip install -q $wanted

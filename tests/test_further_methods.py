@@ -665,7 +665,8 @@ def test_the_methods_colours_stand_out_from_a_light_and_a_dark_page():
 
 
 def test_timms_task_keeps_the_soft_labels_and_refuses_methods_that_need_a_second_view():
-    task = pytest.importorskip("pskd_timm.adaptors.timm_task")
+    from pskd_timm.adaptors import timm_task as task
+
     made = task.MethodTask(Echo(K), ready(OLS()))
     made.begin_epoch(0)
     made(5 * torch.eye(K)[:B], torch.stack([torch.arange(B), torch.arange(B)], 1))
@@ -678,7 +679,8 @@ def test_timms_task_keeps_the_soft_labels_and_refuses_methods_that_need_a_second
 
 
 def test_the_trainers_checkpoints_keep_the_soft_labels(tmp_path):
-    trainer = pytest.importorskip("pskd_timm.adaptors.hf_trainer")
+    from pskd_timm.adaptors import hf_trainer as trainer
+
     arguments, state = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=3, epoch=1.0)
     (tmp_path / "checkpoint-3").mkdir()
     methods = [ready(OLS()) for _ in range(2)]

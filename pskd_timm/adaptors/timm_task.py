@@ -1,18 +1,12 @@
 """A method as one of timm's training tasks, for loops written for `timm.task`."""
 
 import torch
+from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import InputError
 from ..methods.base import Method
-
-try:
-    from timm.task import ClassificationTask
-
-    ClassificationTask.get_task_state  # noqa: B018, what a checkpoint of the table needs
-except (ImportError, AttributeError):
-    raise ImportError("pskd_timm.adaptors.timm_task needs timm's training tasks: pip install 'timm>=1.0.28'") from None
 
 
 class MethodTask(ClassificationTask):

@@ -55,7 +55,7 @@ def _resident(say) -> list[dict]:
     pixels = torch.randint(256, (SMALL_COUNT, 3, SMALL, SMALL), dtype=torch.uint8)
     split = Split(pixels, torch.zeros(SMALL_COUNT, dtype=torch.int64), torch.arange(SMALL_COUNT)).to(device)
     section = Augment(crop_padding=4, hflip=0.5)
-    ours = Loader(split, 2, 10**6, BATCH, section, MEAN, STD, 0, 0, 1, partners=False)
+    ours = Loader(split, 2, 10**6, BATCH, section, MEAN, STD, 0, 0, 1, partners="")
     epoch = iter(range(10**6))
     usual = DataLoader(
         _Small(pixels.permute(0, 2, 3, 1).contiguous().numpy()),

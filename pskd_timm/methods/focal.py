@@ -40,20 +40,11 @@ class Focal(Method):
         return -(torch.where(low, rest**self.low_gamma, rest**self.gamma) * log_p).mean()
 
 
-class DualFocal(Method):
+class DualFocal(Focal):
     """Mean of (1 − p + p_j)^γ·(−log p), p the label's probability, p_j the largest one below it (0 where there is none)."""
-
-    term_names = ("focal",)
 
     def __init__(self, gamma: float = 5.0):
         self.gamma = gamma
-
-    def loss(self, model, batch):
-        logits = model(batch.inputs)
-        log_p = F.log_softmax(losses.at_least_float32(logits), dim=1)
-        loss = batch.label_loss(lambda labels: self._focal(log_p, labels))
-        self.terms = loss.detach()[None]
-        return loss, logits
 
     def _focal(self, log_p, labels):
         p, log_of_label = log_p.exp(), log_p.gather(1, labels[:, None])

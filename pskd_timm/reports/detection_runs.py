@@ -11,12 +11,11 @@ from pyarrow import ArrowException
 from ..detection.outcomes import DETECTIONS, Found, read_found
 from ..detection.settings import DetectionRecipe
 from ..errors import InputError
-from ..files import warn
 from ..methods import METHOD_SECTIONS
 from ..recipe_files import load_recipe
 from ..run.folder import task_of
 from .kept import Kept
-from .runs import Run, check_history, read_result, run_folders, seed_in_name, why_not_finished
+from .runs import Run, check_history, read_each, read_result, run_folders, seed_in_name, why_not_finished
 
 # What the label of a backbone stands for, and what leaves the tested pictures as they are: they are compared themselves.
 _NOT_NAMED = {"seed", "task", "model.backbone", "model.pretrained", "data.path"}
@@ -41,16 +40,7 @@ def are_detectors(paths: Iterable[str | Path]) -> bool:
 
 def find_detectors(paths: Iterable[str | Path]) -> list[DetectorRun]:
     """The runs in and below `paths`, by backbone and seed. Raises InputError where they were tested on different pictures."""
-    runs, unknown = [], []
-    for folder in run_folders(paths):
-        try:
-            runs.append(read_detector(folder))
-        except InputError as error:
-            unknown.append(str(error))
-    if not runs:
-        raise InputError(unknown[0])
-    for line in unknown:
-        warn(f"left out: {line}")
+    runs = read_each(paths, read_detector)
     _check_same_test([run for run in runs if run.values])
     _name_differences(runs)
     order = list(METHOD_SECTIONS)

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,20 +92,29 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
 
     A folder of which nothing tells the method and the seed any more is left out, with a warning.
     """
+    runs = read_each(paths, read_run)
+    _check_same_test(runs)
+    _name_differences(runs)
+    runs.sort(key=lambda run: (list(METHOD_SECTIONS).index(run.name), run.method, run.seed))
+    return list(_each_once(runs))
+
+
+def read_each(paths: Iterable[str | Path], read: Callable[[Path], Run]) -> list[Run]:
+    """What `read` gives of the runs in and below `paths`; a run that it refuses is left out, with a warning.
+
+    Raises InputError where it refuses all.
+    """
     runs, unknown = [], []
     for folder in run_folders(paths):
         try:
-            runs.append(read_run(folder))
+            runs.append(read(folder))
         except InputError as error:
             unknown.append(str(error))
     if not runs:
         raise InputError(unknown[0])
     for line in unknown:
         warn(f"left out: {line}")
-    _check_same_test(runs)
-    _name_differences(runs)
-    runs.sort(key=lambda run: (list(METHOD_SECTIONS).index(run.name), run.method, run.seed))
-    return list(_each_once(runs))
+    return runs
 
 
 def _each_once(runs: list[Run]) -> Iterator[Run]:
