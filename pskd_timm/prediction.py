@@ -61,7 +61,7 @@ class Classifier:
         Raises InputError, which names its `position`, if that cannot be done.
         """
         stored = {"bytes": None, "path": str(stored)} if isinstance(stored, str | Path) else stored
-        image = open_image(stored, position)[0]
+        image = open_image(stored, position)
         if self.recipe.data.image_size:
             return np.asarray(fit(image, self.recipe.data.image_size, self.recipe.data.crop_pct))
         # The data were all of one size, which these pictures need not be.

@@ -198,12 +198,16 @@ def jitter_weights(factors: Tensor, turn: Tensor) -> Tensor:
     return torch.stack([a, b, c], dim=1)
 
 
-def color_jitter(images: Tensor, weights: Tensor) -> Tensor:
-    """Brightness, contrast and saturation of `images` [B, 3, H, W] changed as `weights` [B, 3] say: see `jitter_weights`."""
+def color_jitter_(images: Tensor, weights: Tensor) -> Tensor:
+    """Brightness, contrast and saturation of `images` [B, 3, H, W] changed as `weights` [B, 3] say: see `jitter_weights`.
+
+    Float images are overwritten.
+    """
+    images = images.float()
     shade = grey(images)
     a, b, c = weights[:, :, None, None, None].unbind(dim=1)
     constant = shade.mean(dim=(2, 3), keepdim=True).mul_(c)
-    return (images * a).add_(shade.mul_(b).add_(constant))
+    return images.mul_(a).add_(shade.mul_(b).add_(constant))
 
 
 def lighting(alpha: Tensor) -> Tensor:
@@ -257,7 +261,7 @@ def augment(images: Tensor, draws: Draws, padding: int, mean: Tensor, std: Tenso
     if draws.window is not None:
         images = crop(images, draws.window, padding)
     if draws.jitter is not None:
-        images = color_jitter(images, draws.jitter)
+        images = color_jitter_(images, draws.jitter)
     if draws.lighting is not None:
         images = images + draws.lighting[:, :, None, None]
     images = normalize_(images, mean, std)

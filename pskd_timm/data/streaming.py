@@ -7,15 +7,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as tv
 
 from .. import rng
 from ..errors import InputError
 from ..files import warn
 from .augmentation import AUTO_AUGMENT, RATIO, RESIZED_CROP, TRIES
-from .decode import SKIPS, DamagedImage, fit, open_image, sampled_contents
+from .decode import SKIPS, DamagedImage, fit, open_box, open_image, sampled_contents
 from .sources import Table
 
 PREFETCH = 4  # batches that each worker has ready
@@ -142,8 +144,8 @@ class _Decoding(Dataset):
             return index, [], [f"{damage[0]}; every image of this batch is damaged"]
         return index[whole], [_stack([view[i] for i in whole]) for view in seen], damage
 
-    def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> list[np.ndarray | InputError]:
-        """The images uint8 [H, W, 3] of the samples; the error instead of one that cannot be decoded."""
+    def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> list[Tensor | InputError]:
+        """The images uint8 [3, H, W] of the samples; the error instead of one that cannot be decoded."""
         rows = self.split.source_id[samples].tolist()
         stored = self.column[rows][self.split.table.image_column]
         draws, seeds = [None] * len(rows), [None] * len(rows)
@@ -155,26 +157,25 @@ class _Decoding(Dataset):
         crop_pct = self.split.crop_pct if key is None else 1.0
         return [self._image(*item, crop_pct) for item in zip(stored, rows, draws, seeds, strict=True)]
 
-    def _image(
-        self, stored, row: int, draws: list | None, seed: int | None, crop_pct: float
-    ) -> np.ndarray | InputError:
+    def _image(self, stored, row: int, draws: list | None, seed: int | None, crop_pct: float) -> Tensor | InputError:
         try:
             if draws is None:
-                image = fit(open_image(stored, row)[0], self.split.image_size, crop_pct)
+                image = tv.pil_to_tensor(fit(open_image(stored, row), self.split.image_size, crop_pct))
             else:
                 image = self._crop(stored, row, draws)
         except InputError as error:
             return error
-        return np.asarray(image if seed is None else _seeded(seed, self.policy, image))
+        return image if seed is None else tv.pil_to_tensor(_seeded(seed, self.policy, tv.to_pil_image(image)))
 
-    def _crop(self, stored, row: int, draws: list) -> Image.Image:
+    def _crop(self, stored, row: int, draws: list) -> Tensor:
         side = self.split.image_size
-        image, box = open_image(stored, row, lambda size: (resized_crop_box(*size, self.split.scale, draws), side))
-        return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+        pixels = open_box(stored, row, lambda size: (resized_crop_box(*size, self.split.scale, draws), side))
+        # Pillow's filter, on uint8: torch has it in vector instructions.
+        return F.interpolate(pixels[None], (side, side), mode="bilinear", antialias=True)[0]
 
 
-def _stack(images: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+def _stack(images: list[Tensor]) -> Tensor:
+    return torch.stack(images).contiguous()
 
 
 def policy(name: str, image_size: int) -> Callable:

@@ -104,7 +104,7 @@ def copies(paths: list[Path], folder: Path) -> list[Path]:
 
 def _predict_one(path: Path, copy: Path, find: Callable[[Image.Image], list[dict]]) -> dict:
     try:
-        picture = open_image({"bytes": None, "path": str(path)}, 0)[0]
+        picture = open_image({"bytes": None, "path": str(path)}, 0)
     except InputError as error:
         why = str(error).partition("cannot be decoded: ")[2]
         return {"image": path_text(path), "error": f"{path_text(path)} cannot be decoded: {why}"}
