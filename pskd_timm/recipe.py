@@ -55,6 +55,8 @@ class Data(Section):
     """`resident`: all images decoded once and kept in memory; `streaming`: decoded for every batch by `workers` processes."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that decode for each rank when streaming; by default one for each core, eight at most."""
+    shrink_to: Annotated[int, Field(ge=4)] | None = None
+    """Streaming: training images whose shorter side is longer are resized to it once, and read from `cache_dir` thereafter."""
     damaged: Literal["fail", "skip"] = "fail"
     """What a training image that cannot be decoded does: end the run, or be named and left out (a test image always ends it)."""
     limit_train: Count | None = None
@@ -70,7 +72,7 @@ class Data(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of what is fixed about the data (parts, label noise, image noise); the run's own seed does not touch it."""
     cache_dir: str | None = None
-    """Folder of the decoded images; by default $PSKD_TIMM_CACHE, else ~/.cache/pskd_timm."""
+    """Folder of the decoded or smaller images; by default $PSKD_TIMM_CACHE, else ~/.cache/pskd_timm."""
 
     @model_validator(mode="after")
     def _names_something(self):
@@ -84,6 +86,10 @@ class Data(Section):
             raise ValueError("loading streaming needs image_size")
         if self.loading == "streaming" and self.gaussian_noise:
             raise ValueError("gaussian_noise needs loading resident")
+        if self.shrink_to and self.loading != "streaming":
+            raise ValueError("shrink_to needs loading streaming: resident images are resized once, to image_size")
+        if self.shrink_to and self.shrink_to < self.image_size:
+            raise ValueError(f"shrink_to {self.shrink_to} is less than image_size {self.image_size}")
         if self.crop_pct < 1 and self.image_size is None:
             raise ValueError("crop_pct needs image_size")
         if self.source == "digits" and self.path is not None:

@@ -3,6 +3,8 @@
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -14,7 +16,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from ..data import Loader, load_data
+from ..data.shrunk import shrunk
 from ..data.split import Split
+from ..data.streaming import StreamedSplit
 from ..errors import InputError
 from ..recipe import Augment
 from ..recipe import Data as DataSection
@@ -24,7 +28,7 @@ TITLE = "images/s of the loaders over PIL + torchvision + DataLoader with the sa
 OPTIONS = ("images",)
 BATCH, WORKERS = 128, 2
 SMALL, SMALL_COUNT = 32, 12_800
-LARGE, LARGE_COUNT, LARGE_BATCH = 224, 256, 32
+LARGE, LARGE_COUNT, LARGE_BATCH, SHRUNK = 224, 256, 32, 256
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -94,67 +98,72 @@ def _resident(say) -> list[dict]:
 
 
 def _streaming(folder: str, say) -> list[dict]:
-    from timm.data import create_loader
-
-    count = len(ImageFolder(f"{folder}/train"))
     section = Augment(random_resized_crop=[0.08, 1.0], hflip=0.5, color_jitter=0.4)
-    data = load_data(DataSection(path=folder, image_size=LARGE, loading="streaming", workers=WORKERS), section)
-    epochs = {workers: iter(range(10**6)) for workers in (0, WORKERS)}
+    split = load_data(DataSection(path=folder, image_size=LARGE, loading="streaming", workers=0), section).train
+    smaller = replace(split, smaller=shrunk(split.table, SHRUNK, Path(folder) / "smaller"))
+    works = {
+        "usual": _torchvisions_loader(folder),
+        "timm": _timms_loader(folder),
+        "streaming": _our_loader(split, section),
+        f"streaming, shrink_to {SHRUNK}": _our_loader(smaller, section),
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = _core_seconds(works, seconds=15.0)
+    torch.set_num_threads(threads)
+    return _rows(found, f"JPEG to {LARGE}×{LARGE} streaming", len(split), "DataLoader, a core's second", say)
+
+
+# Each loads in the calling process: workers decode ahead, more or less of them, while another loader is measured.
+
+
+def _our_loader(split: StreamedSplit, section: Augment) -> Callable[[], None]:
+    loader = Loader(split, 2, 10**6, LARGE_BATCH, section, MEAN, STD, 0, 0, 1, partners="")
+    epochs = iter(range(10**6))
+
+    def work():
+        now = next(epochs)
+        for _ in loader.batches(loader.rank_batches(now), now):
+            pass
+
+    return work
+
+
+def _torchvisions_loader(folder: str) -> Callable[[], None]:
     steps = [
         transforms.RandomResizedCrop(LARGE),
         transforms.RandomHorizontalFlip(),
         transforms.ColorJitter(0.4, 0.4, 0.4),
     ]
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    loader = DataLoader(ImageFolder(f"{folder}/train", transform), LARGE_BATCH, shuffle=True)
+    return lambda: _read_all(loader)
 
-    def ours(workers: int):
-        data.train.workers = workers
-        # One loader for all epochs: its workers decode the next one while the last is being used.
-        loader = Loader(data.train, 2, 10**6, LARGE_BATCH, section, MEAN, STD, 0, 0, 1, partners=False)
 
-        def streaming():
-            now = next(epochs[workers])
-            for _ in loader.batches(loader.rank_batches(now), now):
-                pass
+def _timms_loader(folder: str) -> Callable[[], None]:
+    from timm.data import create_loader
 
-        return streaming
+    loader = create_loader(
+        ImageFolder(f"{folder}/train"),
+        (3, LARGE, LARGE),
+        LARGE_BATCH,
+        is_training=True,
+        use_prefetcher=False,
+        scale=(0.08, 1.0),
+        hflip=0.5,
+        color_jitter=0.4,
+        interpolation="bilinear",
+        num_workers=0,
+        persistent_workers=False,
+        mean=MEAN,
+        std=STD,
+    )
+    return lambda: _read_all(loader)
 
-    def torchvisions(workers: int):
-        loader = DataLoader(
-            ImageFolder(f"{folder}/train", transform),
-            LARGE_BATCH,
-            shuffle=True,
-            num_workers=workers,
-            persistent_workers=bool(workers),
-        )
-        return lambda: [None for _ in loader]
 
-    def timms(workers: int):
-        loader = create_loader(
-            ImageFolder(f"{folder}/train"),
-            (3, LARGE, LARGE),
-            LARGE_BATCH,
-            is_training=True,
-            use_prefetcher=False,
-            scale=(0.08, 1.0),
-            hflip=0.5,
-            color_jitter=0.4,
-            interpolation="bilinear",
-            num_workers=workers,
-            persistent_workers=bool(workers),
-            mean=MEAN,
-            std=STD,
-        )
-        return lambda: [None for _ in loader]
-
-    makers = {"usual": torchvisions, "timm": timms, "streaming": ours}
-    found = rounds({name: make(WORKERS) for name, make in makers.items()}, seconds=12.0)
-    rows = _rows(found, f"JPEG to {LARGE}×{LARGE} streaming", count, f"DataLoader, {WORKERS} workers", say)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = _core_seconds({name: make(0) for name, make in makers.items()}, seconds=10.0)
-    torch.set_num_threads(threads)
-    return rows + _rows(found, f"JPEG to {LARGE}×{LARGE} streaming", count, "DataLoader, a core's second", say)
+def _read_all(loader: DataLoader):
+    for _ in loader:
+        pass
 
 
 def _core_seconds(works: dict, seconds: float) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ from ..fingerprint import digest
 from ..recipe import Augment as AugmentSection
 from ..recipe import Data as DataSection
 from .decode import SKIPS, DamagedImage, cache_folder, decoded
+from .shrunk import shrunk
 from .sources import Table, open_tables
 from .streaming import Job, StreamedSplit, policy
 from .subsets import balanced_subset, stratified_split
@@ -148,7 +149,13 @@ def _streamed(
     if auto_augment:
         policy(auto_augment, size)  # refused here, not in a worker
     skip_damaged = name == "train" and section.damaged == "skip"
-    return StreamedSplit(table, size, labels, table.rows, workers, scale, section.crop_pct, auto_augment, skip_damaged)
+    smaller = None
+    if name == "train" and section.shrink_to:
+        report = (lambda done, total: progress("shrinking train", done, total)) if progress else None
+        smaller = shrunk(table, section.shrink_to, cache_folder(section.cache_dir), report)
+    return StreamedSplit(
+        table, size, labels, table.rows, workers, scale, section.crop_pct, auto_augment, skip_damaged, smaller
+    )
 
 
 def flip_labels(labels: Tensor, num_classes: int, fraction: float, seed: int) -> Tensor:

@@ -32,6 +32,7 @@ class StreamedSplit:
     `scale` is the range of a random resized crop's area, None for the centre. `crop_pct` is, in evaluation, the part of
     the shorter side that is kept. `auto_augment` names a policy of timm's. A training image that cannot be decoded is an
     error, unless `skip_damaged` leaves it out of its batch, which is said.
+    `smaller` is a `Dataset` of a single column that training reads in place of the table's, evaluation never.
     """
 
     table: Table
@@ -43,6 +44,7 @@ class StreamedSplit:
     crop_pct: float = 1.0
     auto_augment: str | None = None
     skip_damaged: bool = False
+    smaller: object = None
 
     crops_itself = True  # a random resized crop is taken while decoding
 
@@ -126,7 +128,8 @@ class _Decoding(Dataset):
     """What a worker does: a job in, its decoded images out. An error travels as text, since a raised one grows a traceback."""
 
     def __init__(self, split: StreamedSplit):
-        self.split, self.column = split, split.table.encoded_images
+        self.split, self.stored = split, split.table.encoded_images
+        self.shown = split.smaller or self.stored
         self.policy = policy(split.auto_augment, split.image_size) if split.auto_augment else None
 
     def __getitem__(self, job):
@@ -147,7 +150,7 @@ class _Decoding(Dataset):
     def _view(self, samples: Tensor, drawn_for: Tensor, key: int | None) -> list[Tensor | InputError]:
         """The images uint8 [3, H, W] of the samples; the error instead of one that cannot be decoded."""
         rows = self.split.source_id[samples].tolist()
-        stored = self.column[rows][self.split.table.image_column]
+        stored = (self.stored if key is None else self.shown)[rows][self.split.table.image_column]
         draws, seeds = [None] * len(rows), [None] * len(rows)
         if key is not None and self.split.scale:
             counters = drawn_for[:, None] * (4 * TRIES) + torch.arange(4 * TRIES)

@@ -28,8 +28,8 @@ from .kept import Kept
 OUTCOMES = ["index", "label", "prediction", "confidence", "correct", "nll"]
 PREDICTIONS, HOLDOUT = "predictions.parquet", "holdout.parquet"
 # Of the data section, what leaves the tested samples the same; a search may also choose the size they are shown in.
-_SAME_TEST = {"limit_train", "holdout_fraction", "label_noise", "loading", "image_size"}
-_TRAINING_ALONE = {"limit_train", "holdout_fraction", "label_noise"}
+_SAME_TEST = {"limit_train", "holdout_fraction", "label_noise", "loading", "shrink_to", "image_size"}
+_TRAINING_ALONE = {"limit_train", "holdout_fraction", "label_noise", "shrink_to"}
 PART_NAMES = {"test": "test part", "holdout": "held-out part"}  # other parts by their own name
 RESULT = TypeAdapter(RunResult)
 

@@ -42,7 +42,7 @@ NAMED = 5  # rows that a message names
 # What of a recipe speaks of images only.
 OF_IMAGES = {
     "data": ("image_column", "label_column", "test_split", "test_fraction", "image_size", "crop_pct", "loading")
-    + ("workers", "damaged", "label_noise", "gaussian_noise", "cache_dir"),
+    + ("workers", "shrink_to", "damaged", "label_noise", "gaussian_noise", "cache_dir"),
     "augment": tuple(Augment.model_fields),
     "model": ("small_input", "channels_last", "compile", "sync_bn"),
 }
