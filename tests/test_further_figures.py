@@ -17,7 +17,7 @@ from pskd_timm.cli import main
 from pskd_timm.metrics import FLOORED, FURTHER_METRICS, METRICS, classwise_floor, ece_floor, score
 from pskd_timm.progress import Display
 from pskd_timm.reports.plots import SCALED
-from pskd_timm.reports.scaling import still_better
+from pskd_timm.reports.versus import Versus, still_better
 
 SETTINGS = {
     "epochs": 3,
@@ -211,7 +211,7 @@ def test_what_still_gains_is_what_is_better_with_a_small_p():
         ],
         columns=["method", "metric", "difference", "better", "low", "high", "p"],
     )
-    assert still_better([(SCALED, (0,), tests)], list(METRICS.values())) == [
+    assert still_better([Versus(SCALED, (0,), tests)], list(METRICS.values())) == [
         "Still better than Baseline + temperature, temperature scaling of the baseline (p < 0.05, one seed): "
         "top-1 error: PS-KD and CS-KD; ECE: no method."
     ]

@@ -28,7 +28,7 @@ from pskd_timm.progress import Display
 from pskd_timm.recipe import METHOD_SECTIONS
 from pskd_timm.recipe_files import load_recipe
 from pskd_timm.reports import plots
-from pskd_timm.reports.page import compared_with_baseline, figure_tables, paper_notes, svg, table_html, untested
+from pskd_timm.reports.page import figure_tables, paper_notes, svg, table_html, untested
 from pskd_timm.reports.paper import departures, paper_figures
 from pskd_timm.reports.plots import (
     COLOURS,
@@ -44,6 +44,7 @@ from pskd_timm.reports.plots import (
 )
 from pskd_timm.reports.runs import by_method, find_runs, history, predictions, rows
 from pskd_timm.reports.tables import latex_table, markdown_table, summary
+from pskd_timm.reports.versus import against_baseline, predicted
 from pskd_timm.run.folder import read_result
 
 SIX = list(METRICS.values())
@@ -432,12 +433,12 @@ def test_different_data_are_refused(copied):
 
 def test_other_labels_in_the_test_part_are_not_compared(copied):
     finished = by_method(find_runs([copied]))
-    tables = predictions(finished)
-    assert [seeds for _, seeds, _ in compared_with_baseline(finished, tables, SIX)] == [(0, 1)]
-    tables["pskd"][0]["label"] = (tables["pskd"][0].label + 1) % 10
-    assert [seeds for _, seeds, _ in compared_with_baseline(finished, tables, SIX)] == [(1,)]
-    del tables["pskd"][1]
-    assert compared_with_baseline(finished, tables, SIX) == [] and untested(finished, []) == ["PS-KD"]
+    runs = predicted(finished)
+    assert [found.seeds for found in against_baseline(finished, runs, SIX)] == [(0, 1)]
+    runs["pskd"][0].outcomes["label"] = (runs["pskd"][0].outcomes.label + 1) % 10
+    assert [found.seeds for found in against_baseline(finished, runs, SIX)] == [(1,)]
+    del runs["pskd"][1]
+    assert against_baseline(finished, runs, SIX) == [] and untested(finished, []) == ["PS-KD"]
 
 
 def test_the_papers_figures_stand_beside_runs_of_its_network_with_what_differs():

@@ -17,9 +17,10 @@ from .detection_runs import DetectorRun, are_detectors, find_detectors
 from .further import add_further, further_metrics
 from .out_of_distribution import OUTSIDE, outside, outside_markdown
 from .runs import Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
-from .scaling import Scaling, scale, scaled_baselines, still_better, with_scaled
+from .scaling import Scaling, scale, scaled_baselines, with_scaled, with_scaled_runs
 from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, summary
 from .trials import Search, find_searches
+from .versus import compare, still_better
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Comparison:
 
     `notes` says what always guessing the most frequent class would give, and what each trained teacher reached. `further` are
     metrics that were asked for, `scaling` the runs' temperatures, `scaled` the baseline's runs after temperature scaling,
-    which have rows of their own, `gains` the notes of what is still better than these.
+    which have rows of their own, `gains` the notes of what is still better than these, `further_gains` those of `further`.
     """
 
     rows: pd.DataFrame
@@ -43,6 +44,7 @@ class Comparison:
     scaling: Scaling = field(default_factory=Scaling)
     scaled: list[Run] = field(default_factory=list)
     gains: list[str] = field(default_factory=list)
+    further_gains: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> int:
@@ -98,25 +100,28 @@ def heading(runs: list[Run]) -> str:
 def write(found: list[Run], searches: list[Search], folder: Path, further: Sequence[Metric] = ()) -> Comparison:
     """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`."""
     finished, name, metrics = by_method(found), heading(found), common_metrics(found)
-    tables = predictions(finished)
     scaling = scale(finished)
     scaled = scaled_baselines(finished, scaling)
     further, absent = add_further([*found, *scaled], further)
     table = with_scaled(rows(found, further), scaled, further)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
-    gains = still_better(page.compared_with_scaled(finished, tables, scaled, metrics), metrics)
+    tests, of_scaled = compare(finished, scaled, [*metrics, *further])
+    gains, further_gains = still_better(of_scaled, metrics), still_better(of_scaled, further)
+    tables = predictions(with_scaled_runs(finished, scaled))
     of_guessing = majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
     of_teachers = [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
-    notes = [*gains, *of_guessing, *of_teachers, *absent]
+    notes = [*gains, *further_gains, *of_guessing, *of_teachers, *absent]
     logged = history(finished) if finished else pd.DataFrame()
-    comparison = Comparison(table, metrics, folders, [], name, notes, logged, further, scaling, scaled, gains)
+    comparison = Comparison(
+        table, metrics, folders, [], name, notes, logged, further, scaling, scaled, gains, further_gains
+    )
     text = markdown(table, metrics, name, notes, further)
     if of_others := outside(finished):
         text += f"\n## {OUTSIDE}\n\n{outside_markdown(of_others)}"
     latex = [latex_table(table, each, heading) for each, heading in ((metrics, name), (further, FURTHER)) if each]
     each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
     figure = plots.comparison(logged, each, name, metrics[0]) if finished else None
-    html = page.render(found, comparison, tables, searches)
+    html = page.render(found, comparison, tables, tests, searches)
     return _written(comparison, folder, text, "\n".join(latex), figure, html)
 
 

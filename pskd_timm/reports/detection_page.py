@@ -8,7 +8,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pyarrow import ArrowException
 
-from .. import __version__
 from ..errors import first_line
 from ..metrics import Metric
 from . import detection_significance, plots
@@ -16,23 +15,11 @@ from .detection_plots import SMALL, ap_by_class, class_curves, mean_over_classes
 from .detection_plots import overview as draw_overview
 from .detection_runs import DetectorRun
 from .mistakes import SHOWN, data_uri
-from .page import (
-    environment,
-    evaluated_on,
-    facts,
-    figure_tables,
-    run_lines,
-    settings_lines,
-    svg,
-    swatch,
-    test_lines,
-    tested_metrics,
-    verdicts,
-    versions_and_hardware,
-)
+from .page import environment, fields_of_runs, svg, swatch, verdicts
 from .plots import title
 from .runs import by_method
-from .tables import direction, has_floors, over_seeds
+from .tables import has_floors
+from .versus import Versus
 
 if TYPE_CHECKING:
     from .build import Comparison
@@ -52,50 +39,32 @@ def overview(finished: dict[str, list[DetectorRun]], comparison: "Comparison") -
 
 def render(found: list[DetectorRun], comparison: "Comparison") -> str:
     """The page of all runs `found` and their `comparison`."""
-    finished, rows, metrics = by_method(found), comparison.rows, comparison.metrics
+    finished, metrics = by_method(found), comparison.metrics
     kept = with_detections(finished)
     tests = compared(kept, [metric for metric in metrics if metric.in_brief])
-    counts = [len(runs) for runs in finished.values()]
-    looks = plots.looks(dict.fromkeys(run.method for run in found))
-    swatches = {method: swatch(look) for method, look in looks.items()}
-    context = {
-        "heading": ", ".join(dict.fromkeys(run.recipe.name for run in found if run.recipe)) or "No run has begun",
-        "version": __version__,
-        "facts": facts(found),
-        "legend": [(look, swatches[method]) for method, look in looks.items()],
-        "unfinished": [
-            (title(row.method), row.seed, row.status) for row in rows.itertuples() if row.status != "finished"
-        ],
-        "num_rows": len(rows),
-        "metrics": metrics,
-        "direction": direction(metrics),
-        "has_floors": has_floors(rows, metrics),
+    swatches = {
+        method: swatch(look) for method, look in plots.looks(dict.fromkeys(run.method for run in found)).items()
+    }
+    fields = fields_of_runs(found, comparison, tests, swatches, "backbone") | {
+        "num_rows": len(comparison.rows),
+        "has_floors": has_floors(comparison.rows, metrics),
         "scaled_baseline": False,
         "further": [],
         "further_tables": [],
+        "further_tests": [],
         "outside": {},
-        "one_run": set(counts) == {1},
         "verdicts": verdicts(tests, metrics),
         "notes": comparison.notes,
-        "tables": figure_tables(found, rows, metrics, swatches),
-        "of_curves": over_seeds(counts) if counts else "",
         "paper": [],
-        "tests": test_lines(tests, metrics),
-        "tested": tested_metrics(tests, metrics),
-        "reference": title(tests[0][0]) if tests else "",
-        "single_seed": any(len(seeds) == 1 for _, seeds, _ in tests),
+        "reference": title(tests[0].baseline) if tests else "",
         "untested": [title(m) for m in list(finished)[1:] if m not in {m for *_, found in tests for m in found.method}],
         "unkept": sum(run.found is None for runs in finished.values() for run in runs),
         "plots": drawings(finished, kept, comparison) if kept else {},
-        "evaluated_on": evaluated_on(finished),
         "mistakes": mistakes(kept),
-        "runs": run_lines(found, metrics),
         "searches": [],
         "losses": [],
-        "settings": settings_lines(found),
-        "environment": versions_and_hardware(found),
     }
-    return environment().get_template("detection.html").render(context)
+    return environment().get_template("detection.html").render(fields)
 
 
 def with_detections(finished: dict[str, list[DetectorRun]]) -> dict[str, list[DetectorRun]]:
@@ -116,8 +85,8 @@ def curves_of(kept: dict[str, list[DetectorRun]]) -> dict[str, list[np.ndarray]]
     }
 
 
-def compared(kept: dict[str, list[DetectorRun]], metrics: Sequence[Metric]) -> list[tuple]:
-    """(reference, seeds, rows of detection_significance.against): the other backbones against the first one.
+def compared(kept: dict[str, list[DetectorRun]], metrics: Sequence[Metric]) -> list[Versus]:
+    """The other backbones against the first one.
 
     The first is the one called baseline, else the first by name; what has no seed in common with it is left out.
     """
@@ -130,7 +99,7 @@ def compared(kept: dict[str, list[DetectorRun]], metrics: Sequence[Metric]) -> l
         if seeds := tuple(sorted(by_seed[method].keys() & by_seed[reference].keys())):
             alike.setdefault(seeds, []).append(method)
     return [
-        (
+        Versus(
             reference,
             seeds,
             detection_significance.against(

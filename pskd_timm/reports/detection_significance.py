@@ -15,7 +15,8 @@ from scipy.sparse import csr_array
 from ..detection.metrics import COCO_IOUS, Matches, by_score, match_coco, pair_up
 from ..detection.outcomes import Found
 from ..metrics import ECE_BINS, Metric, bin_of
-from .significance import RESAMPLES, interval_and_p
+from .resampling import RESAMPLES
+from .significance import interval_and_p
 
 FIGURES = ("map", "map_11", "ap50", "ap75", "ap", "ece")
 AT_ONCE = 4_000_000  # numbers of a chunk of draws: bounds memory

@@ -19,6 +19,7 @@ from ..metrics import (
     ece_floor,
     further_of_outcomes,
     further_of_rows,
+    squared_errors,
     summarize,
 )
 
@@ -55,9 +56,13 @@ class Kept:
         """Those of FURTHER_METRICS among `names` that the file tells."""
         names = list(names)
         confidence, correct = self.outcomes.confidence.to_numpy(), self.outcomes.correct.to_numpy(bool)
-        return further_of_outcomes(confidence, correct, names) | self._of_rows(
+        return further_of_outcomes(confidence, correct, names) | self.of_rows(
             lambda: further_of_rows(self.parts(), names)
         )
+
+    def squared_errors(self) -> np.ndarray:
+        """Each sample's Brier score [N]."""
+        return np.concatenate([squared_errors(*part) for part in self.parts()])
 
     def floors(self, names: Iterable[str]) -> dict[str, EceFloor]:
         """What perfect calibration would measure with these confidences, of those among `names` that are FLOORED."""
@@ -66,12 +71,12 @@ class Kept:
         if "classwise_ece" not in names:
             return found
 
-        def of_rows() -> dict[str, EceFloor]:
+        def floor() -> dict[str, EceFloor]:
             return {"classwise_ece": classwise_floor((rows for rows, _ in self.parts()), len(confidence))}
 
-        return found | self._of_rows(of_rows)
+        return found | self.of_rows(floor)
 
-    def _of_rows(self, figures: Callable[[], dict]) -> dict:
+    def of_rows(self, figures: Callable[[], dict]) -> dict:
         """What `figures` makes of the probabilities; nothing where there are none, or their column cannot be read."""
         try:
             return figures() if kept_probabilities(self.path) else {}

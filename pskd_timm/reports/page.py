@@ -27,8 +27,8 @@ from .kept import Kept
 from .mistakes import data_uri, is_small, shown_mistakes
 from .out_of_distribution import outside
 from .plots import title
-from .runs import Run, by_method, common_metrics, part_name, predictions, scored_part
-from .scaling import Scaling, scaled_name
+from .runs import Run, by_method, common_metrics, part_name, scored_part
+from .scaling import Scaling
 from .tables import (
     Cell,
     best_epoch,
@@ -41,6 +41,7 @@ from .tables import (
     summary,
 )
 from .trials import Search, searched, shown_in_search
+from .versus import Versus
 
 if TYPE_CHECKING:
     from .build import Comparison
@@ -54,18 +55,63 @@ CSS_COLOURS = {
 
 
 def render(
-    found: list[Run], comparison: "Comparison", tables: dict[str, dict[int, pd.DataFrame]], searches: list[Search]
+    found: list[Run],
+    comparison: "Comparison",
+    tables: dict[str, dict[int, pd.DataFrame]],
+    tests: list[Versus],
+    searches: list[Search],
 ) -> str:
-    """The page of all runs `found`, their `comparison`, predictions (method → seed → table), and of `searches`."""
-    finished, rows = by_method(found), comparison.rows
-    each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
-    tests = compared_with_baseline(*with_scaled_runs(finished, tables, comparison.scaled), comparison.metrics)
-    scaled_lines = temperatures(finished, comparison.scaling, comparison.further)
-    metrics = shown_metrics(rows, comparison.metrics)
-    counts = [len(runs) for runs in finished.values()]
-    looks = plots.looks(dict.fromkeys(run.method for run in found))
+    """The page of all runs `found`, their `comparison`, predictions (method → seed → table), `tests`, and of `searches`.
+
+    The predictions and tests have the baseline after temperature scaling among the methods.
+    """
+    finished, further, scaled = by_method(found), comparison.further, comparison.scaled
+    looks = plots.looks(dict.fromkeys(run.method for run in [*found, *scaled]))
     swatches = {method: swatch(look) for method, look in looks.items()}
-    context = {
+    scaled_lines = temperatures(finished, comparison.scaling, further)
+    gains = [*comparison.gains, *comparison.further_gains]
+    each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
+    fields = fields_of_runs(found, comparison, tests, swatches) | {
+        "num_rows": len(comparison.rows) - len(scaled),
+        "further": further,
+        "meanings": MEANINGS,
+        "further_direction": direction(further),
+        "has_floors": has_floors(comparison.rows, [*comparison.metrics, *further]),
+        "verdicts": verdicts(tests, comparison.metrics) + comparison.gains,
+        "further_verdicts": verdicts(tests, further) + comparison.further_gains,
+        "notes": [note for note in comparison.notes if note not in gains],
+        "further_tables": figure_tables(found, comparison.rows, further, swatches) if further else [],
+        "paper": paper_notes(finished),
+        "paper_source": paper.SOURCE,
+        "further_tests": test_lines(tests, further),
+        "further_tested": tested_metrics(tests, further),
+        "grouped": any("group" in table for of in tables.values() for table in of.values()),
+        "untested": untested(finished, tests),
+        "unkept": sum(run.outcomes is None for runs in finished.values() for run in runs),
+        "legend_of_confidence": [(looks[method], swatches[method]) for method in tables],
+        "plots": drawings(finished, comparison, each) if each else {},
+        "scored": scored_part(finished),
+        "outside": outside(finished),
+        "temperatures": scaled_lines,
+        "temperature_of": over_seeds(fitted) if (fitted := [line["n"] for line in scaled_lines if line["n"]]) else "",
+        "unscaled": comparison.scaling.unreadable,
+        "scaled_baseline": bool(scaled),
+        "mistakes": mistakes(finished) if each else {},
+        "searches": [search_section(search) for search in searches],
+        "losses": losses(finished),
+    }
+    return environment().get_template("page.html").render(fields)
+
+
+def fields_of_runs(
+    found: list[Run], comparison: "Comparison", tests: list[Versus], swatches: dict[str, Markup], kind: str = "method"
+) -> dict:
+    """What the pages of classifiers and of detectors fill in alike; `kind` is what is compared."""
+    finished, rows = by_method(found), comparison.rows
+    metrics, counts = shown_metrics(rows, comparison.metrics), [len(runs) for runs in finished.values()]
+    looks = plots.looks(dict.fromkeys(run.method for run in found))
+    return {
+        "kind": kind,
         "heading": ", ".join(dict.fromkeys(run.recipe.name for run in found if run.recipe)) or "No run has begun",
         "version": __version__,
         "facts": facts(found),
@@ -73,43 +119,19 @@ def render(
         "unfinished": [
             (title(row.method), row.seed, row.status) for row in rows.itertuples() if row.status != "finished"
         ],
-        "num_rows": len(rows) - len(comparison.scaled),
         "metrics": metrics,
-        "further": comparison.further,
-        "meanings": MEANINGS,
         "direction": direction(metrics),
-        "further_direction": direction(comparison.further),
-        "has_floors": has_floors(rows, [*metrics, *comparison.further]),
         "one_run": set(counts) == {1},
-        "verdicts": verdicts(tests, metrics) + comparison.gains,
-        "notes": [note for note in comparison.notes if note not in comparison.gains],
-        "tables": figure_tables(found, rows, comparison.metrics, swatches),
-        "further_tables": figure_tables(found, rows, comparison.further, swatches) if comparison.further else [],
-        "of_curves": over_seeds(counts) if counts else "",
-        "paper": paper_notes(finished),
-        "paper_source": paper.SOURCE,
+        "tables": figure_tables(found, rows, comparison.metrics, swatches, kind),
+        "of_curves": over_seeds(counts, kind) if counts else "",
         "tests": test_lines(tests, comparison.metrics),
         "tested": tested_metrics(tests, comparison.metrics),
-        "grouped": any("group" in table for of in tables.values() for table in of.values()),
         "single_seed": any(len(seeds) == 1 for _, seeds, _ in tests),
-        "untested": untested(finished, tests),
-        "unkept": sum(run.outcomes is None for runs in finished.values() for run in runs),
-        "plots": drawings(finished, comparison, each) if each else {},
-        "scored": scored_part(finished),
         "evaluated_on": evaluated_on(finished),
-        "outside": outside(finished),
-        "temperatures": scaled_lines,
-        "temperature_of": over_seeds(fitted) if (fitted := [line["n"] for line in scaled_lines if line["n"]]) else "",
-        "unscaled": comparison.scaling.unreadable,
-        "scaled_baseline": bool(comparison.scaled),
-        "mistakes": mistakes(finished, tables) if each else {},
         "runs": run_lines(found, metrics),
-        "searches": [search_section(search) for search in searches],
-        "losses": losses(finished),
         "settings": settings_lines(found),
         "environment": versions_and_hardware(found),
     }
-    return environment().get_template("page.html").render(context)
 
 
 def environment() -> Environment:
@@ -247,7 +269,7 @@ def run_lines(found: list[Run], metrics: Sequence[Metric]) -> list[dict]:
 
 
 def figure_tables(
-    found: list[Run], rows: pd.DataFrame, metrics: Sequence[Metric], swatches: dict[str, Markup]
+    found: list[Run], rows: pd.DataFrame, metrics: Sequence[Metric], swatches: dict[str, Markup], kind: str = "method"
 ) -> list[dict]:
     """The tables of the last and of the best epoch; each figure with the paper's beside it where it has one."""
     if not (rows.status == "finished").any():
@@ -255,7 +277,7 @@ def figure_tables(
     chosen = _distinct(part_name(run.values["best"]["chosen_on"]) for run in found if run.values)
     scored = scored_part(by_method(found))
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
-    what = over_seeds(len(runs) for runs in by_method(found).values())
+    what = over_seeds((len(runs) for runs in by_method(found).values()), kind)
     chooses = common_metrics(found)[0].title
     captions = {
         "last": f"Last epoch, on the {scored}: {what}.",
@@ -314,61 +336,8 @@ def paper_notes(finished: dict[str, list[Run]]) -> list[str]:
 # Significance.
 
 
-def compared_with_baseline(
-    finished: dict[str, list[Run]],
-    tables: dict[str, dict[int, pd.DataFrame]],
-    metrics: Sequence[Metric],
-    scaled: bool = False,
-) -> list[tuple]:
-    """(baseline, seeds, rows of significance.against) for all methods that share a baseline, seeds and the test samples.
-
-    With `scaled` it is the baseline after temperature scaling, to which the one before is not compared.
-    """
-    alike: dict[tuple, list[str]] = {}
-    for method, runs in finished.items():
-        baseline = scaled_name(runs[0].baseline) if scaled else runs[0].baseline
-        if scaled and method == runs[0].baseline:
-            continue
-        if method != baseline and method in tables and baseline in tables:
-            seeds = tuple(
-                seed
-                for seed in tables[method].keys() & tables[baseline].keys()
-                if tables[method][seed].label.equals(tables[baseline][seed].label)
-            )
-            if seeds:
-                alike.setdefault((baseline, tuple(sorted(seeds))), []).append(method)
-    return [
-        (
-            baseline,
-            seeds,
-            significance.against(
-                baseline, {m: [tables[m][s] for s in seeds] for m in (baseline, *methods)}, metrics=metrics
-            ),
-        )
-        for (baseline, seeds), methods in alike.items()
-    ]
-
-
-def with_scaled_runs(
-    finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.DataFrame]], scaled: list[Run]
-) -> tuple[dict[str, list[Run]], dict[str, dict[int, pd.DataFrame]]]:
-    """The finished runs and their predictions, and with them the baseline's after temperature scaling."""
-    added = by_method(scaled)
-    return added | finished, predictions(added) | tables
-
-
-def compared_with_scaled(
-    finished: dict[str, list[Run]],
-    tables: dict[str, dict[int, pd.DataFrame]],
-    scaled: list[Run],
-    metrics: Sequence[Metric],
-) -> list[tuple]:
-    """`compared_with_baseline` after temperature scaling; empty where no baseline was scaled."""
-    return compared_with_baseline(*with_scaled_runs(finished, tables, scaled), metrics, True) if scaled else []
-
-
-def verdicts(tests: list[tuple], metrics: Sequence[Metric]) -> list[str]:
-    """A sentence a method; of one seed each it speaks of the runs, not of the methods."""
+def verdicts(tests: list[Versus], metrics: Sequence[Metric]) -> list[str]:
+    """A sentence a method about `metrics`; of one seed each it speaks of the runs, not of the methods."""
     names = {True: ("{}'s one run", "{}'s"), False: ("{}", "{}")}
     return [
         significance.in_words(
@@ -376,24 +345,27 @@ def verdicts(tests: list[tuple], metrics: Sequence[Metric]) -> list[str]:
             found[found.method == method],
             metrics,
         )
-        for baseline, seeds, found in tests
-        for method in found.method.unique()
+        for baseline, seeds, found in (each.of(metrics) for each in tests)
+        for method in found.method[found.p.notna()].unique()
     ]
 
 
-def tested_metrics(tests: list[tuple], metrics: Sequence[Metric]) -> list[Metric]:
+def tested_metrics(tests: list[Versus], metrics: Sequence[Metric]) -> list[Metric]:
     """Those of the tests, in the order of the tables."""
     tested = {name for _, _, found in tests for name in found.metric}
     return [metric for metric in metrics if metric.name in tested]
 
 
-def test_lines(tests: list[tuple], metrics: Sequence[Metric]) -> list[dict]:
+def test_lines(tests: list[Versus], metrics: Sequence[Metric]) -> list[dict]:
     """A line a method: its differences to the baseline, in the order of `tested_metrics`."""
     lines, digits = [], {metric.name: metric.digits for metric in metrics}
-    for baseline, seeds, found in tests:
+    for baseline, seeds, found in (each.of(metrics) for each in tests):
         for method in found.method.unique():
             cells = []
             for test in found[found.method == method].itertuples():
+                if math.isnan(test.p):
+                    cells.append(("", "–", "", "", False))
+                    continue
                 of = digits[test.metric]
                 interval = "" if math.isnan(test.low) else f"{signed(test.low, of)} … {signed(test.high, of)}"
                 words = significance.p_in_words(test.p, test.metric)
@@ -403,7 +375,7 @@ def test_lines(tests: list[tuple], metrics: Sequence[Metric]) -> list[dict]:
     return lines
 
 
-def untested(finished: dict[str, list[Run]], tests: list[tuple]) -> list[str]:
+def untested(finished: dict[str, list[Run]], tests: list[Versus]) -> list[str]:
     """The methods that could not be held against a baseline."""
     tested = {method for _, _, found in tests for method in found.method}
     return [title(m) for m, runs in finished.items() if m not in tested and m != runs[0].baseline]
@@ -413,9 +385,12 @@ def untested(finished: dict[str, list[Run]], tests: list[tuple]) -> list[str]:
 
 
 def drawings(finished: dict[str, list[Run]], comparison: "Comparison", each: dict[str, list[pd.DataFrame]]) -> dict:
-    """The page's plots as inline SVG."""
+    """The page's plots as inline SVG; `each` method's predictions, a frame a run."""
     logged = comparison.history_frame
     looks = plots.looks(finished)
+    trained = {
+        method: tables for method, tables in each.items() if method in finished
+    }  # a temperature changes no class
     names = next(iter(finished.values()))[0].values["class_names"]
     return {
         "curves": [
@@ -432,9 +407,9 @@ def drawings(finished: dict[str, list[Run]], comparison: "Comparison", each: dic
         ],
         "histograms": [
             svg(plots.confidence_histogram(tables, looks[method]), f"histogram of confidences: {title(method)}")
-            for method, tables in each.items()
+            for method, tables in trained.items()
         ],
-        "classes": svg(plots.per_class_error(each, names, legend=False), "error of each class"),
+        "classes": svg(plots.per_class_error(trained, names, legend=False), "error of each class"),
     }
 
 
@@ -547,11 +522,13 @@ def scaled(run: Run, kept: Kept, further: Sequence[str]) -> dict[str, float]:
     return {"temperature": kept.temperature} | both | kept.further(further)
 
 
-def mistakes(finished: dict[str, list[Run]], tables: dict[str, dict[int, pd.DataFrame]]) -> dict:
+def mistakes(finished: dict[str, list[Run]]) -> dict:
     """Each method's most confident mistakes as its first seed's run kept them; `missing` says where no pictures are."""
     groups, without, small = [], [], True
-    for method in tables:
-        run = next(run for run in finished[method] if run.outcomes is not None)
+    for method, runs in finished.items():
+        run = next((run for run in runs if run.outcomes is not None), None)
+        if run is None:
+            continue
         names = run.values["class_names"]
         try:
             wrong, kept = shown_mistakes(run.folder, run.outcomes)

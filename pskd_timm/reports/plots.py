@@ -19,7 +19,8 @@ from .trials import DONE, STOPPED, best_trial, searched, shown_in_search
 
 COLOURS = {name: section.colour for name, section in METHOD_SECTIONS.items()}
 TITLES = {name: section.title for name, section in METHOD_SECTIONS.items()}
-SCALED = "baseline+temperature"  # a row of the tables: the baseline's runs after temperature scaling
+SCALED = "baseline+temperature"  # no method: the baseline's runs after temperature scaling
+SCALED_COLOUR = "#8C8C8C"
 # Never colour alone: a dash and a marker a method, more of them for a method that ran with several settings.
 DASHES = [
     "solid",
@@ -61,8 +62,8 @@ def looks(methods) -> dict[str, Look]:
     What is no method's name, as that of a detector's backbone, takes the colours in their order.
     """
     methods = list(methods)
-    found, palette = {}, list(COLOURS.values())
-    order = list(dict.fromkeys([*COLOURS, *(method.partition(" ")[0] for method in methods)]))
+    found, palette = {}, [*COLOURS.values(), SCALED_COLOUR]
+    order = list(dict.fromkeys([*COLOURS, SCALED, *(method.partition(" ")[0] for method in methods)]))
     for method in methods:
         place = order.index(method.partition(" ")[0])
         colour = palette[place % len(palette)]
@@ -388,7 +389,10 @@ def comparison(
     reliability(tables, reliable, legend=False)
     risk_coverage(tables, risk, legend=False)
     figure.patch.set_alpha(1)
-    handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.5)
+    drawn = [pair for axes in (reliable, first) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in drawn}
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=3.5
+    )
     figure.suptitle(plain(heading), x=0.01, ha="left", fontsize=12)
     return figure

@@ -13,10 +13,7 @@ from ..errors import first_line
 from ..metrics import Metric
 from .kept import SCALED_METRICS, Kept
 from .plots import SCALED, title
-from .runs import HOLDOUT, PREDICTIONS, Run, rows
-from .significance import LEVEL, in_a_row
-
-NONE = "no method"
+from .runs import HOLDOUT, PREDICTIONS, Run, by_method, rows
 
 
 @dataclass
@@ -82,8 +79,18 @@ def scaled_baseline(run: Run, last: Kept) -> Run:
 
 
 def scaled_name(method: str) -> str:
-    """The method of a baseline's runs after scaling, of the `method` of them as they are."""
+    """What a baseline's runs after scaling are called, of the `method` of them as they are."""
     return f"{SCALED}{method.removeprefix('baseline')}"
+
+
+def with_scaled_runs(finished: dict[str, list[Run]], scaled: Sequence[Run]) -> dict[str, list[Run]]:
+    """The finished runs of each method and, after each baseline's, those of it after scaling."""
+    added, found = by_method(list(scaled)), {}
+    for method, runs in finished.items():
+        found[method] = runs
+        if (after := scaled_name(method)) in added:
+            found[after] = added[after]
+    return found
 
 
 def with_scaled(table: pd.DataFrame, scaled: Sequence[Run], further: Sequence[Metric]) -> pd.DataFrame:
@@ -96,21 +103,3 @@ def with_scaled(table: pd.DataFrame, scaled: Sequence[Run], further: Sequence[Me
     for method in table.method.unique():
         parts += [table[table.method == method], added[added.method == scaled_name(method)]]
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
-
-
-def still_better(tests: Sequence[tuple], metrics: Sequence[Metric]) -> list[str]:
-    """A sentence for each scaled baseline: which methods are better than it in what, by `tests` as
-    `page.compared_with_baseline` gives them."""
-    sentences: dict[str, dict[str, list[str]]] = {}
-    for baseline, seeds, found in tests:
-        runs = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-        start = f"Still better than {title(baseline)}, temperature scaling of the baseline (p < {LEVEL}, {runs})"
-        of_each = sentences.setdefault(
-            start, {metric.title: [] for metric in metrics if metric.name in set(found.metric)}
-        )
-        for test in found[(found.p < LEVEL) & found.better].itertuples():
-            of_each[next(metric.title for metric in metrics if metric.name == test.metric)].append(title(test.method))
-    return [
-        f"{start}: {'; '.join(f'{name}: {in_a_row(methods) or NONE}' for name, methods in of_each.items())}."
-        for start, of_each in sentences.items()
-    ]

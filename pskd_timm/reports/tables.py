@@ -94,11 +94,11 @@ def telling_metrics(metrics: Iterable[Metric], num_classes: float) -> list[Metri
     return [metric for metric in metrics if metric.name != "top5_error" or not num_classes <= MOST_FOR_TOP5]
 
 
-def over_seeds(counts: Iterable[int]) -> str:
-    """What the figures of a table are whose lines have so many runs."""
+def over_seeds(counts: Iterable[int], kind: str = "method") -> str:
+    """What the figures of a table are whose lines, one of each `kind`, have so many runs."""
     counts = set(counts)
     if counts == {1}:
-        return "one run a method (n = 1), so nothing is known of the spread over seeds"
+        return f"one run a {kind} (n = 1), so nothing is known of the spread over seeds"
     return "mean ± standard deviation over the seeds" + (" (no ± where there is one run)" if 1 in counts else "")
 
 
