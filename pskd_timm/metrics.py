@@ -48,7 +48,7 @@ FURTHER_METRICS = {  # computed where they are asked for, from what a finished r
     metric.name: metric
     for metric in (
         Metric("brier", "Brier score", digits=3, only_at_end=True),
-        Metric("ece15", "ECE, 15 bins", "%", only_at_end=True),
+        Metric("ece15", "15-bin ECE", "%", only_at_end=True),
         Metric("adaptive_ece", "adaptive ECE", "%", only_at_end=True),
         Metric("classwise_ece", "class-wise ECE", "%", digits=3, only_at_end=True),
         Metric("smooth_ece", "smooth ECE", "%", only_at_end=True),

@@ -195,10 +195,31 @@ def test_the_baseline_with_a_temperature_is_tested_against_the_baseline_and_a_se
     text = html.unescape((runs / "report.html").read_text())
     significance = text.split('id="significance"')[1].split("</table>")[0]
     assert re.search(r"Baseline \+ temperature</th>\s*<td data-value=\"0.0\">", significance)  # no other error
-    (note,) = [note for note in compared.notes if note.startswith("Still better than Baseline + temperature")]
-    assert note in text and note in (runs / "comparison.md").read_text()
-    assert re.search(r"\(p < 0.05, 2 seeds\): top-1 error: .*; NLL: .*; ECE: .*; AURC: .*\.$", note)
+    of_six, of_further = [
+        note for note in compared.notes if note.startswith("Still better than Baseline + temperature")
+    ]
+    assert all(note in text and note in (runs / "comparison.md").read_text() for note in (of_six, of_further))
+    assert re.search(r"\(p < 0.05, 2 seeds\): top-1 error: .*; NLL: .*; ECE: .*; AURC: [^;]*\.$", of_six)
+    assert re.search(r"\(p < 0.05, 2 seeds\): Brier score: .*; AUGRC: .*; risk at 80 % coverage: [^;]*\.$", of_further)
     assert "4 of 4 finished" in text and "not in the figures" not in text
+
+
+def test_further_figures_are_tested_against_the_baseline_in_a_table_and_sentences_of_their_own(runs, compared):
+    text = html.unescape((runs / "report.html").read_text()).split('id="further-significance"')[1]
+    sentences, table = text.split("</ul>")[0], text.split("</table>")[0]
+    assert re.search(r"<li>PS-KD .*(Brier score|than Baseline).*</li>", sentences) and "NLL" not in sentences
+    each = {
+        method: [
+            score(*probabilities(folder / "predictions.parquet"), FURTHER_METRICS) for folder in folders(runs, method)
+        ]
+        for method in ("baseline", "pskd")
+    }
+    row = re.search(r">PS-KD</th>(.*?)</tr>", table, flags=re.S)[1]
+    shown = [float(value) for value in re.findall(r'data-value="([^"]*)"', row)]
+    for name, found in zip(FURTHER_METRICS, shown, strict=False):
+        means = [np.mean([values[name] for values in each[method]]) for method in ("baseline", "pskd")]
+        assert found == pytest.approx(means[1] - means[0], rel=1e-3, abs=1e-5), name
+    assert len(shown) == len(FURTHER_METRICS) + 1 and "p = " in row and "…" in row
 
 
 def test_what_still_gains_is_what_is_better_with_a_small_p():
