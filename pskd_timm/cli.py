@@ -520,6 +520,11 @@ def run_against(arguments):
     print(
         f"AUROC {found['auroc']:.2f} %  FPR95 {found['fpr95']:.2f} %: confidence in {found['test_images']:,} test images"
     )
+    if "temperature" in found:
+        print(
+            f"AUROC {found['calibrated_auroc']:.2f} %  FPR95 {found['calibrated_fpr95']:.2f} %: calibrated, "
+            f"temperature {found['temperature']:.3g}"
+        )
     print(f"against {found['images']:,} images of {found['name']}, {found['weights']} epoch's network")
     if arguments.json:
         write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))

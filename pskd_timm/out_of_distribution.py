@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from pyarrow import ArrowException, parquet
 
+from .calibration import kept_probabilities
 from .cpus import num_cpus
 from .data.sources import image_files, open_images
 from .errors import InputError, first_line
@@ -16,15 +17,18 @@ from .fingerprint import digest
 from .metrics import auroc, fpr_at_recall
 from .prediction import Classifier, find_images
 from .progress import Display
+from .reports.kept import Kept
 from .reports.out_of_distribution import Against, keep
+from .run.folder import read_result
 
 
 def against(run: str | Path, data: str, best: bool = False, display: Display | None = None) -> Against:
     """Hold a run's confidences of its test images against those of the images in `data`; the run's folder keeps the figures.
 
     `data` is an image, a pattern or a folder of images, a data set in a folder, a well-known one or a hub id (its test split
-    where it has one). An image that cannot be decoded is named and left out. The confidence is the largest probability,
-    without temperature. Raises InputError where there are no such images, or the run kept no predictions.
+    where it has one). An image that cannot be decoded is named and left out. The confidence is the largest probability; where
+    the run has a temperature, the figures of calibrated confidences come beside. Raises InputError where there are no such
+    images, or the run kept no predictions.
 
     Example:
         >>> from pskd_timm.out_of_distribution import against
@@ -32,11 +36,14 @@ def against(run: str | Path, data: str, best: bool = False, display: Display | N
     """
     run = Path(run).expanduser()
     classifier = Classifier.of_run(run, best)
-    of_tests = test_confidences(run / "best" if best else run)
+    folder = run / "best" if best else run
+    of_tests, calibrated_tests = test_confidences(folder), None
+    if not classifier.temperature.reason and read_result(run)["evaluated_on"] == "test":
+        calibrated_tests = calibrated_confidences(folder, classifier.temperature.value)
     if classifier.recipe.data.gaussian_noise:
         warn("the run's test images had noise added (data.gaussian_noise), these images have none")
     images = Images(data)
-    of_others, contents = confidences(classifier, images, display or Display(quiet=True))
+    of_others, calibrated_others, contents = confidences(classifier, images, display or Display(quiet=True))
     if len(of_others) == 0:
         raise InputError(f"{data}: none of its {len(images)} images can be decoded")
     found = Against(
@@ -49,6 +56,10 @@ def against(run: str | Path, data: str, best: bool = False, display: Display | N
         auroc=100 * auroc(of_tests, of_others),
         fpr95=100 * fpr_at_recall(of_tests, of_others),
     )
+    if calibrated_tests is not None:
+        found["temperature"] = classifier.temperature.value
+        found["calibrated_auroc"] = 100 * auroc(calibrated_tests, calibrated_others)
+        found["calibrated_fpr95"] = 100 * fpr_at_recall(calibrated_tests, calibrated_others)
     keep(run, found)
     return found
 
@@ -92,9 +103,20 @@ def test_confidences(folder: Path) -> np.ndarray:
         raise InputError(f"{path}: damaged: {first_line(error)}") from None
 
 
-def confidences(classifier: Classifier, images: Images, display: Display) -> tuple[np.ndarray, str]:
-    """The network's confidence of each image that can be decoded, and a digest of them all as it sees them."""
-    found, digests, done = [np.empty(0, np.float32)], [], 0
+def calibrated_confidences(folder: Path, temperature: float) -> np.ndarray | None:
+    """Those of `test_confidences` at a temperature; None where the run kept no probabilities of these images."""
+    path = folder / "predictions.parquet"
+    try:
+        if not kept_probabilities(path):
+            return None
+        return np.concatenate([probabilities.max(axis=1) for probabilities, _ in Kept(path, temperature).parts()])
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path}: damaged: {first_line(error)}") from None
+
+
+def confidences(classifier: Classifier, images: Images, display: Display) -> tuple[np.ndarray, np.ndarray, str]:
+    """The confidence of each image that can be decoded, as it is and calibrated, and a digest of all as the network sees them."""
+    found, calibrated, digests, done = [np.empty(0, np.float32)], [np.empty(0, np.float32)], [], 0
 
     def decoded(numbered) -> np.ndarray | None:
         try:
@@ -111,6 +133,7 @@ def confidences(classifier: Classifier, images: Images, display: Display) -> tup
                 digests.append(digest([pixels.tobytes()]).encode())
                 probabilities = classifier.probabilities(torch.from_numpy(pixels).permute(0, 3, 1, 2))
                 found.append(probabilities.amax(dim=1).numpy())
+                calibrated.append(classifier.confidences(probabilities).amax(dim=1).numpy())
             done += len(batch)
             display.advance("predicting", done, len(images))
-    return np.concatenate(found), digest(digests)
+    return np.concatenate(found), np.concatenate(calibrated), digest(digests)

@@ -49,8 +49,7 @@ def overview(
     plots.precision_recall(curves, "Precision and recall, mean over classes", precision)
     plots.reliability(tables, reliable, legend=False)
     figure.patch.set_alpha(1)
-    handles, labels = first.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.5)
+    plots.legend_below(figure, (first, reliable))
     figure.suptitle(plots.plain(heading), x=0.01, ha="left", fontsize=12)
     return figure
 

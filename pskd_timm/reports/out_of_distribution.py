@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from ..errors import InputError
 from ..files import warn, write_atomic
@@ -16,6 +16,7 @@ from .tables import MARKDOWN, Cell
 OUTSIDE = "Images of something else, last epoch"
 FILE = "out_of_distribution.json"
 MEASURES = {"auroc": "AUROC %", "fpr95": "FPR95 %"}  # higher, and lower, is better
+CALIBRATED = {"calibrated_auroc": "AUROC %, calibrated", "calibrated_fpr95": "FPR95 %, calibrated"}
 
 
 class Against(TypedDict):
@@ -23,6 +24,7 @@ class Against(TypedDict):
 
     `weights` are those of the `last` or the `best` epoch. `auroc`, in %: how often a test image is the more confident one of
     a pair. `fpr95`, in %: the part of the other images at or above the highest threshold that 95 % of the test images reach.
+    The calibrated ones are of confidences at the `temperature`, where the run has one.
     """
 
     name: str
@@ -33,6 +35,9 @@ class Against(TypedDict):
     test_images: int
     auroc: float
     fpr95: float
+    temperature: NotRequired[float]
+    calibrated_auroc: NotRequired[float]
+    calibrated_fpr95: NotRequired[float]
 
 
 LIST = TypeAdapter(list[Against])
@@ -75,17 +80,18 @@ def outside(finished: dict[str, list[Run]]) -> dict | None:
     if not found:
         return None
     frame = pd.DataFrame(found)
+    measures = MEASURES | {name: measure for name, measure in CALIBRATED.items() if name in frame}
     sets = frame[["name", "contents", "images"]].drop_duplicates(["name", "contents"]).to_dict("records")
-    heads = [f"{measure}, {each['name']} ({each['images']:,})" for each in sets for measure in MEASURES.values()]
+    heads = [f"{measure}, {each['name']} ({each['images']:,})" for each in sets for measure in measures.values()]
     lines = []
     for method in frame.method.unique():
         mine = frame[frame.method == method]
         cells = []
         for each in sets:
             chosen = mine[(mine.name == each["name"]) & (mine.contents == each["contents"])]
-            cells += [Cell(chosen[name].mean(), chosen[name].std(), len(chosen), 2) for name in MEASURES]
+            cells += [Cell(chosen[name].mean(), chosen[name].std(), chosen[name].count(), 2) for name in measures]
         lines.append({"title": title(method), "n": mine.seed.nunique(), "cells": cells})
-    return {"heads": heads, "lines": lines}
+    return {"heads": heads, "lines": lines, "calibrated": len(measures) > len(MEASURES)}
 
 
 def outside_markdown(table: dict) -> str:

@@ -3,7 +3,8 @@
 `tables` are, for each method, its runs' predictions: frames with the columns of predictions.parquet.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,10 @@ MOST_NAMES, LONGEST_NAME = 12, 20  # lines and letters that find room beside a p
 NAME_HEIGHT = 0.075  # of the plot's height
 LETTER = 0.072  # inches of width
 SIZE = (4.6, 3.3)  # inches of one picture
+LEGEND_ENTRY, LEGEND_LETTER = (
+    1.1,
+    0.1,
+)  # inches in the legend below several pictures: without its name, a letter of that
 
 
 class Look(NamedTuple):
@@ -378,6 +383,18 @@ def reliability_and_risk(tables: dict[str, list[pd.DataFrame]]) -> Figure:
     return figure
 
 
+def legend_below(figure: Figure, each: Iterable[Axes]):
+    """One legend of what stands in any of the axes, in as many rows as it takes."""
+    drawn = [pair for axes in each for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in drawn}
+    length = sum(LEGEND_ENTRY + LEGEND_LETTER * len(label) for label in handles)
+    rows = max(1, math.ceil(length / figure.get_figwidth()))
+    figure.set_figheight(figure.get_figheight() + 0.22 * (rows - 1))
+    columns = math.ceil(len(handles) / rows)
+    place = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles.values(), handles, frameon=False, handlelength=3.5, **place)
+
+
 def comparison(
     history: pd.DataFrame, tables: dict[str, list[pd.DataFrame]], heading: str, metric: Metric = METRICS["top1_error"]
 ) -> Figure:
@@ -389,10 +406,6 @@ def comparison(
     reliability(tables, reliable, legend=False)
     risk_coverage(tables, risk, legend=False)
     figure.patch.set_alpha(1)
-    drawn = [pair for axes in (reliable, first) for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    handles = {label: handle for handle, label in drawn}
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=3.5
-    )
+    legend_below(figure, (reliable, first))
     figure.suptitle(plain(heading), x=0.01, ha="left", fontsize=12)
     return figure

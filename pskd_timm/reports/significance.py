@@ -9,13 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import gammaln
+from scipy.special import gammaln, ndtr, ndtri
 
 from ..metrics import METRICS, Metric
 from .resampling import LAID_OUT, RESAMPLES, Predicted, group_of
 
 LEVEL = 0.05
 ERROR = "top1_error"
+# A figure that jumps: of two equal networks on 600 or 2000 samples the basic bootstrap finds 12 to 17 % different at LEVEL,
+# the normal one 4 or 5 % (200 simulations each).
+JUMPING = ("coverage_at_5_risk",)
 IMAGES = tuple(METRICS.values())
 
 
@@ -56,6 +59,13 @@ def interval_and_p(draws: np.ndarray) -> tuple[float, float, float]:
     return 2 * observed - low, 2 * observed - high, float(min(1.0, 2 * max(beyond, 1) / len(drawn)))
 
 
+def normal_interval_and_p(draws: np.ndarray) -> tuple[float, float, float]:
+    """As `interval_and_p`, with a normal distribution of the draws' standard deviation around the observed difference."""
+    observed, error = draws[0], draws[1:].std()
+    reach = -ndtri(LEVEL / 2) * error
+    return observed - reach, observed + reach, float(2 * ndtr(-abs(observed) / error)) if error else 1.0
+
+
 def testable(metrics: Sequence[Metric], runs: Sequence[Predicted]) -> list[Metric]:
     """The metrics that can be resampled: those known here, and means of a column of their name that all `runs` have."""
     known = (ERROR, *LAID_OUT)
@@ -83,12 +93,14 @@ def against(baseline: str, runs: dict[str, list[Predicted]], metrics: Sequence[M
             else:
                 column = names.index(metric.name)
                 draws = figures[method][:, column] - figures[baseline][:, column]
-                found = draws[0], *interval_and_p(draws)
+                interval = normal_interval_and_p if metric.name in JUMPING else interval_and_p
+                found = draws[0], *interval(draws)
             better = found[0] > 0 if metric.higher_is_better else found[0] < 0
             rows.append((method, metric.name, found[0], better, *found[1:]))
     return pd.DataFrame(rows, columns=["method", "metric", "difference", "better", "low", "high", "p"])
 
 
+HAS = ("has a lower ", "has a higher ")
 QUALITY = {  # better, worse, and what else stands before p
     "top1_error": ("makes fewer errors", "makes more errors", ""),
     "ece": ("is better calibrated", "is worse calibrated", "ECE, "),
@@ -108,16 +120,25 @@ def in_words(method: str, baseline: str, tests: pd.DataFrame, metrics: Sequence[
     titles = {metric.name: "error" if metric.name == ERROR else metric.title for metric in metrics}
 
     def words(test) -> str:
-        side = "higher" if test.difference > 0 else "lower"
-        better, worse, before = QUALITY.get(test.metric, (f"has a {side} {titles[test.metric]}",) * 2 + ("",))
+        plain = f"{HAS[int(test.difference > 0)]}{titles[test.metric]}"
+        better, worse, before = QUALITY.get(test.metric, (plain, plain, ""))
         return f"{better if test.better else worse} ({before}{p_in_words(test.p, test.metric)})"
 
-    differ = [words(test) for test in tests.itertuples() if test.p < LEVEL]
+    differ = _said_once([words(test) for test in tests.itertuples() if test.p < LEVEL])
     rest = [titles[test.metric] for test in tests.itertuples() if test.p >= LEVEL]
     no_difference = f"no difference in {in_a_row(rest)} can be shown with this many samples"
     if not differ:
         return f"{method} against {baseline}: {no_difference}."
     return f"{method} {in_a_row(differ)} than {baseline}" + (f"; {no_difference}." if rest else ".")
+
+
+def _said_once(words: list[str]) -> list[str]:
+    """`has a higher A`, `B` for `has a higher A`, `has a higher B`."""
+    starts = [next((start for start in HAS if each.startswith(start)), "") for each in words]
+    return [
+        each.removeprefix(start) if start == before else each
+        for each, start, before in zip(words, starts, ["", *starts], strict=False)
+    ]
 
 
 def in_a_row(words: list[str]) -> str:
