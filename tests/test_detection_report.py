@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -212,6 +213,8 @@ def test_a_report_has_mean_and_deviation_over_seeds_of_every_figure(runs, tmp_pa
     ):
         assert words in text
     assert "McNemar" not in text and "top-1" not in text.lower()
+    shown = re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text, flags=re.S)
+    assert "backbone" in shown and "method" not in shown.lower()
     assert text.count("data:image/jpeg;base64,") == 6
 
 

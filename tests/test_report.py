@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import browser
 from pskd_timm import InputError, Result, report, train
-from pskd_timm.calibration import with_temperature
+from pskd_timm.calibration import fit_temperature, with_temperature
 from pskd_timm.cli import main
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS, Metric, ece_floor, score
@@ -32,6 +32,7 @@ from pskd_timm.reports.page import figure_tables, paper_notes, svg, table_html, 
 from pskd_timm.reports.paper import departures, paper_figures
 from pskd_timm.reports.plots import (
     COLOURS,
+    SCALED,
     TITLES,
     class_errors,
     confidence_histogram,
@@ -43,6 +44,7 @@ from pskd_timm.reports.plots import (
     spread,
 )
 from pskd_timm.reports.runs import by_method, find_runs, history, predictions, rows
+from pskd_timm.reports.scaling import scale, scaled_baselines
 from pskd_timm.reports.tables import latex_table, markdown_table, summary
 from pskd_timm.reports.versus import against_baseline, predicted
 from pskd_timm.run.folder import read_result
@@ -646,6 +648,54 @@ def drawings_of(runs):
         plots.trials(trials, "optim.lr", metric, metric, "pskd"),
         plots.comparison(logged, tables, "costs 5.12345 $ or 0.001$"),
     ]
+
+
+def test_the_baseline_with_a_temperature_is_drawn_where_confidences_are_with_a_look_of_its_own(runs, compared):
+    text = page(compared)
+    sections = {name: text.split(f'id="{name}"')[1].split("<h2")[0] for name in ("curves", "confidence", "classes")}
+    legends = {name: re.search(r'<ul class="legend".*?</ul>', section)[0] for name, section in sections.items()}
+    assert [name for name, legend in legends.items() if "Baseline + temperature" in legend] == ["confidence"]
+    look = looks(["baseline", SCALED])[SCALED]
+    drawn = re.findall(r'<svg class="plot".*?</svg>', sections["confidence"], flags=re.S)
+    with_its_colour = [re.search('aria-label="([^"]*)"', one)[1] for one in drawn if look.colour.lower() in one.lower()]
+    assert {"reliability diagram", "risk-coverage curves"} <= set(with_its_colour)
+    assert not any("histogram" in name for name in with_its_colour)
+    assert look.title == "Baseline + temperature" and look.colour not in COLOURS.values()
+    every = looks([*METHOD_SECTIONS, SCALED]).values()
+    assert len({(each.dash, each.marker, each.colour) for each in every}) == 13
+
+
+def test_its_reliability_is_that_of_the_scaled_probabilities(runs):
+    finished = by_method(find_runs([runs]))
+    scaled = scaled_baselines(finished, scale(finished))
+    figure = reliability({SCALED: [run.outcomes for run in scaled]})
+    (line,) = [line for line in figure.axes[0].lines if line.get_label() == "Baseline + temperature"]
+    confidence, correct = [], []
+    for run in scaled:
+        held_out, tested = (pd.read_parquet(run.folder / f"{name}.parquet") for name in ("holdout", "predictions"))
+        temperature = fit_temperature(np.stack(held_out.probabilities), held_out.label.to_numpy()).value
+        confidence.append(with_temperature(np.stack(tested.probabilities), temperature).max(axis=1))
+        correct.append(tested.correct)
+    bins = pd.DataFrame({"confidence": np.concatenate(confidence), "correct": np.concatenate(correct)})
+    of_bin = bins.groupby(np.ceil(bins.confidence * 10)).agg(["mean", "size"])
+    many = of_bin[("correct", "size")] >= 0.01 * len(bins)
+    np.testing.assert_allclose(line.get_xdata(), of_bin[("confidence", "mean")][many], rtol=1e-4)
+    np.testing.assert_allclose(line.get_ydata(), of_bin[("correct", "mean")][many], rtol=1e-4)
+
+
+def test_the_legend_of_the_picture_has_room_for_all_methods_in_rows(runs):
+    finished = by_method(find_runs([runs]))
+    tables = predictions(finished)["pskd"][0]
+    methods = [*METHOD_SECTIONS, SCALED]
+    logged = pd.concat([history(finished).assign(method=method, seed=0) for method in METHOD_SECTIONS])
+    figure = plots.comparison(logged.drop_duplicates(["method", "epoch"]), {m: [tables] for m in methods}, "digits")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        plots.title(method) for method in (*METHOD_SECTIONS, SCALED)
+    ]
+    width = legend.get_window_extent().width
+    assert 0 < width <= figure.bbox.width
 
 
 def test_every_word_and_number_of_a_drawing_is_what_its_axes_hold(runs):

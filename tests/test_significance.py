@@ -176,6 +176,20 @@ def test_equal_methods_are_rarely_told_apart_and_different_ones_are():
     assert better.p["top1_error"] < 0.001 and better.difference["aurc"] < 0 and better.p["aurc"] < 0.01
 
 
+def test_equal_networks_are_rarely_told_apart_by_a_coverage_which_jumps():
+    told = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        runs = {name: [Predicted(calibrated(400, rng))] for name in ("a", "b")}
+        told.append(against("a", runs, [FURTHER_METRICS["coverage_at_5_risk"]]).p[0] < 0.05)
+    assert np.mean(told) < 0.12
+
+
+def calibrated(num_samples, rng):
+    confidence = rng.beta(4, 1, num_samples).astype(np.float32)
+    return pd.DataFrame({"confidence": confidence, "correct": rng.uniform(size=num_samples) < confidence, "nll": 0.0})
+
+
 def test_an_interval_without_zero_and_a_small_p_go_together():
     for seed in range(20):
         rng = np.random.default_rng(seed)
@@ -197,6 +211,11 @@ def test_plain_words_say_who_is_better_or_that_nobody_can_tell():
     )
     neither = in_words("A", "B", tests(("top1_error", -2.0, 0.3), ("nll", 0.1, 0.05), ("ece", -1, 0.4)))
     assert neither == "A against B: no difference in error, NLL and ECE can be shown with this many samples."
+    further = [FURTHER_METRICS[name] for name in ("brier", "augrc", "coverage_at_5_risk")]
+    rows = tests(("brier", 0.1, 0.004), ("augrc", 3, 0.0001), ("coverage_at_5_risk", -2.0, 0.04))
+    assert in_words("A", "B", rows, further) == (
+        "A has a higher Brier score (p = 0.004), AUGRC (p ≤ 0.002) and has a lower coverage at 5 % risk (p = 0.040) than B."
+    )
     accuracy = Metric("accuracy", "token accuracy", "%", higher_is_better=True)
     found = in_words("A", "B", tests(("accuracy", 2.0, 0.01)), [accuracy])
     assert found == "A has a higher token accuracy (p = 0.010) than B."
