@@ -653,11 +653,12 @@ def drawings_of(runs):
 def test_the_baseline_with_a_temperature_is_drawn_where_confidences_are_with_a_look_of_its_own(runs, compared):
     text = page(compared)
     sections = {name: text.split(f'id="{name}"')[1].split("<h2")[0] for name in ("curves", "confidence", "classes")}
-    legends = {name: re.search(r'<ul class="legend".*?</ul>', section)[0] for name, section in sections.items()}
+    legends = {name: re.search(r'<ul class="legend".*?</ul>', section, re.S)[0] for name, section in sections.items()}
     assert [name for name, legend in legends.items() if "Baseline + temperature" in legend] == ["confidence"]
     look = looks(["baseline", SCALED])[SCALED]
     drawn = re.findall(r'<svg class="plot".*?</svg>', sections["confidence"], flags=re.S)
-    with_its_colour = [re.search('aria-label="([^"]*)"', one)[1] for one in drawn if look.colour.lower() in one.lower()]
+    names = {re.search(' aria-label="([^"]*)"', one)[1]: one for one in drawn}
+    with_its_colour = [name for name, one in names.items() if look.colour.lower() in one.lower()]
     assert {"reliability diagram", "risk-coverage curves"} <= set(with_its_colour)
     assert not any("histogram" in name for name in with_its_colour)
     assert look.title == "Baseline + temperature" and look.colour not in COLOURS.values()
