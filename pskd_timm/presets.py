@@ -95,8 +95,7 @@ DEFAULTS = {
     "pskd.alpha_warmup_epochs": "paper",
     "pskd.teacher": "authors' code",
     "pskd.store_dtype": "ours: the authors' code has float32",
-    "pskd.store_format": "authors' code",
-    "pskd.store_topk": "ours",
+    "pskd.store_topk": "authors' code",
     "pskd.store_device": "ours",
 }
 

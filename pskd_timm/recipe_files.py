@@ -152,7 +152,11 @@ def _current_names(flat: dict[str, Any], origin: str) -> dict[str, Any]:
     for key, name in FORMER_NAMES.items():
         if key in flat and name in flat:
             raise InputError(f"{origin}: {key} is what {name} was called before: give one of them")
-    return {FORMER_NAMES.get(key, key): value for key, value in flat.items()}
+    current = {FORMER_NAMES.get(key, key): value for key, value in flat.items()}
+    # It said `full`, or `topk` beside store_topk.
+    if current.pop("pskd.store_format", None) == "full":
+        current.setdefault("pskd.store_topk", None)
+    return current
 
 
 def with_overrides(

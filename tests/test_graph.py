@@ -70,7 +70,7 @@ def losses(name: str, settings: dict, recorded: bool) -> tuple[list[float], int]
         ("zipf", {}),
         ("maxsup", {}),
         ("pskd", {}),
-        ("pskd", {"store_format": "topk", "store_topk": 2}),
+        ("pskd", {"store_topk": 2}),
         ("pskd", {"teacher": "snapshot"}),
         ("pskd", {"teacher": "snapshot", "alpha_warmup_epochs": 2}),
     ],

@@ -123,6 +123,13 @@ def test_former_names_mean_the_same_in_files_in_python_and_on_the_command_line(t
     assert by_command.source_of("grad_accum_steps") == "command line"
 
 
+def test_a_file_that_names_the_stores_format_means_the_same(tmp_path):
+    for text, topk in (("store_format: topk, store_topk: 3", 3), ("store_format: full", None)):
+        path = tmp_path / "old.yaml"
+        path.write_text(f"epochs: 1\nmodel: {{name: resnet18}}\ndata: {{source: digits}}\npskd: {{{text}}}\n")
+        assert load_recipe(str(path)).pskd.store_topk == topk
+
+
 @pytest.mark.parametrize("command", ["train", "search", "detect"])
 def test_help_tells_no_former_names(command, capsys):
     with pytest.raises(SystemExit):
@@ -167,7 +174,7 @@ def test_what_a_short_run_and_mixed_inputs_are_refused_for_comes_with_the_way_ou
 
 
 def test_settings_of_one_section_that_do_not_go_together_are_told_with_where_they_were_set():
-    for overrides in ({"pskd.store_topk": "3"}, {"data.loading": "streaming"}, {"data.path": "x"}):
+    for overrides in ({"data.crop_pct": "0.9"}, {"data.loading": "streaming"}, {"data.path": "x"}):
         with pytest.raises(
             InputError, match=f"^({'.*digits.yaml and ' if 'data.path' in overrides else ''})command line: "
         ):

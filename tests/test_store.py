@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pskd_timm import PSKD, Batch, InputError, PredictionStore
-from pskd_timm.recipe_files import load_recipe
 from pskd_timm.store import choose_device, store_bytes
 from workers import nearest_row
 
@@ -142,7 +141,7 @@ def test_topk_says_what_it_takes_and_what_it_costs_and_full_says_no_error():
     labels = torch.arange(40) % 10
     model = torch.nn.Linear(10, 10)
     said = {}
-    for options in ({}, {"store_format": "topk", "store_topk": 2}):
+    for options in ({}, {"store_topk": 2}):
         pskd = PSKD(0.8, **options).setup(num_samples=40, num_classes=10, num_epochs=2, device="cpu")
         start = pskd.describe()
         pskd.begin_epoch(0, torch.arange(40))
@@ -157,10 +156,7 @@ def test_topk_says_what_it_takes_and_what_it_costs_and_full_says_no_error():
     assert end.startswith(start) and end.endswith(" % of a row's mass is misplaced on average")
 
 
-def test_topk_is_never_chosen_silently():
-    for options in ({"pskd.store_topk": 3}, {"pskd.store_format": "topk"}):
-        with pytest.raises(InputError, match="store_format topk and store_topk go together"):
-            load_recipe("digits", options)
+def test_more_classes_are_not_kept_than_there_are():
     with pytest.raises(InputError, match="pskd.store_topk 10 must be from 1 to 9, below the 10 classes"):
         PredictionStore(5, 10, topk=10)
 

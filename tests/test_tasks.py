@@ -22,7 +22,6 @@ SETTINGS = {
     "optim.momentum": 0.0,
     "optim.schedule": "constant",
     "pskd.store_dtype": "float32",
-    "pskd.store_format": "topk",
     "pskd.store_topk": 3,
     "tracking.log_every": 1,
     "tracking.wandb": "disabled",

@@ -369,12 +369,12 @@ def test_too_small_batches_and_too_few_positions_are_refused(corpus):
 
 
 def test_a_full_store_beyond_a_share_of_memory_is_refused_with_the_two_ways_out(corpus, monkeypatch):
-    task = open_task(small_recipe(corpus, **{"pskd.store_format": "full", "pskd.store_topk": None}))
+    task = open_task(small_recipe(corpus, **{"pskd.store_topk": None}))
     size = store_bytes(task.num_rows, task.num_classes, "float32")
     monkeypatch.setattr(room.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else size * 4 - 4)
     with pytest.raises(InputError) as error:
         task.check(task.network(), 1)
-    assert "store_format topk with store_topk 20" in str(error.value) and "teacher snapshot" in str(error.value)
+    assert "store_topk 20" in str(error.value) and "teacher snapshot" in str(error.value)
     monkeypatch.setattr(room.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else size * 4)
     task.check(task.network(), 1)
     assert store_bytes(435_122, 10_000, "float16", 1, 20) <= 45e6  # Multi30k's
@@ -421,7 +421,7 @@ def test_the_sparse_cross_entropy_and_its_gradient_are_those_of_the_whole_target
 def steps_of(task, teacher, epochs=3, alpha=0.6):
     """Losses and logits of PS-KD over a few epochs without dropout, as the run computes them."""
     network = task.network().eval()  # dropout would hide what is compared
-    settings = {"store_format": "topk", "store_topk": 4, "store_dtype": "float32"} if teacher == "store" else {}
+    settings = {"store_topk": 4, "store_dtype": "float32"} if teacher == "store" else {}
     method = METHODS["pskd"](alpha=alpha, teacher=teacher, **settings)
     sizes = {"num_samples": task.num_rows, "num_classes": task.num_classes, "num_epochs": epochs}
     method.setup(**sizes, device="cpu", labels=task.labels, model=network)

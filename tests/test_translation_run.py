@@ -146,9 +146,7 @@ def without_times(lines):
 
 @pytest.mark.parametrize("teacher", ["store", "snapshot"])
 def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_that_was_not(corpus, tmp_path, teacher):
-    topk = (
-        {} if teacher == "store" else {"pskd.store_format": "full", "pskd.store_topk": None, "pskd.teacher": "snapshot"}
-    )
+    topk = {} if teacher == "store" else {"pskd.teacher": "snapshot"}
     settings = {
         "corpus": corpus,
         "method": "pskd",
@@ -178,9 +176,7 @@ def test_a_run_killed_in_mid_epoch_ends_bit_equal_to_one_that_was_not(corpus, tm
 
 @pytest.mark.parametrize("teacher", ["store", "snapshot"])
 def test_two_processes_give_the_losses_and_figures_of_one(corpus, tmp_path, teacher):
-    topk = (
-        {} if teacher == "store" else {"pskd.store_format": "full", "pskd.store_topk": None, "pskd.teacher": "snapshot"}
-    )
+    topk = {} if teacher == "store" else {"pskd.teacher": "snapshot"}
     settings = {
         "corpus": corpus,
         "method": "pskd",
@@ -222,9 +218,9 @@ def test_show_says_what_the_store_takes_and_refuses_a_full_one_that_is_too_large
     from pskd_timm.tasks import translation as room
 
     monkeypatch.setattr(room.os, "sysconf", lambda name: 1000)
-    full = ["--pskd.store_format", "full", "--pskd.store_topk", "null"]
+    full = ["--pskd.store_topk", "null"]
     assert main([*recipe, "--translation.batch_tokens", "150", *full]) == 2
-    assert "store_format topk with store_topk 20" in capsys.readouterr().err
+    assert "store_topk 20" in capsys.readouterr().err
 
 
 def test_the_bench_measures_steps_a_run_beside_seq2seqtrainer_and_beam_search(monkeypatch):

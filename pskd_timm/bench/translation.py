@@ -25,7 +25,7 @@ TITLE = "a step over target tokens (transformer_tiny, 10,000 pieces, 4,096 token
 OPTIONS = ("text",)
 PAIRS, WORDS = 1_500, 9_000  # of the made-up corpus
 TAUGHT = {
-    "pskd top-20": {"store_format": "topk", "store_topk": 20},
+    "pskd top-20": {"store_topk": 20},
     "pskd snapshot": {"teacher": "snapshot"},
 }
 SECONDS, TURNS, SENTENCES, LENGTH = 30.0, 2, 1000, 14

@@ -19,7 +19,7 @@ class PSKD(Method):
     """Target in epoch e of E: (1 − α_e)·label + α_e·last prediction, α_e = `alpha`·(e + 1)/E or as `alpha_schedule` says.
 
     With `teacher` store a sample's last prediction is that of its last training step, kept in `store_dtype` on
-    `store_device` (`auto` or `cpu`), in full or with `store_format` topk the `store_topk` largest of each. With `teacher`
+    `store_device` (`auto` or `cpu`), all its probabilities or the `store_topk` largest. With `teacher`
     snapshot the network as the last epoch left it sees the current images too, in eval mode, and nothing is stored.
 
     Example:
@@ -37,7 +37,6 @@ class PSKD(Method):
         self,
         alpha: float = 0.8,
         store_dtype: str = "float16",
-        store_format: str = "full",
         store_topk: int | None = None,
         store_device: str = "auto",
         teacher: str = "store",
@@ -52,7 +51,7 @@ class PSKD(Method):
             raise InputError(f"alpha_schedule must be linear, constant or cosine, got {alpha_schedule!r}")
         self.alpha, self.schedule, self.teacher = alpha, (alpha_schedule, alpha_warmup_epochs), teacher
         self.store_dtype, self.store_device = store_dtype, store_device
-        self.topk = store_topk if store_format == "topk" else None
+        self.topk = store_topk if teacher == "store" else None
 
     def setup(self, *, num_samples, num_classes, num_epochs, device, labels=None, model=None):
         super().setup(num_samples=num_samples, num_classes=num_classes, num_epochs=num_epochs, device=device)

@@ -231,20 +231,10 @@ class PSKD(MethodSection):
     """`store`: each sample's last prediction, kept in a table; `snapshot`: the network as the last epoch left it, run again."""
     store_dtype: Literal["float16", "float32"] = "float16"
     """Precision of the stored predictions; the paper's code keeps float32."""
-    store_format: Literal["full", "topk"] = "full"
-    """`full` predictions, or the `topk` largest probabilities of each with the rest spread evenly over the other classes."""
     store_topk: Count | None = None
-    """How many probabilities of a prediction `store_format` topk keeps."""
+    """Keep so many of a prediction's probabilities, the largest, and spread the rest evenly over the other classes; else all."""
     store_device: Literal["auto", "cpu"] = "auto"
     """Where the predictions lie: on the run's device if half of its free memory holds them, or on the CPU."""
-
-    @model_validator(mode="after")
-    def _fits_together(self):
-        if (self.store_format == "topk") != (self.store_topk is not None):
-            raise ValueError("store_format topk and store_topk go together: give both or neither")
-        if self.teacher == "snapshot" and self.store_format == "topk":
-            raise ValueError("store_format topk needs teacher store: a snapshot keeps no predictions")
-        return self
 
     def conflict(self, epochs):
         if self.alpha_warmup_epochs >= epochs:

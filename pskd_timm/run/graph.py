@@ -95,5 +95,5 @@ def check_recordable(method: Method):
     if method.store and method.store.device.type == "cpu":
         raise InputError(
             "model.compile graphs needs the prediction store on the GPU (pskd.store_device auto): "
-            "where it does not fit, pskd.store_format topk or pskd.teacher snapshot do, or model.compile default"
+            "where it does not fit, pskd.store_topk 10 or pskd.teacher snapshot do, or model.compile default"
         )

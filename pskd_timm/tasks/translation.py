@@ -251,7 +251,7 @@ def check_store(recipe: Recipe, num_rows: int, num_classes: int, world_size: int
     small = store_bytes(num_rows, num_classes, dtype, world_size, min(20, num_classes - 1))
     raise InputError(
         f"{recipe.method}'s prediction store of {num_rows:,} tokens × {num_classes:,} pieces takes {readable(size)} a rank, "
-        f"more than {SHARE:.0%} of {readable(memory)}:\n{recipe.method}.store_format topk with store_topk 20 takes "
+        f"more than {SHARE:.0%} of {readable(memory)}:\n{recipe.method}.store_topk 20 takes "
         f"{readable(small)}, {recipe.method}.teacher snapshot none"
     )
 
