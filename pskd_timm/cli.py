@@ -538,10 +538,11 @@ def run_translate(arguments, rest):
     from .files import write_atomic
     from .progress import Display
     from .translation.text import read_lines, split_lines
-    from .translation.translate import translate
 
     from_stdin = arguments.file == "-"
     lines = split_lines(sys.stdin.buffer.read(), "stdin") if from_stdin else read_lines(Path(arguments.file))
+    from .translation.translate import translate  # which takes seconds: a file that is none is told before
+
     with Display(not sys.stderr.isatty(), sys.stderr) as display:  # stdout is for the translations
         found = translate(arguments.run_dir, lines, arguments.best, bool(arguments.json), display.advance)
     for row in found:

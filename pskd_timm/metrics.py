@@ -420,7 +420,9 @@ def further_of_rows(parts: Iterable[tuple[np.ndarray, np.ndarray]], names: Itera
 
 
 def check_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """`names`, each once. Raises InputError where one is none of the `known`."""
+    """`names`, each once. Raises InputError where one is none of the `known`, or `names` is no list of them."""
+    if isinstance(names, str) or names is None:
+        raise InputError(f'metrics must be a list of names, got {names!r}: ["ece", "brier"] for instance')
     for name in names:
         if name not in known:
             raise InputError(f"there is no metric {name!r}, only {', '.join(known)}{nearest(name, known)}")

@@ -40,9 +40,9 @@ def against(run: str | Path, data: str, best: bool = False, display: Display | N
     of_tests, calibrated_tests = test_confidences(folder), None
     if not classifier.temperature.reason and read_result(run)["evaluated_on"] == "test":
         calibrated_tests = calibrated_confidences(folder, classifier.temperature.value)
+    images = Images(data)
     if classifier.recipe.data.gaussian_noise:
         warn("the run's test images had noise added (data.gaussian_noise), these images have none")
-    images = Images(data)
     of_others, calibrated_others, contents = confidences(classifier, images, display or Display(quiet=True))
     if len(of_others) == 0:
         raise InputError(f"{data}: none of its {len(images)} images can be decoded")

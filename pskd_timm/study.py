@@ -104,9 +104,11 @@ def search(
     _optuna()
     if "WORLD_SIZE" in os.environ:
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
-    metrics = {known.name: known for known in task_class(recipe.task).metrics if not known.only_at_end}
+    metrics = {known.name: known for known in task_class(recipe.task).metrics}
     if metric not in metrics:
         raise InputError(f"--metric: unknown metric {metric!r}{nearest(metric, metrics)} (of {', '.join(metrics)})")
+    if prune and metrics[metric].only_at_end:
+        raise InputError(f"--prune compares epochs, and {metrics[metric].title} is worked out after the last one only")
     seeds = list(dict.fromkeys(seeds))
     if trials < 1 or not seeds or min(seeds) < 0:
         raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
@@ -138,6 +140,15 @@ def search(
         if not finished:
             raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
         best = (max if metrics[metric].higher_is_better else min)(finished, key=lambda trial: trial.figures[metric])
+        equal = [
+            trial
+            for trial in finished
+            if trial.figures[metric] == best.figures[metric] and trial.settings != best.settings
+        ]
+        if equal:
+            display.say(
+                f"equal in {metric}: trial {best.number}, which is taken, and {', '.join(str(t.number) for t in equal)}"
+            )
         chosen = with_overrides(recipe.model_dump(), best.settings, str(folder), recipe.name)
         return SearchResult(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
 
@@ -303,13 +314,13 @@ def _train_trial(base, number, values, folder, seeds, metric, asked, display) ->
         trial.state = DIVERGED if isinstance(error, Diverged) else TOO_LARGE
         display.say(f"trial {number}: {str(error).splitlines()[0]}")
     lines = first.history
-    trial.by_epoch = {line["epoch"]: line[metric] for line in lines}
+    trial.by_epoch = {line["epoch"]: line[metric] for line in lines if metric in line}
     if trial.state == DONE:
         table = pd.DataFrame([{name: result.last[name] for name in metrics} for result in results])
         trial.figures = table.mean().to_dict()
         trial.spread = table.std().to_dict() if len(table) > 1 else {}
     elif lines:
-        trial.figures = {name: lines[-1][name] for name in metrics}
+        trial.figures = {name: lines[-1][name] for name in metrics if name in lines[-1]}
     trial.seconds = sum(result.values["seconds"] for result in results) or (lines[-1]["seconds"] if lines else 0.0)
     return trial
 
@@ -409,7 +420,7 @@ def _write(folder, recipe, base, chosen, trials, best, over, seeds, metric) -> l
     header = [
         "# Chosen by `pskd-timm search` on held-out training data:",
         f"# {held_out}; the test part was not read.",
-        f"# Of {len(trials)} trials over {' '.join(over)}, trial {best.number} had the lowest {metric}:",
+        f"# Of {len(trials)} trials over {' '.join(over)}, trial {best.number} had the best {metric}:",
         f"# {best.figures[metric]:.4f}{spread} after the last epoch (mean over seeds {' '.join(map(str, seeds))}).",
         *(f"#   {key}: {_short(value)}" for key, value in best.settings.items()),
         "#",

@@ -361,10 +361,62 @@ def test_torchmetrics_metric_counts_a_confidence_on_a_bin_edge_as_the_score_does
     assert metric.compute()["ece"] == pytest.approx(score(rows, [0, 1, 0])["ece"])
 
 
-def test_torchmetrics_metric_refuses_logits_for_probabilities_and_what_has_other_shapes():
-    metric, logits = CalibrationMetrics(), torch.randn(8, 3) * 5
-    with pytest.raises(InputError, match=r"shape \[B, K\]"):
-        metric.update(logits, torch.zeros(7, dtype=torch.int64))
-    metric.update(logits, torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(InputError, match="from_logits=True"):
+PROBABILITIES = torch.full((8, 4), 0.25)
+LABELS = torch.zeros(8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("preds", "target", "says"),
+    [
+        (PROBABILITIES, LABELS[:7], r"floats of shape \[B, K\]"),
+        (PROBABILITIES.long(), LABELS, r"floats of shape \[B, K\]"),
+        (PROBABILITIES, LABELS.float(), "target must be integers, got torch.float32"),
+        (PROBABILITIES, LABELS.bool(), "target must be integers, got torch.bool"),
+        (PROBABILITIES.numpy(), LABELS, "must be tensors, got ndarray and Tensor"),
+        (PROBABILITIES[:, :3], LABELS, "preds have 3 classes, those before them 4"),
+    ],
+)
+def test_torchmetrics_metric_refuses_a_batch_of_other_shapes_and_types(preds, target, says):
+    metric = CalibrationMetrics()
+    metric.update(PROBABILITIES, LABELS)
+    with pytest.raises(InputError, match=says):
+        metric.update(preds, target)
+    assert metric.compute() == score(PROBABILITIES, LABELS)
+    metric.reset()
+    metric.update(PROBABILITIES[:, :3], LABELS)  # a reset forgets how many classes there were
+
+
+@pytest.mark.parametrize(
+    ("from_logits", "row", "label", "says"),
+    [
+        (False, [5.0, -1.0, 0.0, 2.0], 0, "from_logits=True"),
+        (False, [-0.1, 0.3, 0.5, 0.3], 0, "preds are no probabilities"),
+        (False, [0.9, 0.9, 0.0, 0.0], 0, "preds are no probabilities"),
+        (False, [float("nan")] * 4, 0, "preds are no probabilities"),
+        (False, [0.25] * 4, 4, "labels in target lie outside"),
+        (False, [0.25] * 4, -1, "labels in target lie outside"),
+        (True, [float("nan")] * 4, 0, "logits that are not finite"),
+        (True, [0.0] * 4, -100, "labels in target lie outside"),
+    ],
+)
+def test_torchmetrics_metric_says_in_compute_which_values_are_wrong(from_logits, row, label, says):
+    metric = CalibrationMetrics(from_logits=from_logits)
+    metric.update(PROBABILITIES, LABELS)
+    metric.update(torch.tensor([row]), torch.tensor([label]))
+    with pytest.raises(InputError, match=says):
         metric.compute()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
+def test_torchmetrics_metric_of_empty_batches_has_nothing_to_compute_and_beside_others_they_count_for_nothing():
+    metric = CalibrationMetrics()
+    metric.update(PROBABILITIES[:0], LABELS[:0])
+    with pytest.raises(InputError, match="no sample since the last reset"):
+        metric.compute()
+    metric.update(PROBABILITIES, LABELS)
+    assert metric.compute() == score(PROBABILITIES, LABELS)
+
+
+def test_torchmetrics_metric_takes_its_setting_by_name_only():
+    with pytest.raises(TypeError, match="positional"):
+        CalibrationMetrics(["brier"])

@@ -368,3 +368,9 @@ def test_a_score_has_the_metrics_it_is_asked_for_in_that_order_of_any_float_type
     assert score(p, y, ALL_METRICS) == pytest.approx(whole)
     with pytest.raises(InputError, match="no metric 'smoothece', only .*did you mean smooth_ece"):
         score(p, y, ["smoothece"])
+
+
+@pytest.mark.parametrize("names", ["brier", None])
+def test_names_of_metrics_come_as_a_list(names):
+    with pytest.raises(InputError, match=f"must be a list of names, got {names!r}"):
+        score(np.full((4, 2), 0.5), [0, 1, 0, 1], names)

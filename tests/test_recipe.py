@@ -308,3 +308,16 @@ def test_imports_point_one_way():
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         for target in imported_modules(path):
             assert level_of(target) <= level_of(module), f"{path} imports {target}"
+
+
+def test_a_data_set_is_named_by_what_is_read():
+    def name(**data):
+        return load_recipe(
+            "digits", {f"data.{key}": value for key, value in ({"gaussian_noise": 0} | data).items()}
+        ).data_name
+
+    assert name() == "digits"
+    assert name(source="cifar100", path="/copies/of/it") == "cifar100"
+    assert name(source="someone/pets") == "someone/pets"
+    assert name(source="someone/pets", path="/my/cats") == "cats"
+    assert name(source=None, path="my/dogs/") == "dogs"

@@ -61,6 +61,26 @@ def test_plain_files_tables_with_two_columns_and_translation_columns_give_the_sa
     assert [corpus.train.targets for corpus in found] == [[en for _, en in made]] * 3
 
 
+def test_a_row_without_one_of_the_languages_is_a_pair_with_an_empty_side(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"translation": {"de": de, "en": en}} for de, en in pairs(6)]
+    for split in ("train", "validation", "test"):
+        write_table(tmp_path / "lines" / f"{split}.jsonl", [{"translation": {"de": "Hund"}}, *rows])
+    assert read_corpus(small_recipe(tmp_path / "lines")).train.targets[0] == ""
+    # What a data set of Python's objects keeps of such a row has no key for it.
+    table = Dataset.from_dict({"translation": [{"de": "Hund", "en": None}, *(row["translation"] for row in rows)]})
+    DatasetDict({split: table for split in ("train", "validation", "test")}).save_to_disk(str(tmp_path / "saved"))
+    assert read_corpus(small_recipe(tmp_path / "saved")).train.targets[0] == ""
+
+
+def test_tables_beside_plain_files_are_named_as_unread(tmp_path, capsys):
+    folder = write_plain(tmp_path, train=6, valid=2, test=2)
+    write_table(folder / "train.jsonl", [{"de": "a", "en": "b"}])
+    assert len(read_corpus(small_recipe(folder)).train) == 6
+    assert "plain files are read, train.jsonl beside them not" in capsys.readouterr().err
+
+
 def test_parquet_files_named_after_splits_are_these_splits(tmp_path):
     import pandas as pd
 
@@ -95,6 +115,10 @@ def test_damaged_corpora_are_told_in_a_line(tmp_path):
     assert "english, german" in said or "german, english" in said
     write_table(tmp_path / "keys" / "train.jsonl", [{"translation": {"de": "a", "fr": "b"}}])
     assert "have de, fr, not 'en'" in refused(tmp_path / "keys", data__test=False, data__holdout_fraction=0.5)
+    write_table(tmp_path / "rows" / "train.jsonl", [{"translation": "a"}])
+    assert "row 1 of split train holds 'a' under 'translation'" in refused(
+        tmp_path / "rows", data__test=False, data__holdout_fraction=0.5
+    )
     write_table(tmp_path / "numbers" / "train.jsonl", [{"de": "a", "en": 3}])
     assert "holds '3' under 'en', which is no text" in refused(
         tmp_path / "numbers", data__test=False, data__holdout_fraction=0.5
@@ -102,6 +126,9 @@ def test_damaged_corpora_are_told_in_a_line(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "neither Parquet or JSON files nor plain ones" in refused(tmp_path / "empty")
     assert "is no folder" in refused(tmp_path / "nowhere")
+    for name in ("train.fr", "train.en"):
+        (tmp_path / "empty" / name).write_text("a\n")
+    assert "it has train.en, train.fr: translation.source_lang and target_lang name" in refused(tmp_path / "empty")
     folder = write_plain(tmp_path / "broken", train=2)
     (folder / "train.parquet").write_bytes(b"PAR1 not really")
     (folder / "train.de").unlink()

@@ -20,6 +20,7 @@ from pskd_timm.metrics import score
 from pskd_timm.progress import Display
 from pskd_timm.reports.build import report
 from pskd_timm.run.result import read_lines
+from pskd_timm.study import search
 from pskd_timm.tasks import open_task
 from pskd_timm.translation.translate import translate
 
@@ -233,3 +234,14 @@ def test_the_bench_measures_steps_a_run_beside_seq2seqtrainer_and_beam_search(mo
     assert [row["step"] for row in rows] == ["store", "plain", "pskd top-20", "pskd snapshot", "run", "beam"]
     assert rows[0]["bytes"] == rows[0]["num_rows"] * (20 * 4 + 1)
     assert all(row["ratio"] > 0 for row in rows[1:4]) and rows[4]["ratios"][0] > 0 and len(said) == len(rows)
+
+
+def test_a_search_ranks_by_bleu_on_held_out_pairs_and_does_not_prune_by_it(corpus, tmp_path):
+    settings = {"epochs": 2, "method": "baseline", "data.holdout_fraction": 0.1, "output_dir": str(tmp_path)}
+    recipe, over = small_recipe(corpus, **settings), ["optim.lr=0.0001,0.01"]
+    with pytest.raises(InputError, match="--prune compares epochs, and BLEU is worked out after the last one only"):
+        search(recipe, over, trials=2, metric="bleu", prune=True, display=QUIET)
+    found = search(recipe, over, trials=2, metric="bleu", display=QUIET)
+    assert found.best.figures["bleu"] == max(trial.figures["bleu"] for trial in found.trials)
+    assert "had the best bleu" in (tmp_path / "search-baseline" / "best.yaml").read_text()
+    assert (tmp_path / "search-baseline" / "search.png").is_file()

@@ -210,6 +210,7 @@ def _open(section: DataSection) -> dict:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read is raised as well
     source = SOURCES.get(section.source or "")
     if section.path is None:
         return _from_hub(source.hub_id if source else section.source, section)

@@ -35,8 +35,7 @@ def last_line(path: Path) -> dict | None:
 
 def tags(recipe: Recipe) -> list[str]:
     """Data set, network, seed and the recipe's own tags; wandb takes 64 characters of each."""
-    data_set = recipe.data.source or Path(recipe.data.path).resolve().name
-    found = [data_set, recipe.model.name, f"seed{recipe.seed}", *recipe.tracking.tags]
+    found = [recipe.data_name, recipe.model.name, f"seed{recipe.seed}", *recipe.tracking.tags]
     return [tag[:64] for tag in dict.fromkeys(found)]
 
 

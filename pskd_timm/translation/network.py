@@ -130,8 +130,9 @@ def save_translator(network: TranslationNetwork, tokenizer: PreTrainedTokenizerB
 def load_translator(folder: Path) -> tuple[TranslationNetwork, PreTrainedTokenizerBase]:
     """The network and the tokenizer in a run's folder, on the CPU. Raises InputError where there are none."""
     folder = Path(folder).expanduser()
-    if not (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
-        raise InputError(f"{folder}: no translation network here (a finished run has config.json and tokenizer.json)")
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json")
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise InputError(f"{folder}: no translation network here: {', '.join(missing)} of a finished run not there")
     logging.disable_progress_bar()
     try:
         return TranslationNetwork(AutoModelForSeq2SeqLM.from_pretrained(folder)), AutoTokenizer.from_pretrained(folder)

@@ -15,6 +15,7 @@ INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\ufeff"))
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 TABLE_READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+MOST_NAMED = 6  # files that a message names
 
 
 @dataclass
@@ -75,6 +76,10 @@ def open_splits(recipe: Recipe) -> dict:
         return _tables(lambda: _load_from_disk(folder), str(folder))
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     if plain := _plain_files(files, recipe.translation):
+        if tables := [path.name for path in files if path.suffix in TABLE_READERS]:
+            from ..ranks import warn_on_main  # torch takes a second, and lines of a file are read without it
+
+            warn_on_main(f"data.path: plain files are read, {', '.join(tables[:MOST_NAMED])} beside them not")
         return plain
     by_split: dict[str, list[Path]] = {}
     for path in files:
@@ -82,9 +87,11 @@ def open_splits(recipe: Recipe) -> dict:
             by_split.setdefault(SHARD.sub("", path.stem), []).append(path)
     if not by_split:
         section = recipe.translation
+        there = ", ".join(path.name for path in files[:MOST_NAMED]) + ("" if len(files) <= MOST_NAMED else ", …")
         raise InputError(
-            f"data.path: {folder} has neither Parquet or JSON files nor plain ones "
-            f"(train.{section.source_lang} beside train.{section.target_lang})"
+            f"data.path: {folder} has neither Parquet or JSON files nor plain ones (train.{section.source_lang} beside "
+            f"train.{section.target_lang}), it has {there or 'no files'}: translation.source_lang and target_lang name the "
+            "languages"
         )
     return {name: _lazy_table(paths) for name, paths in by_split.items()}
 
@@ -140,6 +147,7 @@ def _guarded(read, where: str):
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read is raised as well
     try:
         return read()
     except Exception as error:  # the library raises whatever its readers raise
@@ -201,10 +209,13 @@ def _column(table, lang: str, split: str) -> list[str]:
         texts = list(table[lang])
     elif "translation" in table.column_names:
         rows = list(table["translation"])
-        keys = set(rows[0] or ()) if rows else set()
+        if bad := next((i for i, row in enumerate(rows, 1) if row and not isinstance(row, dict)), 0):
+            what = f"{str(rows[bad - 1])[:40]!r} under 'translation', no mapping of languages"
+            raise InputError(f"data: row {bad} of split {split} holds {what}")
+        keys = {key for row in rows for key in row or ()}
         if lang not in keys:
             raise InputError(f"data: the translations of split {split} have {', '.join(sorted(keys))}, not {lang!r}")
-        texts = [row[lang] if row else None for row in rows]
+        texts = [row.get(lang) if row else None for row in rows]
     else:
         there = ", ".join(table.column_names)
         raise InputError(
