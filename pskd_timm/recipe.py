@@ -347,12 +347,6 @@ class RecipeBase(Section):
         own = presets.place(self.data.source, (self.model.name, self.model.small_input))
         return method, getattr(self, method).variant, [own, *self.preset_of]
 
-    @property
-    def data_name(self) -> str:
-        """The data set as people call it: a well-known one, of which data.path may be a copy, a hub id, or a folder's name."""
-        source, path = self.data.source, self.data.path
-        return source if path is None or (source and "/" not in source) else Path(path).resolve().name
-
     def identity(self) -> dict[str, Any]:
         """The settings that decide a run's outcome, flat; two runs of equal identity may continue each other."""
         values = flatten(self.model_dump())
@@ -417,3 +411,9 @@ def flatten(tree: dict, recipe: type[Section] = Recipe) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def data_name(section: Section) -> str:
+    """What people call a data section's data set: a well-known name, of which `path` may be a copy, a hub id, or a folder's."""
+    source, path = section.source, section.path
+    return source if path is None or (source and "/" not in source) else Path(path).resolve().name

@@ -8,7 +8,7 @@ import pytest
 import pskd_timm
 from pskd_timm import InputError, load_recipe
 from pskd_timm.cli import load, make_parser
-from pskd_timm.recipe import settings
+from pskd_timm.recipe import data_name, settings
 from pskd_timm.recipe_files import SHIPPED, shipped_recipes
 
 PACKAGE = Path(pskd_timm.__file__).parent
@@ -312,9 +312,8 @@ def test_imports_point_one_way():
 
 def test_a_data_set_is_named_by_what_is_read():
     def name(**data):
-        return load_recipe(
-            "digits", {f"data.{key}": value for key, value in ({"gaussian_noise": 0} | data).items()}
-        ).data_name
+        settings = {f"data.{key}": value for key, value in ({"gaussian_noise": 0} | data).items()}
+        return data_name(load_recipe("digits", settings).data)
 
     assert name() == "digits"
     assert name(source="cifar100", path="/copies/of/it") == "cifar100"

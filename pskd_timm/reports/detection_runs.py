@@ -70,7 +70,8 @@ def read_detector(folder: Path) -> DetectorRun:
         damage = f"damaged: {error}"
     seed, name = seed_in_name(folder), folder.resolve().parent.name
     if recipe or values:
-        name, seed = (recipe.method, recipe.seed) if recipe else (values["method"], values["seed"])
+        # A finished run says what its backbone was called, which the recipe knows only while the backbone's folder is there.
+        name, seed = (values["method"], values["seed"]) if values else (recipe.method, recipe.seed)
     if seed is None:
         raise InputError(f"{folder}: {damage or 'no run here (a run folder has a recipe.yaml)'}")
     if damage or not values:

@@ -20,7 +20,7 @@ from .. import __version__
 from ..errors import first_line
 from ..methods import METHOD_SECTIONS
 from ..metrics import EceFloor, Metric
-from ..recipe import flatten
+from ..recipe import data_name, flatten
 from . import paper, plots, significance
 from .further import MEANINGS
 from .kept import Kept
@@ -182,7 +182,7 @@ def facts(found: list[Run]) -> list[tuple[str, str]]:
     recipes = [run.recipe for run in found if run.recipe]
     values = [run.values for run in found if run.values]
     lines = [
-        ("data", _distinct(r.data_name for r in recipes)),
+        ("data", _distinct(data_name(r.data) for r in recipes)),
         ("network", _distinct(r.model.name for r in recipes)),
         ("parameters", _distinct(f"{v['num_parameters']:,}" for v in values)),
         ("trained on", _distinct(f"{v['num_train']:,} {counted(v)}" for v in values)),

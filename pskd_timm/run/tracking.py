@@ -15,7 +15,7 @@ from ..errors import InputError, first_line
 from ..files import Lines, without_nan, write_atomic
 from ..metrics import Outcomes, ece_floor, reliability_bins, risk_curve, thinned
 from ..outcomes import Predictions
-from ..recipe import Recipe
+from ..recipe import Recipe, data_name
 from ..tasks.base import Task
 from .result import read_lines
 
@@ -35,7 +35,7 @@ def last_line(path: Path) -> dict | None:
 
 def tags(recipe: Recipe) -> list[str]:
     """Data set, network, seed and the recipe's own tags; wandb takes 64 characters of each."""
-    found = [recipe.data_name, recipe.model.name, f"seed{recipe.seed}", *recipe.tracking.tags]
+    found = [data_name(recipe.data), recipe.model.name, f"seed{recipe.seed}", *recipe.tracking.tags]
     return [tag[:64] for tag in dict.fromkeys(found)]
 
 
