@@ -6,7 +6,11 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {"cat": (220, 40, 40), "dog": (40, 60, 220)}
-ANNOTATION = "<annotation><size><width>1</width><height>1</height><depth>3</depth></size>{}</annotation>"
+
+
+def annotation(objects: list[str], width: int, height: int) -> str:
+    size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+    return f"<annotation>{size}{''.join(objects)}</annotation>"
 
 
 def xml_object(name, box, difficult=0, more=""):
@@ -33,7 +37,7 @@ def make_devkit(folder: Path, year: str = "VOC2007", pictures: int = 8, per_pict
             pixels[top : top + side, left : left + side] = COLOURS[label]
             objects.append(xml_object(label, (left + 1, top + 1, left + side, top + side)))
         Image.fromarray(pixels).save(folder / year / "JPEGImages" / f"{name}.jpg", quality=95)
-        (folder / year / "Annotations" / f"{name}.xml").write_text(ANNOTATION.format("".join(objects)))
+        (folder / year / "Annotations" / f"{name}.xml").write_text(annotation(objects, width, height))
     half = pictures // 2
     for part, chosen in (("train", names[:half]), ("val", names[half:])):
         (folder / year / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(chosen) + "\n")

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from detection_data import ANNOTATION, make_devkit, xml_object
+from detection_data import annotation, make_devkit, xml_object
 from PIL import Image
 
 from pskd_timm import InputError
-from pskd_timm.detection.data import Others, examples, mirrored, open_data, read_annotation
+from pskd_timm.detection.data import Rules, examples, mirrored, open_data, read_annotation
 from pskd_timm.detection.settings import VOC_CLASSES, Data
 
 
@@ -17,8 +17,8 @@ def devkit(tmp_path):
 
 def read(tmp_path, *objects, size=(100, 80), rule="fail"):
     path = tmp_path / "000001.xml"
-    path.write_text(ANNOTATION.format("".join(objects)))
-    return read_annotation(path, size, Others(rule, VOC_CLASSES))
+    path.write_text(annotation(objects, *size))
+    return read_annotation(path, size, Rules(rule, VOC_CLASSES))
 
 
 def test_boxes_count_from_one_and_include_their_last_pixel(tmp_path):
@@ -78,6 +78,66 @@ def test_objects_of_other_names_are_left_out_where_one_asks_for_it_and_counted(d
     assert f"{16 - kept} objects of other names are left out: {16 - kept} dog" in line
 
 
+def change_annotation(devkit, name, old, new):
+    path = devkit / "VOC2007/Annotations" / f"{name}.xml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+def voc(devkit):
+    return open_data(Data(path=str(devkit), train=["VOC2007/train"], test=["VOC2007/val"]))
+
+
+def test_boxes_that_reach_beyond_their_pictures_are_counted_in_one_line_with_the_first_ones_file(devkit, capsys):
+    first = change_annotation(devkit, "000001", "<xmin>", "<xmin>-")
+    change_annotation(devkit, "000002", "</ymax>", "9</ymax>")
+    voc(devkit)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "data: 2 boxes reach beyond the picture and are cut at its edges" in line
+    assert f"{first}: object 1 (" in line and "is the first" in line
+
+
+def test_annotations_of_another_size_than_their_picture_are_counted_in_one_line_with_the_first_file(devkit, capsys):
+    first = change_annotation(devkit, "000001", "<width>96", "<width>500")
+    change_annotation(devkit, "000003", "<height>64", "<height>x")
+    data = voc(devkit)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "data: 2 annotations give a size that is not the picture's" in line
+    assert f"{first} (500×64, the picture is 96×64) is the first" in line and data.train.size(1) == (96, 64)
+
+
+def test_sound_data_and_annotations_without_a_size_are_read_without_a_word(devkit, capsys):
+    path = change_annotation(devkit, "000001", "<size>", "<other>")
+    path.write_text(path.read_text().replace("</size>", "</other>"))
+    voc(devkit)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_box_that_leaves_its_picture_by_a_rounding_error_is_not_counted():
+    rules = Rules("skip", ["cat"])
+    assert rules.inside([0, -1e-5, 100.001, 80], (100, 80), "here") == [0, 0, 100, 80] and not rules.cut
+    rules.inside([0, 0, 100.5, 80], (100, 80), "here")
+    assert rules.cut == ["here"]
+
+
+def test_objects_that_are_left_out_are_not_counted_among_the_cut_boxes_too(tmp_path):
+    rules = Rules("skip", ["cat"])
+    path = tmp_path / "a.xml"
+    path.write_text(annotation([xml_object("dog", (1, 1, 999, 9)), xml_object("cat", (1, 1, 9, 9))], 100, 80))
+    assert len(read_annotation(path, (100, 80), rules).labels) == 1 and not rules.cut and rules.left_out == {"dog": 1}
+
+
+def test_an_image_set_that_is_missing_is_answered_with_those_there_are_and_no_guess_at_one(devkit):
+    main = devkit / "VOC2007/ImageSets/Main"
+    (main / "train.txt").rename(main / "test.txt")
+    with pytest.raises(InputError) as caught:
+        open_data(Data(path=str(devkit), train=["VOC2007/trainval"], test=["VOC2007/test"]))
+    there = "VOC2007/test, VOC2007/val, VOC2012/train, VOC2012/val"
+    assert str(caught.value) == f"data.train: no image set 'VOC2007/trainval' in {devkit}, which has {there}"
+
+
 def test_several_years_are_one_part_in_the_order_they_are_named_in(devkit):
     data = open_data(Data(path=str(devkit), train=["VOC2007/train", "VOC2012/train"], test=["VOC2012/val"]))
     assert data.train.names == [f"{year}/{i:06d}" for year in ("VOC2007", "VOC2012") for i in range(4)]
@@ -99,7 +159,8 @@ def test_difficult_objects_are_trained_on_only_where_one_asks_for_it_and_always_
 @pytest.mark.parametrize(
     "train, line",
     [
-        (["VOC2007/trian"], "no image set 'VOC2007/trian'"),
+        (["VOC2007/trian"], "data.train: no image set 'VOC2007/trian' in"),
+        (["train"], "data.train: no image set 'train' in"),
         (["VOC2007/train", "VOC2007/train"], "is in VOC2007/train and in VOC2007/train"),
         (["VOC2007/cat_train"], "has a second column"),
         (["VOC2007/empty"], "names no picture"),
@@ -165,16 +226,16 @@ def test_a_truncated_picture_is_named_in_a_line_whichever_process_decodes_it(dev
     assert "the picture VOC2007/000001 cannot be decoded" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def hf_dataset(tmp_path, listed: bool):
+def hf_dataset(tmp_path, listed: bool, box=(5.0, 6.0, 10.0, 20.0)):
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
     from datasets import Image as ImageFeature
 
     picture = tmp_path / "a.png"
     Image.new("RGB", (50, 40)).save(picture)
-    objects = {"bbox": [[5.0, 6.0, 10.0, 20.0]], "category": [1]}
+    objects = {"bbox": [list(box)], "category": [1]}
     inner = {"bbox": Sequence(Value("float32")), "category": ClassLabel(names=["x", "y"])}
     if listed:
-        feature, objects = [inner], [{"bbox": [5.0, 6.0, 10.0, 20.0], "category": 1}]
+        feature, objects = [inner], [{"bbox": list(box), "category": 1}]
     else:
         feature = {"bbox": Sequence(Sequence(Value("float32"))), "category": Sequence(inner["category"])}
     features = Features({"image": ImageFeature(), "objects": feature})
@@ -198,7 +259,8 @@ def test_an_hf_data_set_with_boxes_is_read_whichever_way_it_stores_its_objects(t
 @pytest.mark.parametrize(
     "more, line",
     [
-        ({"train": ["trian"]}, "no split 'trian' in the data: did you mean train"),
+        ({"train": ["trian"]}, "data.train: no split 'trian' in the data, which has train, test"),
+        ({"test": ["dev"]}, "data.test: no split 'dev' in the data, which has train, test"),
         ({"objects_column": "things"}, "no column 'things' in the data, it has image, objects"),
         ({"class_names": ["x"]}, "'y', which is none of the classes"),
     ],
@@ -206,6 +268,21 @@ def test_an_hf_data_set_with_boxes_is_read_whichever_way_it_stores_its_objects(t
 def test_what_an_hf_data_set_lacks_is_named(tmp_path, more, line):
     with pytest.raises(InputError, match=line):
         open_data(Data(**hf_dataset(tmp_path, False) | more))
+
+
+def test_boxes_of_an_hf_data_set_that_reach_beyond_their_pictures_are_counted_too(tmp_path, capsys):
+    section = hf_dataset(tmp_path, False, box=[45.0, 6.0, 10.0, 20.0])
+    assert open_data(Data(**section)).train.objects[0].boxes.tolist() == [[45, 6, 50, 26]]
+    line = capsys.readouterr().err
+    assert "data: 2 boxes reach beyond the picture and are cut at its edges: picture train/0, object 1 is" in line
+
+
+def test_an_hf_picture_with_more_boxes_than_categories_is_named(tmp_path):
+    from pskd_timm.detection.hf_data import _objects
+
+    with pytest.raises(InputError, match="picture train/0: has 2 bbox, 1 category and 2 difficult: one an object"):
+        columns = {"bbox": [[0, 0, 5, 5]] * 2, "category": [0]}
+        _objects(columns, (50, 40), Data(path="x"), ["x"], Rules("fail", ["x"]), "data: picture train/0")
 
 
 def test_a_changed_box_changes_the_fingerprint(devkit):

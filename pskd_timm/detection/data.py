@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
 from ..errors import InputError, nearest
-from ..files import warn
 from ..fingerprint import digest
+from ..ranks import warn_on_main
 from .settings import VOC_CLASSES
 from .settings import Data as DataSection
 
 FLIP = 21  # stream of random numbers
+ROUNDING = 0.01  # pixels: COCO's boxes have two decimals
 
 
 class Objects(NamedTuple):
@@ -108,16 +109,18 @@ def open_data(section: DataSection) -> DetectionData:
         )
     if is_voc:
         names = section.class_names or VOC_CLASSES
-        other = Others(section.other_names, names)
-        parts = [_voc_part(folder, sets, other) for sets in (section.train, section.test)]
+        rules = Rules(section.other_names, names)
+        parts = [_voc_part(folder, key, getattr(section, key), rules) for key in ("train", "test")]
     else:
         from .hf_data import open_hf
 
-        parts, names, other = open_hf(section)
-    other.say()
+        parts, names, rules = open_hf(section)
+    rules.say()
     train, test = parts
     if both := set(train.names) & set(test.names):
-        warn(f"data: {len(both)} pictures are in the training and in the test part, {sorted(both)[0]} among them")
+        warn_on_main(
+            f"data: {len(both)} pictures are in the training and in the test part, {sorted(both)[0]} among them"
+        )
     train, test = _first(train, section.limit_train), _first(test, section.limit_test)
     if not section.train_difficult:
         train.objects = [objects.easy() for objects in train.objects]
@@ -131,18 +134,24 @@ def _first(part: Part, limit: int | None) -> Part:
     return Part(part.names[:limit], part.objects[:limit], part.open)
 
 
-class Others:
-    """What is done with objects whose name is none of the classes'."""
+class Rules:
+    """What is done with data that do not quite fit, and how often it was: `say` names it in a line each.
 
-    def __init__(self, rule: str, class_names: list[str]):
-        self.rule, self.number = rule, {name: i for i, name in enumerate(class_names)}
+    An object whose name is none of the classes' ends the reading or is left out, as `other_names` says; a box that reaches
+    beyond its picture is cut at the edge; an annotation's size that is not the picture's is passed over.
+    """
+
+    def __init__(self, other_names: str, class_names: list[str]):
+        self.other_names, self.number = other_names, {name: i for i, name in enumerate(class_names)}
         self.left_out = Counter()
+        self.cut: list[str] = []  # where each such box is
+        self.other_sizes: list[str] = []  # which annotations, with both sizes
 
     def label(self, name: str, where: str) -> int | None:
         """The number of a class; None where the object is to be left out."""
         if name in self.number:
             return self.number[name]
-        if self.rule == "fail":
+        if self.other_names == "fail":
             raise InputError(
                 f"{where}: an object is called {name!r}, which is none of the classes{nearest(name, self.number)}: "
                 "--data.class_names names others, --data.other_names skip leaves such objects out"
@@ -150,26 +159,62 @@ class Others:
         self.left_out[name] += 1
         return None
 
+    def inside(self, box: list[float], size: tuple[int, int], where: str) -> list[float]:
+        """`box` cut at the edges of a picture of `size` (width, height). Raises InputError where nothing is left of it."""
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise InputError(f"{where}: the box {[round(x, 2) for x in box]} (from 0) has no area")
+        width, height = size
+        cut = [max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))]
+        if cut[0] >= cut[2] or cut[1] >= cut[3]:
+            raise InputError(
+                f"{where}: the box {[round(x, 2) for x in box]} (from 0) lies outside the {width}×{height} picture"
+            )
+        if max(abs(before - after) for before, after in zip(box, cut, strict=True)) > ROUNDING:
+            self.cut.append(where)
+        return cut
+
     def say(self):
-        """Name what was left out."""
+        """Name what was left out, cut or passed over."""
         if self.left_out:
             names = ", ".join(f"{count} {name}" for name, count in self.left_out.most_common(8))
-            warn(f"data: {self.left_out.total()} objects of other names are left out: {names}")
+            warn_on_main(f"data: {self.left_out.total()} objects of other names are left out: {names}")
+        if self.cut:
+            warn_on_main(
+                f"data: {_counted(self.cut, 'box reaches', 'boxes reach')} beyond the picture and "
+                f"{'is' if len(self.cut) == 1 else 'are'} cut at its edges: {_first_of(self.cut)}"
+            )
+        if self.other_sizes:
+            warn_on_main(
+                f"data: {_counted(self.other_sizes, 'annotation gives', 'annotations give')} a size that is not the "
+                f"picture's, and the picture's counts: {_first_of(self.other_sizes)}"
+            )
 
 
-def _voc_part(devkit: Path, sets: list[str], other: Others) -> Part:
+def _counted(places: list[str], one: str, several: str) -> str:
+    return f"{len(places)} {one if len(places) == 1 else several}"
+
+
+def _first_of(places: list[str]) -> str:
+    first = places[0].removeprefix("data: ")
+    return first if len(places) == 1 else f"{first} is the first"
+
+
+def _voc_part(devkit: Path, key: str, sets: list[str], rules: Rules) -> Part:
+    """The pictures of the image sets that the setting data.`key` names."""
     names = {}
     for image_set in sets:
-        for name in _image_set(devkit, image_set):
+        for name in _image_set(devkit, key, image_set):
             if name in names:
-                raise InputError(f"data: the picture {name} is in {names[name]} and in {image_set}: name one of them")
+                raise InputError(
+                    f"data.{key}: the picture {name} is in {names[name]} and in {image_set}: name one of them"
+                )
             names[name] = image_set
     pictures = [_picture_path(devkit, name) for name in names]
     part = Part(list(names), [], partial(_open_path, pictures))
     # The size is that of the picture: the annotation's own `size` is not always right.
     annotations = [devkit / name.replace("/", "/Annotations/", 1) for name in names]
     part.objects = [
-        read_annotation(path.with_name(f"{path.name}.xml"), part.size(i), other) for i, path in enumerate(annotations)
+        read_annotation(path.with_name(f"{path.name}.xml"), part.size(i), rules) for i, path in enumerate(annotations)
     ]
     return part
 
@@ -178,8 +223,8 @@ def _open_path(paths: list[Path], i: int) -> Image.Image:
     return Image.open(paths[i])
 
 
-def _image_set(devkit: Path, image_set: str) -> list[str]:
-    """The pictures of `VOC2007/trainval`, each named `VOC2007/000005`."""
+def _image_set(devkit: Path, key: str, image_set: str) -> list[str]:
+    """The pictures of `VOC2007/trainval`, each named `VOC2007/000005`; `key` is the setting of `data` that names the set."""
     year, _, name = image_set.partition("/")
     path = devkit / year / "ImageSets" / "Main" / f"{name}.txt"
     try:
@@ -190,8 +235,9 @@ def _image_set(devkit: Path, image_set: str) -> list[str]:
             for file in devkit.glob("*/ImageSets/Main/*.txt")
             if "_" not in file.stem  # those of one class
         )
+        # No guess at which was meant: the nearest name to a training part that is missing may be the test part's.
         raise InputError(
-            f"data: no image set {image_set!r} in {devkit}{nearest(image_set, there)}: there is {', '.join(there)}"
+            f"data.{key}: no image set {image_set!r} in {devkit}, which has {', '.join(there) or 'none'}"
         ) from None
     rows = [line.split() for line in lines if line.strip()]
     if not rows or any(len(row) != 1 for row in rows):
@@ -211,12 +257,13 @@ def _picture_path(devkit: Path, name: str) -> Path:
     raise InputError(f"{devkit / year / 'JPEGImages' / stem}.jpg: the picture is missing")
 
 
-def read_annotation(path: Path, size: tuple[int, int], other: Others) -> Objects:
+def read_annotation(path: Path, size: tuple[int, int], rules: Rules) -> Objects:
     """The objects of one of VOC's XML files about a picture of `size` (width, height).
 
     Only objects right below `annotation`, and of each only the box right below it, count: a person's parts have boxes of
-    their own. Coordinates may be fractions; a box that reaches beyond the picture is cut at its edge; without `difficult` an
-    object is not difficult; no object at all is a picture without objects. Raises InputError, naming the file, for broken
+    their own. Coordinates may be fractions; a box that reaches beyond the picture is cut at its edge, and `rules` counts it, as
+    it does a `size` that is not the picture's; without `difficult` an object is not difficult; no object at all is a picture
+    without objects. Raises InputError, naming the file, for broken
     XML, no or several boxes, a coordinate that is missing or no number, and a box without area or outside the picture.
     """
     try:
@@ -226,6 +273,8 @@ def read_annotation(path: Path, size: tuple[int, int], other: Others) -> Objects
         raise InputError(f"{path}: the annotation {why}") from None
     if root.tag != "annotation":
         raise InputError(f"{path}: starts with <{root.tag}>, not <annotation>: no VOC annotation")
+    if (said := _size_of(root)) not in (None, size):
+        rules.other_sizes.append(f"{path} ({said[0]:g}×{said[1]:g}, the picture is {size[0]}×{size[1]})")
     rows = []
     for number, node in enumerate(root.findall("object"), start=1):
         where = f"{path}: object {number}"
@@ -233,11 +282,26 @@ def read_annotation(path: Path, size: tuple[int, int], other: Others) -> Objects
         if not name:
             raise InputError(f"{where} has no name")
         left, top, right, bottom = _coordinates(node, f"{where} ({name})")
-        box = box_inside([left - 1, top - 1, right, bottom], size, f"{where} ({name})")
-        label = other.label(name, str(path))
+        label = rules.label(name, str(path))
         if label is not None:
+            box = rules.inside([left - 1, top - 1, right, bottom], size, f"{where} ({name})")
             rows.append((box, label, _difficult(node, f"{where} ({name})")))
     return Objects.of(rows)
+
+
+def _size_of(root: ElementTree.Element) -> tuple[float, float] | None:
+    """Width and height as an annotation gives them, NaN where that is no number; None where it does not."""
+    size = root.find("size")
+    return None if size is None else (_number(size, "width")[1], _number(size, "height")[1])
+
+
+def _number(node: ElementTree.Element, key: str) -> tuple[str, float]:
+    """What stands in a node's `key`: the text, and the number that it is, NaN where it is none."""
+    text = (node.findtext(key) or "").strip()
+    try:
+        return text, float(text)
+    except ValueError:
+        return text, math.nan
 
 
 def _coordinates(node: ElementTree.Element, where: str) -> list[float]:
@@ -246,11 +310,7 @@ def _coordinates(node: ElementTree.Element, where: str) -> list[float]:
         raise InputError(f"{where} has {len(boxes) or 'no'} bndbox{'es' if boxes else ''}, one is wanted")
     found = []
     for key in ("xmin", "ymin", "xmax", "ymax"):
-        text = (boxes[0].findtext(key) or "").strip()
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        text, value = _number(boxes[0], key)
         if not math.isfinite(value):
             raise InputError(f"{where}: {key} should be a number, it is {text[:40]!r}")
         found.append(value)
@@ -262,19 +322,6 @@ def _difficult(node: ElementTree.Element, where: str) -> bool:
     if text not in ("0", "1"):
         raise InputError(f"{where}: difficult should be 0 or 1, it is {text[:40]!r}")
     return text == "1"
-
-
-def box_inside(box: list[float], size: tuple[int, int], where: str) -> list[float]:
-    """`box` cut at the edges of a picture of `size` (width, height). Raises InputError where nothing is left of it."""
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise InputError(f"{where}: the box {[round(x, 2) for x in box]} (from 0) has no area")
-    width, height = size
-    cut = [max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))]
-    if cut[0] >= cut[2] or cut[1] >= cut[3]:
-        raise InputError(
-            f"{where}: the box {[round(x, 2) for x in box]} (from 0) lies outside the {width}×{height} picture"
-        )
-    return cut
 
 
 def mirrored(boxes: np.ndarray, width: int) -> np.ndarray:

@@ -7,18 +7,18 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import InputError, nearest
-from .data import Objects, Others, Part, box_inside
+from ..errors import InputError
+from .data import Objects, Part, Rules
 from .settings import Data as DataSection
 
 
-def open_hf(section: DataSection) -> tuple[list[Part], list[str], Others]:
-    """Training and test part, the classes' names, and what became of objects of other names.
+def open_hf(section: DataSection) -> tuple[list[Part], list[str], Rules]:
+    """Training and test part, the classes' names, and what became of data that do not quite fit.
 
     The names are the recipe's, else those of the category's ClassLabel, else the sorted words that the training part has.
     """
     splits = _load(section)
-    chosen = [[_split(splits, name) for name in names] for names in (section.train, section.test)]
+    chosen = [[_split(splits, key, name) for name in getattr(section, key)] for key in ("train", "test")]
     for dataset in (dataset for of in chosen for dataset in of):
         for setting in ("image_column", "objects_column"):
             column = getattr(section, setting)
@@ -27,12 +27,12 @@ def open_hf(section: DataSection) -> tuple[list[Part], list[str], Others]:
                 raise InputError(f"data.{setting}: no column {column!r} in the data, it has {there}")
     known = _category_names(chosen[0][0].features[section.objects_column])
     names = section.class_names or known or _words(chosen[0], section)
-    other = Others(section.other_names, names)
+    rules = Rules(section.other_names, names)
     parts = [
-        _joined([_part(dataset, name, section, known, other) for dataset, name in zip(of, keys, strict=True)])
+        _joined([_part(dataset, name, section, known, rules) for dataset, name in zip(of, keys, strict=True)])
         for of, keys in zip(chosen, (section.train, section.test), strict=True)
     ]
-    return parts, names, other
+    return parts, names, rules
 
 
 def _load(section: DataSection) -> dict:
@@ -53,9 +53,9 @@ def _load(section: DataSection) -> dict:
         ) from None
 
 
-def _split(splits: dict, name: str):
+def _split(splits: dict, key: str, name: str):
     if name not in splits:
-        raise InputError(f"data: no split {name!r} in the data{nearest(name, splits)}: it has {', '.join(splits)}")
+        raise InputError(f"data.{key}: no split {name!r} in the data, which has {', '.join(splits)}")
     return splits[name]
 
 
@@ -89,13 +89,13 @@ def _columns(objects) -> dict[str, list]:
     return dict(objects or {})
 
 
-def _part(dataset, split: str, section: DataSection, known: list[str] | None, other: Others) -> Part:
+def _part(dataset, split: str, section: DataSection, known: list[str] | None, rules: Rules) -> Part:
     pictures = _encoded(dataset, section.image_column)
     names = [f"{split}/{row}" for row in range(len(dataset))]
     opened = partial(_open, pictures, section.image_column)
     part = Part(names, [], opened)
     part.objects = [
-        _objects(_columns(each), part.size(row), section, known, other, f"data: picture {names[row]}")
+        _objects(_columns(each), part.size(row), section, known, rules, f"data: picture {names[row]}")
         for row, each in enumerate(dataset[section.objects_column])
     ]
     return part
@@ -123,7 +123,7 @@ def _objects(
     size: tuple[int, int],
     section: DataSection,
     known: list[str] | None,
-    other: Others,
+    rules: Rules,
     where: str,
 ) -> Objects:
     if not columns:
@@ -131,15 +131,20 @@ def _objects(
     if missing := {"bbox", "category"} - columns.keys():
         raise InputError(f"{where}: its objects have no {sorted(missing)[0]!r}, only {', '.join(columns)}")
     hard = columns.get("difficult") or [False] * len(columns["bbox"])
+    counts = [len(values) for values in (columns["bbox"], columns["category"], hard)]
+    if len(set(counts)) > 1:
+        raise InputError(
+            f"{where}: has {counts[0]} bbox, {counts[1]} category and {counts[2]} difficult: one an object"
+        )
     rows = []
     for number, (box, category, difficult) in enumerate(
         zip(columns["bbox"], columns["category"], hard, strict=True), 1
     ):
         of_object = f"{where}, object {number}"
-        box = box_inside(_corners(box, section.box_format, of_object), size, of_object)
-        label = other.label(_name(category, known or section.class_names, of_object), of_object)
+        corners = _corners(box, section.box_format, of_object)
+        label = rules.label(_name(category, known or section.class_names, of_object), of_object)
         if label is not None:
-            rows.append((box, label, bool(difficult)))
+            rows.append((rules.inside(corners, size, of_object), label, bool(difficult)))
     return Objects.of(rows)
 
 
