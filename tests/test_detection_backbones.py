@@ -99,6 +99,62 @@ def test_a_name_with_pretrained_brings_timms_weights(tmp_path, monkeypatch):
     assert detector.transform.image_mean == list(model.pretrained_cfg["mean"])
 
 
+@pytest.mark.parametrize("task", ["translation", "detection"])
+@pytest.mark.parametrize("part", ["", "best"])
+def test_a_run_of_another_task_is_refused_as_a_backbone_by_its_task(tmp_path, devkit, capsys, task, part):
+    run = tmp_path / "pskd" / "seed0"
+    (run / "best").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(f"task: {task}\n")
+    if task == "translation":
+        for folder in (run, run / "best"):
+            (folder / "config.json").write_text('{"architectures": ["MarianMTModel"]}')
+            (folder / "model.safetensors").write_bytes(b"")
+    assert main(["detect", str(run / part), "--data.path", str(devkit), "--output_dir", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err
+    assert f"model.backbone: {run / part} is a run of task {task}: one of task images" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("of_hub", [True, False])
+def test_a_folder_or_hub_id_of_another_librarys_network_is_said_to_be_none_of_timms(tmp_path, monkeypatch, of_hub):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = cached(tmp_path, "me/translator")
+    (folder / "config.json").write_text('{"architectures": ["MarianMTModel"]}')
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="config.json has no 'architecture': it is not that of a timm model"):
+        make_detector(Model(backbone="hf-hub:me/translator" if of_hub else str(folder), **SMALL), 3)
+
+
+def saved_mobilenet(folder: Path, change=None) -> Path:
+    """A folder with a network whose features_only form lacks a part of it, its weights changed by `change`."""
+    save_for_hf(timm.create_model("mobilenetv3_small_050", num_classes=7), folder, safe_serialization=True)
+    weights = load_file(folder / "model.safetensors")
+    if change:
+        change(weights)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_timm_is_not_heard_about_a_trained_networks_classifier_which_a_backbone_leaves_out(tmp_path, caplog, capsys):
+    folder = saved_mobilenet(tmp_path)
+    torch.manual_seed(3)
+    detector = make_detector(Model(backbone=str(folder), **SMALL), 3)
+    assert not caplog.records and capsys.readouterr() == ("", "")
+    weights, ours = load_file(folder / "model.safetensors"), detector.backbone.features.state_dict()
+    assert torch.equal(ours["conv_stem.weight"], weights["conv_stem.weight"]) and "conv_head.weight" in weights
+
+
+def test_weights_that_no_part_of_a_backbone_has_are_still_named(tmp_path, caplog):
+    make_detector(Model(backbone=str(saved_mobilenet(tmp_path, lambda w: w.update(stray=torch.ones(1)))), **SMALL), 3)
+    assert "stray" in caplog.text
+
+
+def test_weights_that_a_backbone_lacks_are_named_in_a_line(tmp_path, capsys):
+    folder = saved_mobilenet(tmp_path, lambda weights: weights.pop("conv_stem.weight"))
+    make_detector(Model(backbone=str(folder), **SMALL), 3)
+    line = capsys.readouterr().err
+    assert line == f"pskd-timm: model.backbone: {folder} has no weights conv_stem.weight: these start at random\n"
+
+
 @pytest.mark.parametrize("words", [["hf-hub:me/absent"], ["test_resnet", "--pretrained"]])
 def test_a_backbone_that_cannot_be_fetched_is_told_in_a_line(tmp_path, monkeypatch, devkit, capsys, words):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

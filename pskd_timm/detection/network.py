@@ -17,8 +17,10 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from ..errors import InputError, first_line, nearest
 from ..files import write_atomic
-from ..models.build import from_config, load_model
+from ..models.build import from_config, load_model, read_config
 from ..models.small_input import SMALL_INPUT
+from ..run.folder import task_of
+from .loading import features_of
 from .settings import Model as ModelSection
 
 STRIDES = (4, 8, 16, 32)
@@ -97,6 +99,10 @@ def make_features(section: ModelSection) -> tuple[nn.Module, dict]:
     try:
         return _created(source, pretrained)
     except (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError, AssertionError) as error:
+        if isinstance(error, KeyError) and ":" in source:
+            raise InputError(
+                f"model.backbone: {backbone}: config.json has no {error}: it is not that of a timm model"
+            ) from None
         raise InputError(
             f"model.backbone: {backbone} has no maps to build a pyramid on ({first_line(error)}): {WHICH_CAN}"
         ) from None
@@ -125,7 +131,7 @@ def described_features(folder: Path) -> tuple[nn.Module, dict]:
 
 
 def _created(source: str, pretrained: bool) -> tuple[nn.Module, dict]:
-    features = timm.create_model(source, pretrained=pretrained, features_only=True)
+    features = features_of(source, pretrained)
     config = features.pretrained_cfg
     return ChannelsFirst(features) if getattr(features, "output_fmt", None) == "NHWC" else features, config
 
@@ -144,17 +150,30 @@ def _small_input_features(run: Path, backbone: str) -> tuple[nn.Module, dict]:
 
 
 def run_folder(backbone: str) -> Path | None:
-    """The folder that a backbone's name stands for, if it stands for one. Raises InputError where that holds no weights."""
+    """The folder that a backbone's name stands for, if it stands for one.
+
+    Raises InputError where that is no folder, holds no network of timm's, or a run of another task.
+    """
     scheme, _, rest = backbone.rpartition(":")
     folder = Path(rest).expanduser()
     if scheme not in ("", "local-dir") or not (scheme or folder.is_dir() or "/" in backbone.removeprefix("timm/")):
         return None
+    task = task_of(folder.parent if folder.name == "best" else folder)
+    if task != "images":
+        raise InputError(
+            f"model.backbone: {folder} is a run of task {task}: one of task images is wanted, whose network has maps to build "
+            "a pyramid on"
+        )
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise InputError(
             f"model.backbone: {folder} holds no network (a finished run has config.json and model.safetensors)"
             if folder.is_dir()
             else f"model.backbone: there is no folder {folder}; a model on the hub is named hf-hub:{rest}"
         )
+    try:
+        read_config(folder)
+    except InputError as error:
+        raise InputError(f"model.backbone: {error}") from None
     return folder
 
 
