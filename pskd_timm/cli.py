@@ -360,7 +360,9 @@ def tell(comparison):
     from .reports.tables import further_table, terminal_table
 
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(terminal_table(comparison.rows, comparison.metrics, comparison.heading, console.width))
+    console.print(
+        terminal_table(comparison.rows, comparison.metrics, comparison.heading, console.width, comparison.kind)
+    )
     if comparison.further:
         console.print(further_table(comparison.rows, comparison.further))
     print("\n".join([*comparison.notes, "wrote " + ", ".join(map(str, comparison.paths))]))

@@ -40,7 +40,9 @@ class Classifier:
         """The last epoch's network of the run in a folder, or with `best` the best epoch's."""
         run = Path(run).expanduser()
         if task_of(run) == "detection":
-            raise InputError(f"{run}: a detector's run: detection.prediction.predict_boxes finds objects with it")
+            raise InputError(
+                f"{run}: a detector's run, which classifies no images: `pskd-timm predict {run} IMAGES` finds objects with it"
+            )
         recipe = read_recipe(run)
         if recipe.task != "images":
             raise InputError(f"{run}: a run of task {recipe.task}, which classifies no images")

@@ -122,8 +122,18 @@ def test_options_for_detectors_are_refused_for_another_run(tmp_path, capsys):
 
 
 def test_python_is_told_what_a_detectors_run_is_for(run, pictures):
-    with pytest.raises(InputError, match="a detector's run: detection.prediction.predict_boxes"):
+    with pytest.raises(InputError, match=f"`pskd-timm predict {run} IMAGES` finds objects with it"):
         predict(run, [pictures / "a.png"])
+
+
+@pytest.mark.parametrize("words", [["push", "{run}", "me/mine"], ["export", "{run}"]])
+def test_what_takes_classifiers_alone_says_of_a_detector_how_to_predict_with_it(tmp_path, capsys, words):
+    run = tmp_path / "seed0"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("task: detection\n")
+    assert main([word.format(run=run) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert f"`pskd-timm predict {run} IMAGES` finds objects with it" in said and said.count("\n") == 1
 
 
 def test_weights_that_are_damaged_or_not_all_there_are_named(run, pictures, tmp_path):

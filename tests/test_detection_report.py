@@ -218,6 +218,29 @@ def test_a_report_has_mean_and_deviation_over_seeds_of_every_figure(runs, tmp_pa
     assert text.count("data:image/jpeg;base64,") == 6
 
 
+def test_tables_for_the_terminal_markdown_latex_and_notebooks_are_headed_backbone(runs, tmp_path, capsys):
+    comparison = report(runs, tmp_path)
+    for kind, head in (("md", "| backbone | runs |"), ("tex", "backbone & runs &")):
+        text = (tmp_path / f"comparison.{kind}").read_text()
+        assert head in text and "method" not in text
+    assert "<th>backbone</th>" in comparison._repr_html_()
+    assert main(["report", str(runs), "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "backbone" in printed and "method" not in printed
+
+
+def test_one_run_a_backbone_is_said_to_be_one_a_backbone(runs, tmp_path):
+    report([runs / "baseline" / "seed0", runs / "pskd" / "seed0"], tmp_path)
+    for kind in ("md", "tex"):
+        text = (tmp_path / f"comparison.{kind}").read_text()
+        assert "one run a backbone (n = 1)" in text and "method" not in text
+
+
+def test_the_page_says_how_many_of_the_classes_have_objects(runs, tmp_path):
+    report(runs, tmp_path)
+    assert "8 pictures, 2 of 20 classes with objects" in html.unescape(page(tmp_path))
+
+
 def test_the_verdict_is_of_the_bootstrap_over_photographs(runs, tmp_path):
     comparison = report(runs, tmp_path)
     found = {run.method: [] for run in find_detectors([runs])}

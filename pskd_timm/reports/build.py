@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import write_atomic
 from ..metrics import Metric, format_metrics
 from . import detection_page, page, plots
-from .detection_runs import DetectorRun, are_detectors, find_detectors
+from .detection_runs import BACKBONE, DetectorRun, are_detectors, find_detectors
 from .further import add_further, further_metrics
 from .out_of_distribution import OUTSIDE, outside, outside_markdown
 from .runs import Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
@@ -45,6 +45,7 @@ class Comparison:
     scaled: list[Run] = field(default_factory=list)
     gains: list[str] = field(default_factory=list)
     further_gains: list[str] = field(default_factory=list)
+    kind: str = "method"  # what the tables' lines are of
 
     @property
     def failed(self) -> int:
@@ -63,7 +64,7 @@ class Comparison:
         return pd.DataFrame.from_dict(lines, orient="index").rename_axis("method")
 
     def _repr_html_(self) -> str:
-        return page.table_html(self.heading, self.rows, self.metrics)
+        return page.table_html(self.heading, self.rows, self.metrics, self.kind)
 
 
 def report(runs: Iterable[str | Path], output: str | Path | None = None, metrics: Sequence[str] = ()) -> Comparison:
@@ -130,8 +131,8 @@ def write_detectors(found: list[DetectorRun], folder: Path) -> Comparison:
     table, finished, name, metrics = rows(found), by_method(found), heading(found), common_metrics(found)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
     logged = history(finished).dropna(subset=[metrics[0].name]) if finished else pd.DataFrame()
-    comparison = Comparison(table, metrics, folders, [], name, [], logged)
-    text, latex = markdown(table, metrics, name, []), latex_table(table, metrics, name)
+    comparison = Comparison(table, metrics, folders, [], name, [], logged, kind=BACKBONE)
+    text, latex = markdown(table, metrics, name, [], kind=BACKBONE), latex_table(table, metrics, name, BACKBONE)
     figure = detection_page.overview(finished, comparison)
     return _written(comparison, folder, text, latex, figure, detection_page.render(found, comparison))
 
@@ -152,15 +153,20 @@ def _written(
 
 
 def markdown(
-    table: pd.DataFrame, metrics: Sequence[Metric], name: str, notes: list[str], further: Sequence[Metric] = ()
+    table: pd.DataFrame,
+    metrics: Sequence[Metric],
+    name: str,
+    notes: list[str],
+    further: Sequence[Metric] = (),
+    kind: str = "method",
 ) -> str:
     """The tables of the last and of the best epoch, and the lines of `notes`."""
     lines = "\n" * bool(notes) + "".join(f"- {note}\n" for note in notes)
-    text = f"## {name}\n\n{markdown_table(table, metrics)}\n{footnote(table, metrics)}\n{lines}"
+    text = f"## {name}\n\n{markdown_table(table, metrics, kind)}\n{footnote(table, metrics, kind)}\n{lines}"
     if further:
         text += f"\n## {FURTHER}\n\n{markdown_table(table, further)}\n{footnote(table, further)}\n"
     if (table.status == "finished").any():
-        text += f"\n## Best epoch\n\n{markdown_table(best_epoch(table, metrics), metrics)}"
+        text += f"\n## Best epoch\n\n{markdown_table(best_epoch(table, metrics), metrics, kind)}"
         text += f"\n{markdown_table(best_epoch(table, further), further)}" if further else ""
     return text
 

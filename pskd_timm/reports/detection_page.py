@@ -13,7 +13,7 @@ from ..metrics import Metric
 from . import detection_significance, plots
 from .detection_plots import SMALL, ap_by_class, class_curves, mean_over_classes
 from .detection_plots import overview as draw_overview
-from .detection_runs import DetectorRun
+from .detection_runs import BACKBONE, DetectorRun
 from .mistakes import SHOWN, data_uri
 from .page import environment, fields_of_runs, svg, swatch, verdicts
 from .plots import title
@@ -45,7 +45,7 @@ def render(found: list[DetectorRun], comparison: "Comparison") -> str:
     swatches = {
         method: swatch(look) for method, look in plots.looks(dict.fromkeys(run.method for run in found)).items()
     }
-    fields = fields_of_runs(found, comparison, tests, swatches, "backbone") | {
+    fields = fields_of_runs(found, comparison, tests, swatches, BACKBONE) | {
         "num_rows": len(comparison.rows),
         "has_floors": has_floors(comparison.rows, metrics),
         "scaled_baseline": False,

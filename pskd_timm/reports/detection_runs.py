@@ -17,6 +17,7 @@ from ..run.folder import task_of
 from .kept import Kept
 from .runs import Run, check_history, read_each, read_result, run_folders, seed_in_name, why_not_finished
 
+BACKBONE = "backbone"  # what reports of detectors compare, in their words
 # What the label of a backbone stands for, and what leaves the tested pictures as they are: they are compared themselves.
 _NOT_NAMED = {"seed", "task", "model.backbone", "model.pretrained", "data.path"}
 

@@ -146,7 +146,7 @@ def environment() -> Environment:
     )
 
 
-def table_html(heading: str, rows: pd.DataFrame, metrics: Sequence[Metric]) -> str:
+def table_html(heading: str, rows: pd.DataFrame, metrics: Sequence[Metric], kind: str = "method") -> str:
     """The table of the last epoch alone, for a notebook."""
     shown = shown_metrics(rows, metrics)
     lines = "".join(
@@ -163,9 +163,7 @@ def table_html(heading: str, rows: pd.DataFrame, metrics: Sequence[Metric]) -> s
         f"<td colspan='{len(shown)}' style='text-align:left'>{Markup.escape(run.status)}</td></tr>"
         for run in rows[rows.status != "finished"].itertuples()
     )
-    header = "".join(
-        f"<th>{Markup.escape(name)}</th>" for name in ("method", "runs", *(metric.header for metric in shown))
-    )
+    header = "".join(f"<th>{Markup.escape(name)}</th>" for name in (kind, "runs", *(metric.header for metric in shown)))
     return f"<table><caption>{Markup.escape(heading)}</caption><tr>{header}</tr>{lines}{failed}</table>"
 
 
@@ -202,7 +200,10 @@ def tested_on(values: dict) -> str:
     samples = f"{values['num_test']:,} {what}{'' if part == 'test' else f' of {part}'}"
     if part == "holdout":
         samples = f"{values['num_holdout']:,} held-out training {what}"
-    return f"{samples}, {values['num_classes']:,} classes"
+    # Of a detector's classes those without an object to find are in no figure.
+    occurring = sum(count > 0 for count in values.get("num_objects", {}).values())
+    only = f"{occurring:,} of " if 0 < occurring < values["num_classes"] else ""
+    return f"{samples}, {only}{values['num_classes']:,} classes{' with objects' if only else ''}"
 
 
 def counted(values: dict) -> str:

@@ -112,10 +112,10 @@ def direction(metrics: Sequence[Metric]) -> str:
     return f"Higher is better for {', '.join(higher)}, lower for the others"
 
 
-def footnote(rows: pd.DataFrame, metrics: Sequence[Metric]) -> str:
-    """The lines below the table."""
+def footnote(rows: pd.DataFrame, metrics: Sequence[Metric], kind: str = "method") -> str:
+    """The lines below the table, whose lines are of a `kind` each."""
     counts = rows[rows.status == "finished"].groupby("method").size()
-    words = direction(shown_metrics(rows, metrics)) + (f"; {over_seeds(counts)}." if len(counts) else ".")
+    words = direction(shown_metrics(rows, metrics)) + (f"; {over_seeds(counts, kind)}." if len(counts) else ".")
     return f"{words} {FLOOR_NOTE}." if has_floors(rows, metrics) else words
 
 
@@ -125,12 +125,12 @@ def best_epoch(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
     return rows.assign(**{name: rows[f"best_{name}"] for name in names if f"best_{name}" in rows})
 
 
-def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str) -> list[list[str]]:
-    """The table's text: its head, a row a method, then a row for each run that did not finish."""
+def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str, kind: str = "method") -> list[list[str]]:
+    """The table's text: its head, a row a method (`kind` says what else it is), then one for each run that did not finish."""
     metrics = shown_metrics(rows, metrics)
     floors = {metric.name: found for metric in metrics if (found := floors_of(rows, metric.name))}
     heads = [[metric.header, *[f"{metric.header} {IF_CALIBRATED}"] * (metric.name in floors)] for metric in metrics]
-    lines = [["method", "runs", *chain(*heads), "seconds"]]
+    lines = [[kind, "runs", *chain(*heads), "seconds"]]
     for method, cells in summary(rows, metrics).items():
         figures = []
         for metric in metrics:
@@ -145,13 +145,16 @@ def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str) -> list[list
     return lines
 
 
-def terminal_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str, width: int = WIDE):
+def terminal_table(
+    rows: pd.DataFrame, metrics: Sequence[Metric], heading: str, width: int = WIDE, kind: str = "method"
+):
     """A rich table; the best of each column in bold. In fewer columns than WIDE it has the metrics that are `in_brief`."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(heading), title_justify="left", caption=footnote(rows, metrics), caption_justify="left")
-    heads, *body = _text(rows, metrics if width >= WIDE else [m for m in metrics if m.in_brief], "**")
+    words = footnote(rows, metrics, kind)
+    table = Table(title=escape(heading), title_justify="left", caption=words, caption_justify="left")
+    heads, *body = _text(rows, metrics if width >= WIDE else [m for m in metrics if m.in_brief], "**", kind)
     for i, header in enumerate(heads):
         # Where it is narrow, heads wrap first, never a method's name.
         table.add_column(
@@ -188,9 +191,9 @@ def further_table(rows: pd.DataFrame, metrics: Sequence[Metric]):
 MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\|<*`"} | {"\n": " "})
 
 
-def markdown_table(rows: pd.DataFrame, metrics: Sequence[Metric]) -> str:
+def markdown_table(rows: pd.DataFrame, metrics: Sequence[Metric], kind: str = "method") -> str:
     """The same table in Markdown."""
-    heads, *body = _text(rows, metrics, "**")
+    heads, *body = _text(rows, metrics, "**", kind)
     body = [[text if text.startswith("**") else text.translate(MARKDOWN) for text in line] for line in body]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -213,10 +216,10 @@ LATEX = str.maketrans(
 )
 
 
-def latex_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str) -> str:
+def latex_table(rows: pd.DataFrame, metrics: Sequence[Metric], heading: str, kind: str = "method") -> str:
     """The same table as a LaTeX tabular that needs the package booktabs; runs that did not finish as comments above it."""
-    heads, *body = _text(rows[rows.status == "finished"], metrics, "**")
-    lines = [f"% {heading}. {footnote(rows, metrics)}", "% Needs \\usepackage{booktabs}."]
+    heads, *body = _text(rows[rows.status == "finished"], metrics, "**", kind)
+    lines = [f"% {heading}. {footnote(rows, metrics, kind)}", "% Needs \\usepackage{booktabs}."]
     for run in rows[rows.status != "finished"].itertuples():
         lines.append(f"% {title(run.method)} seed {run.seed}: {' '.join(run.status.split())}")
     lines += [r"\begin{tabular}{l" + "r" * (len(heads) - 1) + "}", r"\toprule"]
