@@ -202,7 +202,7 @@ class Tracking(Section):
     """Project that wandb files the run under."""
     entity: str | None = None
     """User or team that wandb files the run under."""
-    tags: list[str] = []
+    tags: Annotated[list[str], Field(examples=["[first try]"])] = []
     """Tags that wandb gives the run beside its data set, network and seed."""
     notes: str | None = None
     """Notes that wandb keeps with the run."""

@@ -219,7 +219,8 @@ def _explain(error: dict, sources: dict[str, str], origin: str, kind: type[Secti
     if error["type"] == "string_pattern_mismatch":
         message = "should be a plain name of letters, digits, spaces and . _ + -"
     if error["type"] == "list_type":
-        message += ", written [3, 4]"
+        examples = settings(kind)[key].examples if key in settings(kind) else None
+        message += f", written {examples[0] if examples else '[3, 4]'}"
     if error["type"] == "value_error" and key not in settings(kind):
         return f"{_origins(message, key, sources) or origin}: {key + ': ' if key else ''}{message}"
     if error["type"] == "value_error":

@@ -310,6 +310,25 @@ def test_a_recipe_file_with_an_unknown_setting_is_told_the_nearest(tmp_path):
         load_detection_recipe(path)
 
 
+@pytest.mark.parametrize(
+    "setting, text, example",
+    [
+        ("data.train", "trainval", "[VOC2007/trainval]"),
+        ("data.test", "VOC2007/test", "[VOC2007/test]"),
+        ("data.class_names", "cat", "[cat, dog]"),
+        ("model.short_side", "256", "[640, 800]"),
+        ("tracking.tags", "first", "[first try]"),
+        ("optim.milestones", "3", "[3, 4]"),
+    ],
+)
+def test_a_single_value_where_a_list_is_wanted_is_answered_with_one_that_the_setting_takes(setting, text, example):
+    needed = {"model.backbone": "resnet18", "data.path": "x"}
+    with pytest.raises(InputError) as caught:
+        load_detection_recipe("detection/voc", needed | {setting: text})
+    assert str(caught.value) == f"command line: {setting} should be a valid list, written {example}, got {text!r}"
+    load_detection_recipe("detection/voc", needed | {setting: example})
+
+
 @pytest.mark.parametrize("command, inside", [("evaluate", ""), ("train", "recipe.yaml"), ("show", "recipe.yaml")])
 def test_commands_that_do_not_take_a_detectors_run_say_so_in_a_line(tmp_path, capsys, command, inside):
     run = tmp_path / "resnet18" / "seed0"

@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 from detection_data import make_devkit, small_settings
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image, ImageColor
 
 from pskd_timm import InputError, report
@@ -24,9 +26,11 @@ from pskd_timm.detection.mistakes import write_mistakes
 from pskd_timm.detection.outcomes import Found, read_found, write_found
 from pskd_timm.detection.recipes import load_detection_recipe
 from pskd_timm.detection.training import train_detector
+from pskd_timm.methods import METHOD_SECTIONS
 from pskd_timm.metrics import ece
+from pskd_timm.reports import plots
 from pskd_timm.reports.detection_page import why_wrong
-from pskd_timm.reports.detection_plots import class_curves
+from pskd_timm.reports.detection_plots import ap_by_class, class_curves
 from pskd_timm.reports.detection_runs import find_detectors
 from pskd_timm.reports.detection_significance import FIGURES, Layout, against, resampled
 
@@ -340,6 +344,38 @@ def test_a_report_without_any_finished_run_or_kept_detections_is_written(copied)
     for path in copied.rglob("result.json"):
         path.unlink()
     assert report(copied).failed == 4 and "No run has finished yet" in page(copied)
+
+
+NAMES = ["baseline", "pskd", "resnet50", "mobilenetv3_small_050-untrained", "efficientnet_b0", "convnext_atto"]
+
+
+def test_backbones_that_no_method_trained_have_colours_of_their_own_whichever_stand_beside_them():
+    found = plots.looks(NAMES)
+    assert (
+        len({look.colour for look in found.values()}) == len({(look.dash, look.marker) for look in found.values()}) == 6
+    )
+    every = {look.colour for look in plots.looks([*METHOD_SECTIONS, plots.SCALED]).values()}
+    assert not every & {found[name].colour for name in NAMES[2:]}
+    assert plots.looks(NAMES[2:]) == {name: found[name] for name in NAMES[2:]}
+
+
+def test_a_figure_that_is_0_throughout_is_drawn_on_an_axis_from_0():
+    history = pd.DataFrame([{"method": m, "seed": 0, "epoch": e, "ap75": 0.0} for m in NAMES[:2] for e in (1, 2)])
+    assert plots.curves(history, "ap75", higher_is_better=True).axes[0].get_ylim() == (0, 1)
+    assert ap_by_class({name: [{"cat": 0.0, "dog": 0.0}] for name in NAMES[:2]}).axes[0].get_xlim() == (0, 1)
+    history.loc[0, "ap75"] = 2.0
+    assert plots.curves(history, "ap75", higher_is_better=True).axes[0].get_ylim()[0] == 0
+
+
+def test_a_long_backbones_name_stands_whole_above_its_histogram():
+    table = pd.DataFrame({"confidence": [0.05, 0.5, 0.9], "correct": [True, False, True]})
+    for name in ("short", NAMES[3]):
+        figure = plots.confidence_histogram([table], plots.looks([name])[name])
+        (drawn,) = [text for text in figure.findobj(Text) if text.get_text() == name]
+        FigureCanvasAgg(figure).draw()
+        assert drawn.get_window_extent().x1 <= figure.bbox.x1
+    figure = plots.confidence_histogram([table], plots.looks(["x" * 99])["x" * 99])
+    assert figure.axes[0].get_title(loc="left").endswith("…")
 
 
 @pytest.mark.parametrize(

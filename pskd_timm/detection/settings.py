@@ -33,11 +33,14 @@ class Data(Section):
     """VOCdevkit, the folder of VOC's years, or a local HF data set with boxes (saved, or Parquet files)."""
     source: str | None = None
     """Id of an HF data set with boxes on the hub, instead of `path`."""
-    train: Annotated[list[str], Field(min_length=1)] = ["VOC2007/trainval", "VOC2012/trainval"]
+    train: Annotated[list[str], Field(min_length=1, examples=["[VOC2007/trainval]"])] = [
+        "VOC2007/trainval",
+        "VOC2012/trainval",
+    ]
     """What to train on: folders and image sets of VOCdevkit, or splits of an HF data set."""
-    test: Annotated[list[str], Field(min_length=1)] = ["VOC2007/test"]
+    test: Annotated[list[str], Field(min_length=1, examples=["[VOC2007/test]"])] = ["VOC2007/test"]
     """What to test on, named likewise."""
-    class_names: Annotated[list[str], Field(min_length=1)] | None = None
+    class_names: Annotated[Annotated[list[str], Field(min_length=1)] | None, Field(examples=["[cat, dog]"])] = None
     """Names of the classes; by default VOC's twenty, or those of the HF data set."""
     other_names: Literal["fail", "skip"] = "fail"
     """What an object of another name does: end the run, or be left out, which is counted in a line."""
@@ -78,7 +81,7 @@ class Model(Section):
     """Keep the backbone's batch norms as they are; by default where it has been trained."""
     sync_bn: bool = False
     """Take batch norm's statistics over all processes (GPUs only)."""
-    short_side: Annotated[list[Annotated[int, Field(ge=32)]], Field(min_length=1)] = [800]
+    short_side: Annotated[list[Annotated[int, Field(ge=32)]], Field(min_length=1, examples=["[640, 800]"])] = [800]
     """Pixels of a picture's shorter side; of several, training draws one a picture, and testing takes the last."""
     max_side: Annotated[int, Field(ge=32)] = 1333
     """Most pixels of a picture's longer side."""

@@ -22,6 +22,8 @@ COLOURS = {name: section.colour for name, section in METHOD_SECTIONS.items()}
 TITLES = {name: section.title for name, section in METHOD_SECTIONS.items()}
 SCALED = "baseline+temperature"  # no method: the baseline's runs after temperature scaling
 SCALED_COLOUR = "#8C8C8C"
+# Of names that are no method's, such as a detector's backbone: none of a method's colours, whichever stand beside them.
+OTHER_COLOURS = ["#0072B2", "#CC79A7", "#7FA800", "#A0522D", "#00AFAF"]
 # Never colour alone: a dash and a marker a method, more of them for a method that ran with several settings.
 DASHES = [
     "solid",
@@ -37,6 +39,7 @@ MOST_POINTS = 300  # of a curve
 SMALL_BIN = 0.01  # part of the samples below which a bin's accuracy is mostly chance
 MOST_NAMES, LONGEST_NAME = 12, 20  # lines and letters that find room beside a plot
 NAME_HEIGHT = 0.075  # of the plot's height
+LETTERS_ABOVE = 25  # of a title that find room above a small plot
 LETTER = 0.072  # inches of width
 SIZE = (4.6, 3.3)  # inches of one picture
 LEGEND_ENTRY, LEGEND_LETTER = (
@@ -64,14 +67,13 @@ def title(method: str) -> str:
 def looks(methods) -> dict[str, Look]:
     """The look of each method; those of one name share its colour and differ in dash and marker.
 
-    What is no method's name, as that of a detector's backbone, takes the colours in their order.
+    What is no method's name, as that of a detector's backbone, takes the OTHER_COLOURS in their order.
     """
-    methods = list(methods)
-    found, palette = {}, [*COLOURS.values(), SCALED_COLOUR]
-    order = list(dict.fromkeys([*COLOURS, SCALED, *(method.partition(" ")[0] for method in methods)]))
+    methods, found, known = list(methods), {}, COLOURS | {SCALED: SCALED_COLOUR}
+    order = list(dict.fromkeys([*known, *(method.partition(" ")[0] for method in methods)]))
     for method in methods:
-        place = order.index(method.partition(" ")[0])
-        colour = palette[place % len(palette)]
+        place = order.index(name := method.partition(" ")[0])
+        colour = known.get(name) or OTHER_COLOURS[(place - len(known)) % len(OTHER_COLOURS)]
         while (DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]) in {
             (look.dash, look.marker) for look in found.values() if look.colour == colour
         }:
@@ -190,10 +192,13 @@ def curves(
 
 
 def _frame(low: float, high: float, higher_is_better: bool) -> tuple[float, float]:
-    """Bottom and top of a plot of values between `low` and `high`: towards 0, which is best, or around them."""
+    """Bottom and top of a plot of values between `low` and `high`: towards 0, which is best, or around them.
+
+    Only values below 0 take it there.
+    """
     if higher_is_better or low < 0:
         margin = 0.15 * (high - low) or 1
-        return low - margin, high + margin
+        return (low - margin if low < 0 else max(0, low - margin)), high + margin
     return max(0, 0.8 * low), 1.1 * high or 1
 
 
@@ -243,9 +248,10 @@ def precision_recall(curves: dict[str, list[np.ndarray]], heading: str, axes: Ax
 def confidence_histogram(tables: list[pd.DataFrame], look: Look, axes: Axes | None = None, bins: int = 20) -> Figure:
     """Share of the samples by confidence, right ones and wrong ones, pooled over one method's runs."""
     axes = _axes(axes, look.title, "confidence", "samples, %", (3.1, 2.5), above=0.5)
-    axes.set_title(
-        plain(look.title), loc="left", pad=19, fontsize=10.5, color=INK, fontweight="bold"
-    )  # room for a line below
+    # A long name in smaller letters; and room for a line below.
+    size = max(7.0, 10.5 * min(1.0, LETTERS_ABOVE / len(look.title)))
+    name = cut(look.title, int(10.5 / size * LETTERS_ABOVE))
+    axes.set_title(plain(name), loc="left", pad=19, fontsize=size, color=INK, fontweight="bold")
     pooled = pd.concat([table[["confidence", "correct"]] for table in tables])
     edges = np.linspace(0, 1, bins + 1)
     right, wrong = (
@@ -304,7 +310,8 @@ def by_class(shown: pd.DataFrame, heading: str, xlabel: str, legend: bool = True
     axes.grid(axis="y", visible=False)
     for at in place[:-1]:
         axes.axhline(at + 0.5, color=GRID, linewidth=0.8)
-    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+    left, right = axes.get_xlim()
+    axes.set_xlim((min(0, left), right) if shown.to_numpy().any() else (0, 1))
     axes.set_ylim(-0.5, len(shown) - 0.5)
     _legend(axes, legend, loc="lower right")
     return axes.figure
