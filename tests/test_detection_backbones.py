@@ -26,6 +26,7 @@ from pskd_timm.run.result import read_lines
 
 SMALL = {"fpn_channels": 16, "head_width": 32, "short_side": [64], "max_side": 96, "anchor_scale": 4}
 PAGES = [*SHIPPED.glob("detection/*.yaml"), SHIPPED / "README.md", SHIPPED.parent / "README.md"]
+GUIDE = (SHIPPED / "README.md").read_text(encoding="utf-8").split("## Detection")[1].split("\n## ")[0]
 EXAMPLES = [
     (page.name, backbone)
     for page in PAGES
@@ -97,6 +98,30 @@ def test_a_name_with_pretrained_brings_timms_weights(tmp_path, monkeypatch):
     weights = detector.backbone.features.state_dict()
     assert torch.equal(weights["layer4.0.conv1.weight"], model.state_dict()["layer4.0.conv1.weight"])
     assert detector.transform.image_mean == list(model.pretrained_cfg["mean"])
+
+
+@pytest.mark.parametrize(
+    "name, can",
+    [(name, "cifar" not in name) for name in re.findall(r"`(\w+_tiny|test_resnet|resnet10t|mobile\w+)`", GUIDE)],
+)
+def test_of_the_small_networks_in_the_documentation_those_can_be_backbones_that_it_says_can(name, can):
+    if can:
+        assert list(make_detector(Model(backbone=name, **SMALL), 3).backbone.strides) == [4, 8, 16, 32]
+    else:
+        with pytest.raises(InputError, match="has maps of stride 1, 2, 4 only"):
+            make_detector(Model(backbone=name, **SMALL), 3)
+
+
+@pytest.mark.parametrize(
+    "backbone", ["runs/digits/pskd/seed0", "local-dir:runs/digits/pskd/seed0", "../pskd/seed1/best"]
+)
+def test_a_backbone_keeps_its_runs_name_whether_its_folder_is_there_or_not(tmp_path, monkeypatch, backbone):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert Model(backbone=backbone).name == "pskd"
+    Path(backbone.removeprefix("local-dir:")).mkdir(parents=True)
+    assert Model(backbone=backbone).name == "pskd"
+    assert Model(backbone="timm/resnet18").name == "resnet18-untrained"
 
 
 @pytest.mark.parametrize("task", ["translation", "detection"])

@@ -263,8 +263,8 @@ def read_annotation(path: Path, size: tuple[int, int], rules: Rules) -> Objects:
     Only objects right below `annotation`, and of each only the box right below it, count: a person's parts have boxes of
     their own. Coordinates may be fractions; a box that reaches beyond the picture is cut at its edge, and `rules` counts it, as
     it does a `size` that is not the picture's; without `difficult` an object is not difficult; no object at all is a picture
-    without objects. Raises InputError, naming the file, for broken
-    XML, no or several boxes, a coordinate that is missing or no number, and a box without area or outside the picture.
+    without objects. Raises InputError, naming the file, for broken XML, no or several boxes, a coordinate that is missing or no
+    number, and a box without area or outside the picture.
     """
     try:
         root = ElementTree.parse(path).getroot()

@@ -216,8 +216,10 @@ def resolved(backbone: str) -> str:
 
 def default_label(section: Model) -> str:
     """A run's method, the folder or the model's name; `-untrained` after that of a timm model without weights."""
-    path = Path(section.backbone).expanduser()
-    if path.is_dir():
+    scheme, _, rest = section.backbone.rpartition(":")
+    path = Path(rest).expanduser()
+    # A run's folder keeps its name once it is gone.
+    if scheme == "local-dir" or (not scheme and (path.is_dir() or "/" in rest.removeprefix("timm/"))):
         # <method>/seed<seed>, or best/ in it
         parts = [part for part in path.resolve().parts if part != "best" and not part.startswith("seed")]
         return parts[-1]
