@@ -126,7 +126,7 @@ def test_python_is_told_what_a_detectors_run_is_for(run, pictures):
         predict(run, [pictures / "a.png"])
 
 
-@pytest.mark.parametrize("words", [["push", "{run}", "me/mine"], ["export", "{run}"]])
+@pytest.mark.parametrize("words", [["push", "{run}", "me/mine"], ["export", "{run}", "network.onnx"]])
 def test_what_takes_classifiers_alone_says_of_a_detector_how_to_predict_with_it(tmp_path, capsys, words):
     run = tmp_path / "seed0"
     run.mkdir()

@@ -292,10 +292,11 @@ def test_runs_on_other_pictures_or_objects_are_refused(copied):
 
 
 def test_two_runs_of_one_label_and_seed_are_refused_and_networks_of_other_sizes_named_apart(copied):
+    path = copied / "pskd" / "seed1" / "result.json"
     change_recipe(copied / "pskd" / "seed1", seed=0)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 0}))
     with pytest.raises(InputError, match="are both called pskd, seed 0.*--model.label"):
         report(copied)
-    path = copied / "pskd" / "seed1" / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_parameters": 7}))
     assert "pskd parameters=7" in [run.method for run in find_detectors([copied])]
 
