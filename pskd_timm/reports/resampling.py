@@ -17,14 +17,14 @@ from ..metrics import ECE_BINS, FURTHER_BINS, GRID, OF_ROWS, bin_of, grid_places
 from .kept import Kept
 
 RESAMPLES = 1000
-AT_ONCE = 2_000_000  # numbers of a chunk of resamples: bounds memory
+AT_ONCE = 50_000  # numbers of a chunk of resamples: what is made of it on the way fits into a processor's cache
 
 OfCounts = Callable[[np.ndarray], np.ndarray]  # a figure [R] of draws in which sample i stands counts [R, i] times
 
 
 class Ranked(NamedTuple):
-    """Draws by falling confidence, [R, T] with a column for each of T distinct confidences: how many samples there are of it,
-    how many of them are wrong, and of both how many there are up to it."""
+    """Draws by falling confidence, int64 [R, T] with a column for each of T distinct confidences: how many samples there are of
+    it, how many of them are wrong, and of both how many there are up to it."""
 
     confidence: np.ndarray  # [T]
     size: np.ndarray
@@ -46,7 +46,7 @@ def aurc(ranked: Ranked) -> np.ndarray:
     most = int(ranked.upto[:, -1].max())
     harmonic = np.r_[0.0, np.cumsum(1.0 / np.arange(1, most + 1))]
     rate = ranked.errors / np.maximum(ranked.size, 1)
-    places = harmonic[ranked.upto.astype(np.int64)] - harmonic[before.astype(np.int64)]
+    places = np.diff(harmonic.take(ranked.upto), axis=1, prepend=0.0)
     risk = (ranked.errors + (errors_before - rate * before) * places).sum(axis=1)
     return 1000 * risk / ranked.upto[:, -1]
 
@@ -175,12 +175,13 @@ class Layout:
             self.of_counts |= kept.of_rows(lambda: of_rows(kept, names))
         self.order = np.argsort(-confidence, kind="stable")
         falling = confidence[self.order]
-        self.starts = np.flatnonzero(np.r_[True, falling[1:] != falling[:-1]])  # of each of the equal confidences
-        self.distinct, self.wrong = falling[self.starts].astype(np.float64), 1.0 - correct[self.order]
+        self.ends = np.flatnonzero(np.r_[falling[1:] != falling[:-1], True])  # of each of the equal confidences
+        self.distinct, self.wrong = falling[self.ends].astype(np.float64), (correct[self.order] == 0).astype(np.uint16)
 
     def figures(self, counts: np.ndarray) -> np.ndarray:
-        """The figures [R, len(names)] of draws in which sample i stands `counts` [R, i] times."""
-        found = {name: figure(counts) for name, figure in self.of_counts.items()}
+        """The figures [R, len(names)] of draws in which sample i stands `counts` [R, i] times, whole numbers."""
+        of_floats = counts.astype(np.float64)
+        found = {name: figure(of_floats) for name, figure in self.of_counts.items()}
         if self.ranked:
             ranked = self.rank(counts)
             found |= {name: figure(ranked) for name, figure in self.ranked.items()}
@@ -188,10 +189,11 @@ class Layout:
 
     def rank(self, counts: np.ndarray) -> Ranked:
         """The draws by falling confidence."""
-        falling = counts[:, self.order]
-        size = np.add.reduceat(falling, self.starts, axis=1)
-        errors = np.add.reduceat(falling * self.wrong, self.starts, axis=1)
-        return Ranked(self.distinct, size, errors, size.cumsum(axis=1), errors.cumsum(axis=1))
+        falling = counts.take(self.order, axis=1)
+        upto = falling.cumsum(axis=1, dtype=np.int64).take(self.ends, axis=1)
+        errors_upto = (falling * self.wrong).cumsum(axis=1, dtype=np.int64).take(self.ends, axis=1)
+        size, errors = (np.diff(sums, axis=1, prepend=0) for sums in (upto, errors_upto))
+        return Ranked(self.distinct, size, errors, upto, errors_upto)
 
 
 @dataclass
@@ -217,9 +219,9 @@ class Predicted:
         layout, num_samples = Layout(self.outcomes, names, self.kept), len(self.outcomes)
         group = group_of(self.outcomes)
         counts = draws(num_samples if group is None else group.max() + 1, resamples, seed)
-        found, chunk = [layout.figures(np.ones((1, num_samples)))], max(1, AT_ONCE // num_samples)
+        found, chunk = [layout.figures(np.ones((1, num_samples), np.uint16))], max(1, AT_ONCE // num_samples)
         for start in range(0, resamples, chunk):
-            of_units = counts[start : start + chunk].astype(np.float64)
+            of_units = counts[start : start + chunk]
             found.append(layout.figures(of_units if group is None else of_units[:, group]))
         return np.concatenate(found)
 
