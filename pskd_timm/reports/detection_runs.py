@@ -15,7 +15,7 @@ from ..methods import METHOD_SECTIONS
 from ..recipe_files import load_recipe
 from ..run.folder import task_of
 from .kept import Kept
-from .runs import Run, check_history, read_each, read_result, run_folders, seed_in_name, why_not_finished
+from .runs import Run, check_history, metric_names, read_each, read_result, run_folders, seed_in_name, why_not_finished
 
 BACKBONE = "backbone"  # what reports of detectors compare, in their words
 # What the label of a backbone stands for, and what leaves the tested pictures as they are: they are compared themselves.
@@ -103,12 +103,16 @@ def _check_same_test(finished: list[DetectorRun]):
     """Raise InputError where runs were tested on different pictures or objects, or scored by different metrics."""
     for run in finished[1:]:
         first = finished[0]
-        for key in ("num_test", "class_names", "num_objects", "metrics"):
-            if first.values.get(key) != run.values.get(key):
-                raise InputError(
-                    f"{first.folder} and {run.folder} differ in {key.replace('_', ' ')}: "
-                    "runs of different test pictures or figures need reports of their own"
-                )
+        different = [
+            key for key in ("num_test", "class_names", "num_objects") if first.values.get(key) != run.values.get(key)
+        ]
+        if metric_names(first.values) != metric_names(run.values):
+            different.append("metrics")
+        if different:
+            raise InputError(
+                f"{first.folder} and {run.folder} differ in {different[0].replace('_', ' ')}: "
+                "runs of different test pictures or figures need reports of their own"
+            )
     kept = [run for run in finished if run.found]
     for run in kept[1:]:
         first = kept[0]

@@ -316,13 +316,17 @@ def _check_same_test(runs: list[Run]):
                     f"{finished[0].folder} and {run.folder} were tested on different data "
                     f"({what} {first}, {this}): give each data set a report of its own"
                 )
-        first, this = (read_metrics(each.values) for each in (finished[0], run))
+        first, this = metric_names(finished[0].values), metric_names(run.values)
         if first != this:
-            names = (", ".join(metric.name for metric in each) for each in (first, this))
             raise InputError(
-                f"{finished[0].folder} and {run.folder} were scored by different metrics ({'; '.join(names)}): "
-                "give each a report of its own"
+                f"{finished[0].folder} and {run.folder} were scored by different metrics "
+                f"({', '.join(first)}; {', '.join(this)}): give each a report of its own"
             )
+
+
+def metric_names(values: RunResult) -> list[str]:
+    """The metrics of a finished run, which another version may title otherwise."""
+    return [metric.name for metric in read_metrics(values)]
 
 
 def _facts_of_test(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
