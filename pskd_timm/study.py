@@ -139,18 +139,22 @@ def search(
         finished = [trial for trial in done if trial.state == DONE]
         if not finished:
             raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
-        best = (max if metrics[metric].higher_is_better else min)(finished, key=lambda trial: trial.figures[metric])
-        equal = [
-            trial
-            for trial in finished
-            if trial.figures[metric] == best.figures[metric] and trial.settings != best.settings
-        ]
-        if equal:
-            display.say(
-                f"equal in {metric}: trial {best.number}, which is taken, and {', '.join(str(t.number) for t in equal)}"
-            )
+        best = _best(finished, metrics[metric], display)
         chosen = with_overrides(recipe.model_dump(), best.settings, str(folder), recipe.name)
         return SearchResult(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
+
+
+def _best(finished: list[Trial], metric: Metric, display: Display) -> Trial:
+    """The trial with the best figure, the first of equal ones, which is said."""
+    best = (max if metric.higher_is_better else min)(finished, key=lambda trial: trial.figures[metric.name])
+    equal = [
+        str(trial.number)
+        for trial in finished
+        if trial.figures[metric.name] == best.figures[metric.name] and trial.settings != best.settings
+    ]
+    if equal:
+        display.say(f"equal in {metric.name}: trial {best.number}, which is taken, and {', '.join(equal)}")
+    return best
 
 
 def _ask(recipe: Recipe, done: list[Trial], ranges: dict, metric: Metric, search_seed: int) -> tuple[Any, dict]:
