@@ -309,6 +309,27 @@ def test_logits_are_those_of_the_padded_network_at_the_real_targets(task):
     torch.testing.assert_close(network(alone.inputs), network(batch.inputs)[: len(alone.labels)], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_layer_of_the_encoder_is_torchs_that_normalizes_first_or_last(corpus, norm_first):
+    kwargs = small_recipe(corpus).model.kwargs | {"norm_first": norm_first}
+    network = open_task(small_recipe(corpus, **{"model.kwargs": kwargs})).network().eval()
+    layer = network.transformer.model.encoder.layers[0]
+    sizes = kwargs["d_model"], kwargs["heads"], kwargs["ffn_dim"]
+    theirs = torch.nn.TransformerEncoderLayer(*sizes, dropout=0.0, batch_first=True, norm_first=norm_first).eval()
+    ours = layer.self_attn
+    projections = [ours.q_proj, ours.k_proj, ours.v_proj]
+    parts = {"self_attn.out_proj": ours.out_proj, "linear1": layer.fc1, "linear2": layer.fc2}
+    parts |= {"norm1": layer.self_attn_layer_norm, "norm2": layer.final_layer_norm}
+    state = {f"{name}.{kind}": getattr(part, kind) for name, part in parts.items() for kind in ("weight", "bias")}
+    state |= {
+        f"self_attn.in_proj_{kind}": torch.cat([getattr(p, kind) for p in projections]) for kind in ("weight", "bias")
+    }
+    theirs.load_state_dict(state)
+    inputs = torch.randn(3, 7, kwargs["d_model"], generator=torch.Generator().manual_seed(0))
+    found = layer(inputs, attention_mask=None)
+    torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, theirs(inputs))
+
+
 def test_initial_weights_are_drawn_as_fairseq_does_and_depend_on_the_seed_alone(corpus, task):
     one, same = task.network(), open_task(small_recipe(corpus)).network()
     other = open_task(small_recipe(corpus, seed=1)).network()
@@ -334,9 +355,12 @@ def test_tied_weights_stay_tied_through_a_state_dict_and_a_copy(task):
     assert len(pointers) == len(set(pointers))  # safetensors takes it
 
 
-def test_a_saved_network_is_read_back_by_transformers_and_here(task, tmp_path):
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_saved_network_is_read_back_by_transformers_and_here(corpus, tmp_path, norm_first):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+    kwargs = small_recipe(corpus).model.kwargs | {"norm_first": norm_first}
+    task = open_task(small_recipe(corpus, **{"model.kwargs": kwargs}))
     network = task.network().eval()
     task.save(network, tmp_path)
     batch = task.loader(network, "cpu", 0, 1, False).batch(torch.arange(5))
@@ -344,6 +368,9 @@ def test_a_saved_network_is_read_back_by_transformers_and_here(task, tmp_path):
     theirs, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("eins zwei.")["input_ids"] == encode(task.tokenizer, ["eins zwei."])[0]
     assert theirs.config.vocab_size == task.num_classes
+    sources = batch.inputs[0]
+    options = dict(attention_mask=(sources != network.pad).long(), num_beams=2, max_new_tokens=8)
+    assert torch.equal(theirs.generate(sources, **options), network.transformer.generate(sources, **options))
     with pytest.raises(InputError, match="no translation network here"):
         load_translator(tmp_path / "nothing")
 

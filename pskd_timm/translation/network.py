@@ -12,6 +12,8 @@ from transformers import (
     GenerationConfig,
     MarianConfig,
     MarianMTModel,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,11 +23,12 @@ from ..errors import InputError, nearest
 from ..recipe import Model as ModelSection
 
 POSITIONS = 1024  # sinusoidal, so they cost nothing to learn
-# Post-norm, ReLU, sinusoidal positions, one matrix for all embeddings; after fairseq's architectures of these names.
+# ReLU, sinusoidal positions, one matrix for all embeddings; after fairseq's architectures of these names, which normalize
+# after each block. `norm_first` normalizes before it (Xiong et al., ICML 2020), as torch.nn.Transformer has it.
 ARCHITECTURES = {
     # Wu et al., Revisit-MMT (ACL 2021), for Multi30k
-    "transformer_tiny": dict(layers=4, d_model=128, ffn_dim=256, heads=4, dropout=0.3),
-    "transformer_iwslt_de_en": dict(layers=6, d_model=512, ffn_dim=1024, heads=4, dropout=0.3),
+    "transformer_tiny": dict(layers=4, d_model=128, ffn_dim=256, heads=4, dropout=0.3, norm_first=False),
+    "transformer_iwslt_de_en": dict(layers=6, d_model=512, ffn_dim=1024, heads=4, dropout=0.3, norm_first=False),
 }
 
 
@@ -169,10 +172,15 @@ def _small(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         )
     if not isinstance(sizes["dropout"], int | float) or not 0 <= sizes["dropout"] < 1:
         raise InputError(f"model.kwargs: dropout should be a number from 0 to below 1, got {sizes['dropout']!r}")
+    if not isinstance(sizes["norm_first"], bool):
+        raise InputError(f"model.kwargs: norm_first should be true or false, got {sizes['norm_first']!r}")
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     special = dict(pad_token_id=pad, eos_token_id=end, decoder_start_token_id=end, forced_eos_token_id=None)
     stacks = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _stack(sizes).items()}
-    config = MarianConfig(
+    # The same Transformer twice: Marian's layers normalize after each block, Pegasus' before it.
+    first = sizes["norm_first"]
+    make_config = PegasusConfig if first else MarianConfig
+    config = make_config(
         vocab_size=len(tokenizer),
         d_model=sizes["d_model"],
         dropout=sizes["dropout"],
@@ -182,7 +190,7 @@ def _small(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         **stacks,
         **special,
     )
-    model = MarianMTModel(config)
+    model = PegasusForConditionalGeneration(config) if first else MarianMTModel(config)
     initialize(model)
     # What is padded is never said; the end comes when it is chosen.
     model.generation_config = GenerationConfig(**special, bad_words_ids=[[pad]])
