@@ -56,6 +56,7 @@ def test_the_command_line_lies_over_the_recipe_and_the_recipe_over_the_default()
         ({"augment": "5"}, "augment should be a valid dictionary"),
         ({"augment.mean": "[0.5]"}, "augment.mean .*at least 3 items"),
         ({"optim.milestones": "3"}, r"should be a valid list, written \[3, 4\]"),
+        ({"augment.mean": "0.5"}, r"should be a valid list, written \[0.485, 0.456, 0.406\]"),
         ({"model.kwargs.width": "a: b: c"}, "cannot read 'a: b: c'"),
         ({"data.path": "x"}, "source digits ships with scikit-learn and takes no path"),
         ({"tfkd.alpha": "true"}, "tfkd.alpha"),

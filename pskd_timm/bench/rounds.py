@@ -50,7 +50,7 @@ def peak(work: Callable) -> int:
         work()
         return torch.cuda.max_memory_allocated() - before
     forget_peak()
-    before = memory("VmRSS")
+    before = memory("VmHWM")  # not VmRSS, which may be a little above it: the kernel counts that one loosely
     work()
     return memory("VmHWM") - before
 

@@ -136,7 +136,10 @@ def drawings(
             svg(plots.reliability(tables, legend=False), "reliability diagram of the detections"),
         ],
         "histograms": [
-            svg(plots.confidence_histogram(each, looks[method]), f"histogram of confidences: {title(method)}")
+            svg(
+                plots.confidence_histogram(each, looks[method], counted="detections"),
+                f"histogram of confidences: {title(method)}",
+            )
             for method, each in tables.items()
         ],
         "precision_recall": [

@@ -245,9 +245,11 @@ def precision_recall(curves: dict[str, list[np.ndarray]], heading: str, axes: Ax
     return axes.figure
 
 
-def confidence_histogram(tables: list[pd.DataFrame], look: Look, axes: Axes | None = None, bins: int = 20) -> Figure:
-    """Share of the samples by confidence, right ones and wrong ones, pooled over one method's runs."""
-    axes = _axes(axes, look.title, "confidence", "samples, %", (3.1, 2.5), above=0.5)
+def confidence_histogram(
+    tables: list[pd.DataFrame], look: Look, axes: Axes | None = None, bins: int = 20, counted: str = "samples"
+) -> Figure:
+    """Share of the samples (or what `counted` names) by confidence, right and wrong ones, pooled over one method's runs."""
+    axes = _axes(axes, look.title, "confidence", f"{counted}, %", (3.1, 2.5), above=0.5)
     # A long name in smaller letters; and room for a line below.
     size = max(7.0, 10.5 * min(1.0, LETTERS_ABOVE / len(look.title)))
     name = cut(look.title, int(10.5 / size * LETTERS_ABOVE))
