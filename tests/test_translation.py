@@ -413,6 +413,7 @@ def test_a_network_of_transformers_trains_from_a_folder_with_its_own_tokenizer(t
 def test_unknown_networks_and_arguments_are_refused_with_the_nearest(corpus):
     assert "did you mean transformer_tiny?" in refused(corpus, **{"model.name": "transformer_tni"})
     assert "did you mean dropout?" in refused(corpus, **{"model.kwargs": {"dropuot": 0.1}})
+    assert "should be true or false, got 'yes'" in refused(corpus, **{"model.kwargs": {"norm_first": "yes"}})
     assert "multiple of heads" in refused(corpus, **{"model.kwargs": {"d_model": 30, "heads": 4}})
     assert "has no pretrained weights" in refused(corpus, **{"model.pretrained": True})
 
