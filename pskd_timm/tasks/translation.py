@@ -195,7 +195,7 @@ class TranslationTask:
             self._store_line(),
         ]
         size = readable(sum(weights.nbytes for weights in network.parameters()))
-        scale = Scale(self.num_rows, self.num_classes, recipe.epochs, 1.0, lambda: size)
+        scale = Scale(self.num_rows, self.num_classes, recipe.epochs, 1.0, lambda: size, self.counts)
         return lines + recipe.method_section.cost_lines(scale)
 
     def _store_line(self) -> str:
