@@ -17,6 +17,7 @@ from .recipe import Recipe, settings
 from .recipe_files import FORMER_NAMES, load_recipe, shipped_recipes, with_overrides
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
+GO_ON = {"train", "compare", "search", "detect"}  # commands that take up what they had begun
 
 EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input; saved and stopped by a signal: 130 INT, 143 TERM, 138 USR1
 several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm train RECIPE (also without a GPU)"""
@@ -169,7 +170,9 @@ def add_using_commands(command: Callable[..., Parser]):
     translate = command("translate", "translate lines with a finished run", run_translate, takes_recipe=False)
     translate.add_argument("run_dir", metavar="RUN", help="a finished run's folder")
     translate.add_argument("file", metavar="FILE", nargs="?", default="-", help="a line a sentence (default: -, stdin)")
-    translate.add_argument("--json", metavar="FILE", help="write translations and each token's confidence there too")
+    translate.add_argument(
+        "--json", metavar="FILE", help="write translations and each token's confidence there too; - to stdout instead"
+    )
     translate.add_argument("--best", action="store_true", help="the best epoch's network instead of the last's")
     push = command(
         "push", "write a finished run with its model card for timm and the hub", run_push, takes_recipe=False
@@ -547,11 +550,15 @@ def run_translate(arguments, rest):
 
     with Display(not sys.stderr.isatty(), sys.stderr) as display:  # stdout is for the translations
         found = translate(arguments.run_dir, lines, arguments.best, bool(arguments.json), display.advance)
+    text = json.dumps(found, indent=1, ensure_ascii=False)
+    if arguments.json == "-":
+        print(text)
+        return DONE
     for row in found:
         print(row["translation"])
     if arguments.json:
         try:
-            write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
+            write_atomic(Path(arguments.json), text)
         except OSError as error:
             raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
         print(f"pskd-timm: wrote {arguments.json}", file=sys.stderr)
@@ -646,7 +653,9 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         if is_main_process():
-            print("pskd-timm: interrupted", file=sys.stderr)
+            words = sys.argv[1:] if argv is None else argv
+            goes_on = "; the same command goes on from its last checkpoint" * bool(GO_ON.intersection(words[:1]))
+            print(f"pskd-timm: interrupted{goes_on}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return DONE

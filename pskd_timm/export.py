@@ -270,6 +270,7 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
     Class names, temperature, whether it calibrates and image size are in the file's metadata. Returns the largest
     difference between ONNX Runtime's and torch's confidences on random pixels.
     """
+    classifier = Classifier.of_run(run, best)
     try:
         import onnx
         import onnxruntime  # noqa: F401, what is written is tried in it
@@ -277,7 +278,6 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
     except ImportError:
         raise InputError("export to ONNX needs a few packages: pip install onnx onnxscript onnxruntime") from None
     path = Path(path).expanduser()
-    classifier = Classifier.of_run(run, best)
     generator = torch.Generator().manual_seed(0)
     shape = 7, 3, *classifier.image_size
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

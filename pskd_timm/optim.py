@@ -69,6 +69,17 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
+def slow_warmup(section: OptimSection, steps_per_epoch: int, epochs: int) -> str | None:
+    """What to say of a run in which the learning rate never rises to `lr`; None where it does."""
+    steps, warmup = steps_per_epoch * epochs, section.warmup_steps or first_step(section.warmup_epochs, steps_per_epoch)
+    if steps >= warmup:
+        return None
+    return (
+        f"the run has {steps:,} steps and warms up for {warmup:,}, so the learning rate ends at {steps / warmup:.0%} of "
+        "optim.lr: choose fewer optim.warmup_steps (warmup_epochs) or more epochs"
+    )
+
+
 def lr_at(step: int, steps_per_epoch: int, epochs: int, section: OptimSection) -> float:
     """Learning rate of global step `step` (0-based)."""
     epoch = step / steps_per_epoch

@@ -12,7 +12,7 @@ from . import ranks, rng
 from .batch import Batch
 from .errors import InputError
 from .methods.build import build_method
-from .optim import grad_norm, lr_at, make_optimizer
+from .optim import grad_norm, lr_at, make_optimizer, slow_warmup
 from .progress import Display
 from .recipe import Recipe
 from .recipe_files import as_recipe
@@ -108,6 +108,8 @@ def train(
         schedule.saved_at = time.monotonic()
 
     with folder.released(lock), ranks.named_errors(), tracker, display:
+        if late := slow_warmup(recipe.optim, loader.steps, recipe.epochs):
+            display.say(late)
         # Resume.
         if newest := checkpoint.newest_whole(run_dir):
             progress = checkpoint.load(newest, state)

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from pskd_timm.optim import grad_norm, lr_at, make_optimizer
+from pskd_timm.optim import grad_norm, lr_at, make_optimizer, slow_warmup
 from pskd_timm.recipe import Optim
 
 SMALL = {
@@ -80,3 +80,13 @@ def test_measuring_the_gradients_norm_leaves_the_gradients_as_they_are(value):
     found = grad_norm(layer.parameters())  # the bias has no gradient
     assert found.item() == pytest.approx((value**2 + 160) ** 0.5, nan_ok=True)
     assert torch.equal(before.nan_to_num(-1), layer.weight.grad.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 500}, {"warmup_epochs": 25}])
+def test_a_run_that_ends_in_its_warm_up_is_told_where_its_learning_rate_ends(warmup):
+    section = Optim(**warmup, schedule="constant")
+    for epochs in (1, 3, 24, 26):
+        reached = max(lr_at(step, 20, epochs, section) for step in range(20 * epochs)) >= section.lr
+        said = slow_warmup(section, 20, epochs)
+        assert (said is None) is reached, (epochs, said)
+    assert "the run has 60 steps and warms up for 500, so the learning rate ends at 12%" in slow_warmup(section, 20, 3)

@@ -163,9 +163,20 @@ def test_empty_and_too_long_pairs_are_left_out_of_training_counted_and_named(tmp
     (folder / "train.de").write_text("\n".join(lines) + "\n")
     task = open_task(small_recipe(folder))
     said = capsys.readouterr().err
-    assert "1 of 20 pairs with an empty side: 3" in said
-    assert "1 of 20 pairs longer than translation.max_length 40: 7" in said
+    assert "1 of 20 pairs with an empty side: 4" in said  # as the lines of a file are counted
+    assert "1 of 20 pairs longer than translation.max_length 40: 8" in said
     assert len(task.train.targets) == len(task.train.pairs) == 18
+
+
+def test_empty_pairs_of_the_scored_parts_are_scored_and_named(tmp_path, capsys):
+    folder = write_plain(tmp_path, train=20, valid=4, test=6)
+    lines = (folder / "test.en").read_text().splitlines()
+    lines[2] = lines[5] = ""
+    (folder / "test.en").write_text("\n".join(lines) + "\n")
+    task = open_task(small_recipe(folder))
+    said = [line for line in capsys.readouterr().err.splitlines() if "scored" in line]
+    assert said == ["pskd-timm: data: scored as they are, 2 pairs of test with an empty side: 3, 6"]
+    assert len(task.evaluated["test"].targets) == 6
 
 
 def test_a_held_out_part_takes_the_place_of_the_validation_split_and_of_an_unread_test_part(corpus):
@@ -176,6 +187,7 @@ def test_a_held_out_part_takes_the_place_of_the_validation_split_and_of_an_unrea
 
 
 def test_settings_of_images_are_refused_by_name(corpus):
+    assert "translation.batch_tokens says how many" in refused(corpus, batch_size=32)
     for key, value in {
         "augment.mixup": 0.2,
         "augment.hflip": 0.5,

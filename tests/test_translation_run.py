@@ -104,12 +104,15 @@ def test_translate_is_generate_and_its_confidences_are_the_networks(finished):
 
 
 def test_translate_on_the_command_line_reads_a_file_and_writes_lines_and_json(finished, tmp_path, capsys):
-    (tmp_path / "lines.de").write_text("eins zwei.\nHund.\n")
+    (tmp_path / "lines.de").write_text("eins zwei.\n\nHund.\n")
     words = ["translate", str(finished.run_dir), str(tmp_path / "lines.de"), "--json", str(tmp_path / "said.json")]
     assert main(words) == 0
     said = capsys.readouterr().out.splitlines()
     rows = json.loads((tmp_path / "said.json").read_text())
-    assert said == [row["translation"] for row in rows] and len(said) == 2 and rows[0]["tokens"]
+    assert said == [row["translation"] for row in rows] and len(said) == 3 and rows[0]["tokens"]
+    assert rows[1] == {"source": "", "translation": "", "confidence": None, "tokens": []}
+    assert main([*words[:3], "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == rows
     (tmp_path / "empty.de").write_text("")
     assert main(["translate", str(finished.run_dir), str(tmp_path / "empty.de")]) == 0
     assert capsys.readouterr().out == ""

@@ -294,7 +294,7 @@ def _identity(run: Run) -> dict:
     values = {key: value for key, value in run.recipe.identity().items() if key not in ("method", "seed")}
     if values["data.source"] is not None:
         del values["data.path"]
-    return values
+    return values | {f"model.kwargs.{name}": value for name, value in values.pop("model.kwargs").items()}
 
 
 def _check_same_test(runs: list[Run]):

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..files import warn
 from ..fingerprint import digest
 from ..methods.sections import Scale
+from ..optim import slow_warmup
 from ..progress import readable
 from ..ranks import warn_on_main
 from ..recipe import Augment, Data, Model, Recipe
@@ -81,6 +82,7 @@ class TranslationTask:
         chosen = {"holdout": held_out} if held_out else {corpus.validation.name: corpus.validation}
         self.evaluated = {name: Part(pairs, self.tokenizer) for name, pairs in (corpus.tests | chosen).items()}
         self.splits = tuple(self.evaluated)
+        name_empty(self.evaluated)
         self.labels = self.train.targets.tokens
         self.num_rows = len(self.labels)
         self.num_classes = vocabulary_size(recipe.model, self.tokenizer)
@@ -123,7 +125,7 @@ class TranslationTask:
             if lengths.max() > positions:
                 row = int(lengths.argmax())
                 raise InputError(
-                    f"data: pair {row} of the {name} split has {int(lengths[row]):,} pieces, more than the {positions} "
+                    f"data: pair {row + 1} of the {name} split has {int(lengths[row]):,} pieces, more than the {positions} "
                     f"positions of {self.recipe.model.name}, and no pair of it is left out: shorten it"
                 )
 
@@ -189,10 +191,12 @@ class TranslationTask:
         sizes = {"train": self.train} | self.evaluated
         pairs = ", ".join(f"{name} {len(part.targets):,}" for name, part in sizes.items())
         steps = num_batches(self.num_rows, recipe.translation.batch_tokens)
+        late = slow_warmup(recipe.optim, steps, recipe.epochs)
         lines = [
             f"data: pairs: {pairs}; {self.num_rows:,} target tokens to train on, of {self.num_classes:,} pieces",
             f"steps: {steps} an epoch × {recipe.epochs} epochs = {steps * recipe.epochs:,}",
             self._store_line(),
+            *filter(None, [late]),
         ]
         size = readable(sum(weights.nbytes for weights in network.parameters()))
         scale = Scale(self.num_rows, self.num_classes, recipe.epochs, 1.0, lambda: size, self.counts)
@@ -230,6 +234,10 @@ def check_settings(recipe: Recipe):
         for name in names:
             if getattr(getattr(recipe, section), name) != getattr(sections[section], name):
                 raise InputError(f"{section}.{name} is for task images: translation has no such thing")
+    if recipe.batch_size != Recipe.model_fields["batch_size"].default:
+        raise InputError(
+            "batch_size is for task images: translation.batch_tokens says how many target tokens make a step"
+        )
     if recipe.init_from:
         raise InputError(
             "init_from is for task images: name a folder of weights as model.name, with model.pretrained true"
@@ -288,6 +296,20 @@ def name_shared(corpus: Corpus):
             warn_on_main(f"data: {shared:,} of the {len(pairs):,} pairs of {name} are training pairs too")
 
 
+def name_empty(parts: dict[str, Part]):
+    """Name the pairs of the scored parts that have an empty side; they are scored all the same."""
+    for name, part in parts.items():
+        rows = (part.sources.lengths.minimum(part.targets.lengths) <= 1).nonzero().squeeze(1).tolist()
+        if rows:
+            warn(f"data: scored as they are, {len(rows):,} pairs of {name} with an empty side: {first_of(rows)}")
+
+
+def first_of(rows: list[int]) -> str:
+    """The numbers of the first few rows, counted from 1 as the lines of a file are."""
+    more = f" and {len(rows) - NAMED:,} more" * (len(rows) > NAMED)
+    return ", ".join(str(row + 1) for row in rows[:NAMED]) + more
+
+
 def limited(pairs: Pairs, count: int | None, seed: int) -> Pairs:
     """`count` drawn pairs, in their order, as a function of `seed`; all of them where `count` is None."""
     if count is None or count >= len(pairs):
@@ -307,9 +329,7 @@ def usable(train: Part, max_length: int) -> Part:
     for reason, which in reasons.items():
         rows = which.nonzero().squeeze(1).tolist()
         if rows:
-            more = f" and {len(rows) - NAMED:,} more" * (len(rows) > NAMED)
-            shown = ", ".join(map(str, rows[:NAMED]))
-            warn(f"data: left out of training, {len(rows):,} of {len(train.pairs):,} pairs {reason}: {shown}{more}")
+            warn(f"data: left out of training, {len(rows):,} of {len(train.pairs):,} pairs {reason}: {first_of(rows)}")
     if not len(kept):
         raise InputError("data: no training pair is left: all are empty or too long")
     return train if len(kept) == len(train.pairs) else train.take(kept)

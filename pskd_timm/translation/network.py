@@ -80,7 +80,7 @@ def _untied(module: nn.Module, state: dict, prefix: str, metadata):
 
 
 def check_name(section: ModelSection):
-    """Raise InputError, with the nearest names, where no network has the recipe's name."""
+    """Raise InputError, with the nearest names, where no network has the recipe's name, or not its arguments."""
     if (
         not section.name.count("/")
         and section.name not in ARCHITECTURES
@@ -90,6 +90,8 @@ def check_name(section: ModelSection):
             f"model.name: no translation network {section.name!r}{nearest(section.name, ARCHITECTURES)}; there are "
             f"{', '.join(ARCHITECTURES)}, and any encoder–decoder of transformers as a folder or hub id (user/name)"
         )
+    if section.name in ARCHITECTURES:
+        sizes_of(section)
 
 
 def own_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase | None:
@@ -156,12 +158,13 @@ def _had(read, section: ModelSection, **arguments):
         raise InputError(f"model.name: {there} no encoder–decoder that can be read: {line}") from None
 
 
-def _small(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def sizes_of(section: ModelSection) -> dict:
+    """What a network of ARCHITECTURES is made of. Raises InputError where `kwargs` do not fit."""
     sizes = ARCHITECTURES[section.name] | section.kwargs
     if unknown := sorted(set(sizes) - set(ARCHITECTURES[section.name])):
         known = ARCHITECTURES[section.name]
-        hint = f"{nearest(unknown[0], known)}; it has {', '.join(known)}"
-        raise InputError(f"model.kwargs: {section.name} has no {unknown[0]!r}{hint}")
+        hint = f"only {', '.join(known)}{nearest(unknown[0], known)}"
+        raise InputError(f"model.kwargs: {section.name} has no {unknown[0]!r}, {hint}")
     if any(not isinstance(sizes[name], int) or sizes[name] < 1 for name in ("layers", "d_model", "ffn_dim", "heads")):
         raise InputError(
             f"model.kwargs: layers, d_model, ffn_dim and heads should be whole numbers from 1 on, got {sizes}"
@@ -174,6 +177,11 @@ def _small(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         raise InputError(f"model.kwargs: dropout should be a number from 0 to below 1, got {sizes['dropout']!r}")
     if not isinstance(sizes["norm_first"], bool):
         raise InputError(f"model.kwargs: norm_first should be true or false, got {sizes['norm_first']!r}")
+    return sizes
+
+
+def _small(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    sizes = sizes_of(section)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     special = dict(pad_token_id=pad, eos_token_id=end, decoder_start_token_id=end, forced_eos_token_id=None)
     stacks = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _stack(sizes).items()}

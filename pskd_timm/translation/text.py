@@ -56,7 +56,10 @@ def read_corpus(recipe: Recipe) -> Corpus:
     validation = section.validation_split or next((name for name in VALIDATION_SPLITS if name in splits), None)
     tests = (section.test_splits or [name for name in splits if name.startswith("test")]) if data.test else []
     if data.test and not tests:
-        raise InputError(f"data: no test split among {', '.join(splits)}: name some with translation.test_splits")
+        raise InputError(
+            f"data: no test split among {', '.join(splits)}: name some with translation.test_splits, or train without "
+            "with data.test false"
+        )
     return Corpus(
         train,
         _part(splits, validation, "translation.validation_split", recipe) if validation else None,
@@ -71,7 +74,7 @@ def open_splits(recipe: Recipe) -> dict:
         return _from_hub(data.source)
     folder = Path(data.path).expanduser()
     if not folder.is_dir():
-        raise InputError(f"data.path: {folder} is no folder")
+        raise InputError(f"data.path: {folder.absolute()} is no folder")
     if (folder / "dataset_dict.json").is_file():
         return _tables(lambda: _load_from_disk(folder), str(folder))
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))

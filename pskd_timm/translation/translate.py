@@ -25,8 +25,9 @@ def translate(
     """What a finished run's network makes of `lines`: {"source", "translation"} for each, empty ones staying empty.
 
     With `confidences` also "tokens", [{"token", "confidence"}, …], the probability of each piece given those before it, the
-    end's last, and "confidence", the product of these. `best` takes the best epoch's network instead of the last's;
-    `progress(what, done, total)` is called now and then. Raises InputError where there is no such run, or a line is too long.
+    end's last, and "confidence", the product of these; of an empty line none and None. `best` takes the best epoch's network
+    instead of the last's; `progress(what, done, total)` is called now and then. Raises InputError where there is no such run,
+    or a line is too long.
 
     Example:
         >>> translate("runs/translation-multi30k_de_en/pskd/seed0", ["Ein Hund läuft."])
@@ -48,7 +49,8 @@ def translate(
             f"line {rows[worst] + 1} has {int(sources.lengths[worst]):,} pieces, more than the {positions:,} positions of the "
             "network: divide it into sentences"
         )
-    found = [{"source": line, "translation": ""} for line in lines]
+    unsaid = {"confidence": None, "tokens": []} if confidences else {}  # of an empty line
+    found = [{"source": line, "translation": "", **unsaid} for line in lines]
     done = 0
     for batch in beam.source_batches(sources):
         pieces = beam.search(network, sources, batch, recipe.translation)
