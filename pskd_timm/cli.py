@@ -17,7 +17,7 @@ from .recipe import Recipe, settings
 from .recipe_files import FORMER_NAMES, load_recipe, shipped_recipes, with_overrides
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
-GO_ON = {"train", "compare", "search", "detect"}  # commands that take up what they had begun
+GO_ON = {"train", "detect"}  # commands that go on from a checkpoint
 
 EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input; saved and stopped by a signal: 130 INT, 143 TERM, 138 USR1
 several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm train RECIPE (also without a GPU)"""
@@ -651,10 +651,11 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as error:
         print(f"pskd-timm: {error}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if is_main_process():
             words = sys.argv[1:] if argv is None else argv
-            goes_on = "; the same command goes on from its last checkpoint" * bool(GO_ON.intersection(words[:1]))
+            untold = GO_ON.intersection(words[:1]) and not stopped.args
+            goes_on = "; the same command goes on from its last checkpoint" if untold else ""
             print(f"pskd-timm: interrupted{goes_on}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:

@@ -388,6 +388,10 @@ def test_runs_of_one_method_with_several_settings_are_told_apart(copied):
     found = report(copied)
     methods = {"baseline", "baseline+temperature", "pskd pskd.alpha=0.8", "pskd pskd.alpha=0.5"}
     assert set(found.frame.index) == methods
+    recipe.write_text(recipe.read_text().replace("alpha: 0.5", "alpha: 0.8").replace("width: 8", "width: 4"))
+    labels = {run.method for run in find_runs([copied]) if run.name == "pskd"}
+    assert labels == {"pskd model.kwargs.width=8", "pskd model.kwargs.width=4"}
+    recipe.write_text(recipe.read_text().replace("alpha: 0.8", "alpha: 0.5").replace("width: 4", "width: 8"))
     assert "PS-KD pskd.alpha=0.5" in page(found) and "<code>pskd.alpha</code> (0.5 | 0.8)" in page(found)
     found = looks(found.runs)
     assert {look.colour for look in list(found.values())[1:]} == {COLOURS["pskd"]}

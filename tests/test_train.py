@@ -510,8 +510,17 @@ def test_a_signal_ends_the_program_with_a_checkpoint_a_line_and_its_code(tmp_pat
     os.kill(program.pid, number)
     done = program.wait()
     assert done.returncode == code
-    assert "the same command resumes" in done.stdout
+    assert "the same command resumes" in done.stdout and "goes on" not in done.stderr
     assert newest(run_dir)
+
+
+def test_an_interruption_after_the_last_epoch_says_that_the_run_goes_on_from_its_checkpoint(monkeypatch, capsys):
+    def scoring(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pskd_timm.cli.run_train", scoring)
+    assert main(["train", "digits"]) == 130
+    assert capsys.readouterr().err == "pskd-timm: interrupted; the same command goes on from its last checkpoint\n"
 
 
 def test_predictions_name_the_rows_and_files_of_the_source(tiny, tmp_path):

@@ -66,5 +66,5 @@ class StopSignals:
     def obey(self, number: int):
         """End as the signal asks."""
         if number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("saved")  # and said so
         raise SystemExit(128 + number)
