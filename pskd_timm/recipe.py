@@ -100,9 +100,9 @@ class Data(Section):
 
 
 class Augment(Section):
-    random_resized_crop: Annotated[list[Area], Field(min_length=2, max_length=2, examples=["[0.08, 1.0]"])] | None = (
-        None
-    )
+    random_resized_crop: Annotated[
+        Annotated[list[Area], Field(min_length=2, max_length=2)] | None, Field(examples=["[0.08, 1.0]"])
+    ] = None
     """Range of the area of a random box resized to the image's size, [0.08, 1] on ImageNet (ratio 3/4 … 4/3)."""
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Random crop of the image's own size after padding by so many zero pixels a side; 0 turns it off."""
@@ -124,9 +124,13 @@ class Augment(Section):
     """a of the Beta(a, a) that cutmix's λ is drawn from (usually 1); 0 turns it off; with mixup half each."""
     mix_prob: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Part of the batches that mixup and cutmix mix; the others renew the predictions that PS-KD stores."""
-    mean: Annotated[list[float], Field(min_length=3, max_length=3, examples=["[0.485, 0.456, 0.406]"])] | None = None
+    mean: Annotated[
+        Annotated[list[float], Field(min_length=3, max_length=3)] | None, Field(examples=["[0.485, 0.456, 0.406]"])
+    ] = None
     """Channel means to subtract, in units of the pixel range; by default the model's own (timm's default_cfg)."""
-    std: Annotated[list[Positive], Field(min_length=3, max_length=3, examples=["[0.229, 0.224, 0.225]"])] | None = None
+    std: Annotated[
+        Annotated[list[Positive], Field(min_length=3, max_length=3)] | None, Field(examples=["[0.229, 0.224, 0.225]"])
+    ] = None
     """Channel standard deviations to divide by, in units of the pixel range; by default the model's own."""
 
 
@@ -158,7 +162,9 @@ class Optim(Section):
     """Nesterov's form of momentum (SGD)."""
     weight_decay: NonNegative = 5e-4
     """Weight decay."""
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2, examples=["[0.9, 0.98]"])] | None = None
+    betas: Annotated[
+        Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None, Field(examples=["[0.9, 0.98]"])
+    ] = None
     """β₁ and β₂ of Adam and its kin; by default the optimizer's own."""
     decay_norm_and_bias: bool = True
     """Decay norm weights and biases too, as the paper's code does."""
