@@ -550,15 +550,14 @@ def run_translate(arguments, rest):
 
     with Display(not sys.stderr.isatty(), sys.stderr) as display:  # stdout is for the translations
         found = translate(arguments.run_dir, lines, arguments.best, bool(arguments.json), display.advance)
-    text = json.dumps(found, indent=1, ensure_ascii=False)
     if arguments.json == "-":
-        print(text)
+        print(json.dumps(found, indent=1, ensure_ascii=False))
         return DONE
     for row in found:
         print(row["translation"])
     if arguments.json:
         try:
-            write_atomic(Path(arguments.json), text)
+            write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
         except OSError as error:
             raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
         print(f"pskd-timm: wrote {arguments.json}", file=sys.stderr)
@@ -655,7 +654,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_main_process():
             words = sys.argv[1:] if argv is None else argv
             untold = GO_ON.intersection(words[:1]) and not stopped.args
-            goes_on = "; the same command goes on from its last checkpoint" if untold else ""
+            goes_on = "; the same command goes on from its last checkpoint, if there is one" if untold else ""
             print(f"pskd-timm: interrupted{goes_on}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:

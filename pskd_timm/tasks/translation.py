@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import rng
 from ..errors import InputError
-from ..files import warn
 from ..fingerprint import digest
 from ..methods.sections import Scale
 from ..optim import slow_warmup
@@ -301,7 +300,9 @@ def name_empty(parts: dict[str, Part]):
     for name, part in parts.items():
         rows = (part.sources.lengths.minimum(part.targets.lengths) <= 1).nonzero().squeeze(1).tolist()
         if rows:
-            warn(f"data: scored as they are, {len(rows):,} pairs of {name} with an empty side: {first_of(rows)}")
+            warn_on_main(
+                f"data: scored as they are, {len(rows):,} pairs of {name} with an empty side: {first_of(rows)}"
+            )
 
 
 def first_of(rows: list[int]) -> str:
@@ -329,7 +330,9 @@ def usable(train: Part, max_length: int) -> Part:
     for reason, which in reasons.items():
         rows = which.nonzero().squeeze(1).tolist()
         if rows:
-            warn(f"data: left out of training, {len(rows):,} of {len(train.pairs):,} pairs {reason}: {first_of(rows)}")
+            warn_on_main(
+                f"data: left out of training, {len(rows):,} of {len(train.pairs):,} pairs {reason}: {first_of(rows)}"
+            )
     if not len(kept):
         raise InputError("data: no training pair is left: all are empty or too long")
     return train if len(kept) == len(train.pairs) else train.take(kept)

@@ -186,8 +186,8 @@ def _small(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     special = dict(pad_token_id=pad, eos_token_id=end, decoder_start_token_id=end, forced_eos_token_id=None)
     stacks = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _stack(sizes).items()}
     # The same Transformer twice: Marian's layers normalize after each block, Pegasus' before it.
-    first = sizes["norm_first"]
-    make_config = PegasusConfig if first else MarianConfig
+    of_marian, of_pegasus = (MarianConfig, MarianMTModel), (PegasusConfig, PegasusForConditionalGeneration)
+    make_config, make_model = of_pegasus if sizes["norm_first"] else of_marian
     config = make_config(
         vocab_size=len(tokenizer),
         d_model=sizes["d_model"],
@@ -198,7 +198,7 @@ def _small(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         **stacks,
         **special,
     )
-    model = PegasusForConditionalGeneration(config) if first else MarianMTModel(config)
+    model = make_model(config)
     initialize(model)
     # What is padded is never said; the end comes when it is chosen.
     model.generation_config = GenerationConfig(**special, bad_words_ids=[[pad]])
