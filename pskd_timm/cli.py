@@ -11,7 +11,7 @@ from . import __version__
 from .detection.recipes import DEFAULT as DETECTION
 from .detection.recipes import load_detection_recipe
 from .detection.settings import DetectionRecipe
-from .errors import Diverged, InputError, RankError, nearest
+from .errors import Diverged, InputError, RankError, nearest, reason
 from .methods import METHOD_SECTIONS
 from .recipe import Recipe, settings
 from .recipe_files import FORMER_NAMES, load_recipe, shipped_recipes, with_overrides
@@ -308,7 +308,7 @@ def run_to_end(recipe: Recipe | DetectionRecipe, run, quiet: bool) -> int:
         return FAILED
     except (OSError, SafetensorError) as error:
         print(
-            f"pskd-timm: {recipe.run_dir}: {error}; once that is mended, the same command {resumes(recipe)}",
+            f"pskd-timm: {recipe.run_dir}: {reason(error)}; once that is mended, the same command {resumes(recipe)}",
             file=sys.stderr,
         )
         return FAILED
@@ -486,7 +486,7 @@ def run_predict(arguments, rest):
         try:
             write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
         except OSError as error:
-            raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
+            raise InputError(f"--json: {arguments.json} cannot be written: {reason(error)}") from None
         print(f"wrote {arguments.json}")
     return tell_unreadable(found)
 
@@ -559,7 +559,7 @@ def run_translate(arguments, rest):
         try:
             write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
         except OSError as error:
-            raise InputError(f"--json: {arguments.json} cannot be written: {error}") from None
+            raise InputError(f"--json: {arguments.json} cannot be written: {reason(error)}") from None
         print(f"pskd-timm: wrote {arguments.json}", file=sys.stderr)
     return DONE
 

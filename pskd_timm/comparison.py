@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from .checks import check_recipe
 from .cpus import num_cpus
-from .errors import InputError, nearest
+from .errors import InputError, nearest, reason
 from .methods import METHOD_SECTIONS, PAPER
 from .metrics import format_metrics
 from .progress import Display, Row, duration
@@ -106,7 +106,7 @@ def compare(
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output_dir: {root} cannot be written: {error}") from None
+        raise InputError(f"output_dir: {root} cannot be written: {reason(error)}") from None
     display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} already finished")
     try:
         _run_all(waiting, len(all_jobs), jobs or default_jobs(recipe), display)
@@ -116,7 +116,7 @@ def compare(
         with FileLock(root / ".report.lock"):  # another comparison may end at the same time
             return report([job.recipe.run_dir for job in all_jobs], root)
     except OSError as error:
-        raise InputError(f"{root}: the report cannot be written: {error}") from None
+        raise InputError(f"{root}: the report cannot be written: {reason(error)}") from None
 
 
 def method_names(recipe: Recipe, words: Iterable[str]) -> list[str]:

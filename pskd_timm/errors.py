@@ -35,3 +35,10 @@ def nearest(word: str, known) -> str:
 def first_line(error: BaseException) -> str:
     """What an error says in its first line, at most 200 characters; the name of its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def reason(error: Exception) -> str:
+    """What an error says, an operating system's without its number: `Not a directory: run/file`."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    return str(error)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import __version__
 from .calibration import Temperature, probability_parts, with_temperature
 from .data.augmentation import normalize
-from .errors import InputError, first_line
+from .errors import InputError, first_line, reason
 from .files import write_atomic
 from .metrics import Outcomes, outcomes, summarize
 from .models.base import CifarNet
@@ -51,7 +51,7 @@ def push(run: str | Path, to: str, hub: bool = False, private: bool = False, bes
                 write_folder(Path(run).expanduser(), partial, classifier, best, f"local-dir:{folder.name}")
                 partial.replace(folder)
         except OSError as error:
-            raise InputError(f"{to}: cannot be written: {error}") from None
+            raise InputError(f"{to}: cannot be written: {reason(error)}") from None
         return str(folder)
     from huggingface_hub import HfApi, get_token
 
@@ -294,7 +294,7 @@ def export_onnx(run: str | Path, path: str | Path, best: bool = False) -> float:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, model.SerializeToString())
     except (OSError, ValueError) as error:  # a ValueError where the network exceeds the 2 GB of a protocol buffer
-        raise InputError(f"{path}: cannot be written: {error}") from None
+        raise InputError(f"{path}: cannot be written: {reason(error)}") from None
     return difference
 
 

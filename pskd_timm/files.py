@@ -8,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from .errors import reason
+
 
 def warn(text: str):
     """Print a warning to stderr, also in a quiet run."""
@@ -78,7 +80,7 @@ class Lines:
             self.write()
         except OSError as error:
             if not self.warned:
-                warn(f"{self.path} cannot be written: {error}; its lines wait in memory until it can")
+                warn(f"{self.path} cannot be written: {reason(error)}; its lines wait in memory until it can")
             self.warned = True
 
     def write(self):

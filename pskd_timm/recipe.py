@@ -376,8 +376,6 @@ Recipe = create_model(
     **{name: (section, section()) for name, section in METHOD_SECTIONS.items()},
 )
 
-# Sections that one task alone reads.
-SECTION_TASKS = {"augment": "images", "translation": "translation"}
 _NO_OUTCOME = {
     "name",
     "preset",

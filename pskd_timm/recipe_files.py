@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from . import presets
-from .errors import InputError, nearest
+from .errors import InputError, nearest, reason
 from .methods import METHOD_SECTIONS
 from .recipe import Recipe, flatten, sections, settings
 from .section import Section
@@ -63,7 +63,7 @@ def read_yaml(path: Path, kind: type[Section] = Recipe) -> dict:
         line = f" line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from None
     if not isinstance(tree, dict):
         what = "empty" if tree is None else type(tree).__name__
         raise InputError(f"{path}: a recipe is a YAML mapping of settings, this is {what}")

@@ -6,13 +6,13 @@ from .errors import InputError
 from .methods import METHOD_SECTIONS
 from .methods.sections import Scale
 from .progress import readable
-from .recipe import SECTION_TASKS, Recipe, flatten
+from .recipe import Recipe, flatten
 from .recipe_files import find_recipe, read_yaml, shipped_recipes
-from .tasks import open_task
+from .tasks import check_read, is_read, open_task
 
 
 def sources_table(recipe: Recipe):
-    """A rich table of every setting of the recipe's own method, its value and its source."""
+    """A rich table of every setting that the run reads, its value and its source."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -21,8 +21,7 @@ def sources_table(recipe: Recipe):
         table.add_column(header, overflow="fold")
     for key, value in flatten(recipe.model_dump()).items():
         section = key.split(".")[0]
-        of_another_task = SECTION_TASKS.get(section, recipe.task) != recipe.task
-        if not of_another_task and (section not in METHOD_SECTIONS or section == recipe.method):
+        if is_read(key, recipe.task) and (section not in METHOD_SECTIONS or section == recipe.method):
             source = source_line(recipe, key, value)
             quiet = recipe.source_of(key) == "default"
             table.add_row(key, escape(str(value)), escape(source), style="dim" if quiet else None)
@@ -46,6 +45,7 @@ def source_line(recipe: Recipe, key: str, value) -> str:
 def run_lines(recipe: Recipe) -> list[str]:
     """What the loss of the recipe's method amounts to, and what the run will cost."""
     if recipe.task == "images":
+        check_read(recipe)
         return loss_lines(recipe) + cost_lines(recipe)
     task = open_task(recipe)
     return recipe.effective_loss(task.num_classes).lines(recipe.optim.lr) + task.cost_lines()

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from . import rng
 from .checks import check_recipe
-from .errors import Diverged, InputError, nearest
+from .errors import Diverged, InputError, nearest, reason
 from .files import write_atomic
 from .metrics import Metric
 from .progress import Display
@@ -186,7 +186,7 @@ def _locked(folder: Path):
             f"{folder}: another search is at work here: wait for it, or choose another --output_dir"
         ) from None
     except OSError as error:
-        raise InputError(f"output_dir: {folder} cannot be written: {error}") from None
+        raise InputError(f"output_dir: {folder} cannot be written: {reason(error)}") from None
     try:
         yield
     finally:

@@ -7,7 +7,10 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offli
 import pytest
 import torch
 
+from commands import forkserver
+
 torch.set_num_threads(1)
+forkserver()  # before any test starts a server of its own, whose processes would import everything anew
 
 
 @pytest.fixture(scope="session", autouse=True)

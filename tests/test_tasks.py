@@ -9,6 +9,7 @@ from test_processes import WORKERS, launch
 
 import sequences
 from pskd_timm import InputError, evaluate, load_recipe, train
+from pskd_timm.cli import main
 from pskd_timm.run.folder import checkpoints
 from pskd_timm.run.result import read_lines
 
@@ -122,3 +123,18 @@ def test_two_processes_train_another_task_as_one_does(result, tmp_path):
 def test_an_unknown_task_is_refused_with_the_nearest():
     with pytest.raises(InputError, match="no task 'imges': did you mean images"):
         load_recipe("digits", {"task": "imges"})
+
+
+def test_a_task_refuses_settings_that_it_does_not_read_and_show_leaves_them_out(tmp_path, capsys):
+    assert main(["train", "digits", "--translation.vocab_size", "500", "--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        "pskd-timm: command line: translation.vocab_size: task images does not read it\n"
+    )
+    assert main(["show", "digits", "--translation.vocab_size", "500"]) == 2
+    for name, read, unread in (
+        ("digits", "batch_size", "translation.vocab_size"),
+        ("translation/multi30k_de_en", "translation.batch_tokens", "batch_size"),
+    ):
+        main(["show", name])
+        listed = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+        assert read in listed and unread not in listed

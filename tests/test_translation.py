@@ -120,12 +120,12 @@ def test_damaged_corpora_are_told_in_a_line(tmp_path):
         tmp_path / "rows", data__test=False, data__holdout_fraction=0.5
     )
     write_table(tmp_path / "numbers" / "train.jsonl", [{"de": "a", "en": 3}])
-    assert "holds '3' under 'en', which is no text" in refused(
+    assert "row 1 of split train holds '3' under 'en', which is no text" in refused(
         tmp_path / "numbers", data__test=False, data__holdout_fraction=0.5
     )
     (tmp_path / "empty").mkdir()
     assert "neither Parquet or JSON files nor plain ones" in refused(tmp_path / "empty")
-    assert "is no folder" in refused(tmp_path / "nowhere")
+    assert "nowhere is not there: --data.path" in refused(tmp_path / "nowhere")
     for name in ("train.fr", "train.en"):
         (tmp_path / "empty" / name).write_text("a\n")
     assert "it has train.en, train.fr: translation.source_lang and target_lang name" in refused(tmp_path / "empty")
@@ -179,6 +179,17 @@ def test_empty_pairs_of_the_scored_parts_are_scored_and_named(tmp_path, capsys):
     assert len(task.evaluated["test"].targets) == 6
 
 
+def test_named_pairs_are_counted_as_in_the_data_also_where_only_some_are_drawn(tmp_path, capsys):
+    folder = write_plain(tmp_path, train=40, valid=4, test=6)
+    lines = (folder / "train.en").read_text().splitlines()
+    lines[9::10] = [""] * 4
+    (folder / "train.en").write_text("\n".join(lines) + "\n")
+    open_task(small_recipe(folder, data__limit_train=30))
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "empty" in line]
+    named = said.rpartition(": ")[2].split(", ")
+    assert f"{len(named)} of 30 pairs" in said and {int(name) for name in named} <= {10, 20, 30, 40}
+
+
 def test_a_held_out_part_takes_the_place_of_the_validation_split_and_of_an_unread_test_part(corpus):
     task = open_task(small_recipe(corpus, data__test=False, data__holdout_fraction=0.1))
     assert task.splits == ("holdout",)
@@ -196,7 +207,7 @@ def test_settings_of_images_are_refused_by_name(corpus):
         "model.channels_last": True,
         "model.compile": "default",
     }.items():
-        assert key in refused(corpus, **{key: value})
+        assert f"{key}: task translation does not read it" in refused(corpus, **{key: value})
 
 
 def test_methods_that_need_a_second_input_of_a_class_are_refused_and_not_among_the_recipes_methods(corpus):

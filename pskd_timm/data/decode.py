@@ -23,7 +23,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as tv
 
 from ..cpus import num_cpus
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..files import warn
 from ..fingerprint import digest
 from ..ranks import warn_on_main
@@ -82,7 +82,7 @@ def decoded(
                 if not path.is_file():
                     _save(_decode(table, image_size, crop_pct, skip_damaged, progress), path)
         except OSError as error:
-            warn(f"decoded images cannot be kept for the next run: {error}")
+            warn(f"decoded images cannot be kept for the next run: {reason(error)}")
             found = _decode(table, image_size, crop_pct, skip_damaged, progress)
     if found is None:
         with safe_open(path, "pt") as file:

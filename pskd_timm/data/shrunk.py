@@ -9,7 +9,7 @@ from filelock import FileLock
 from torchvision.transforms import functional as tv
 
 from ..cpus import num_cpus
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..fingerprint import digest
 from .decode import CHUNK, DamagedImage, open_image
 from .sources import Table
@@ -52,7 +52,7 @@ def shrunk(table: Table, side: int, folder: Path, progress=None):
                 new_fingerprint=path.stem,
             )
     except OSError as error:
-        raise InputError(f"data.shrink_to: the smaller images cannot be kept in {folder}: {error}") from None
+        raise InputError(f"data.shrink_to: the smaller images cannot be kept in {folder}: {reason(error)}") from None
 
 
 def _shrink(stored, row: int, side: int) -> dict:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
-from ..errors import InputError, nearest
+from ..errors import InputError, nearest, reason
 from ..fingerprint import digest
 from ..ranks import warn_on_main
 from .settings import VOC_CLASSES
@@ -269,7 +269,7 @@ def read_annotation(path: Path, size: tuple[int, int], rules: Rules) -> Objects:
     try:
         root = ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError) as error:
-        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason(error)}"
         raise InputError(f"{path}: the annotation {why}") from None
     if root.tag != "annotation":
         raise InputError(f"{path}: starts with <{root.tag}>, not <annotation>: no VOC annotation")

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..data.decode import open_image
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, reason
 from ..files import write_atomic
 from ..prediction import find_images, path_text
 from ..progress import Display
@@ -83,7 +83,7 @@ def predict_boxes(
         target = Path(json_file) if json_file else folder / "predictions.json"
         write_atomic(target, json.dumps(result, indent=1, ensure_ascii=False))
     except OSError as error:
-        raise InputError(f"{folder}: the predictions cannot be written: {error}") from None
+        raise InputError(f"{folder}: the predictions cannot be written: {reason(error)}") from None
     return result
 
 

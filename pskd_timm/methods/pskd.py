@@ -70,12 +70,9 @@ class PSKD(Method):
         return self
 
     def describe(self):
-        error = self.store.topk_error() if self.topk else 0.0
-        return (
-            f"{self.description}; {100 * error:.2g} % of a row's mass is misplaced on average"
-            if error
-            else self.description
-        )
+        if self.topk and (error := self.store.topk_error()):
+            return f"prediction store: {100 * error:.2g} % of a row's mass is misplaced on average"
+        return self.description
 
     def begin_epoch(self, epoch, order):
         self.alpha_now = alpha_at(epoch, self.num_epochs, self.alpha, *self.schedule)

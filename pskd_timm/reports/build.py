@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..files import write_atomic
 from ..metrics import Metric, format_metrics
 from . import detection_page, page, plots
@@ -88,7 +88,7 @@ def report(runs: Iterable[str | Path], output: str | Path | None = None, metrics
             return write_detectors(found, folder)
         return write(found, find_searches([*map(Path, runs), folder]), folder, further)
     except OSError as error:
-        raise InputError(f"{folder}: the report cannot be written: {error}") from None
+        raise InputError(f"{folder}: the report cannot be written: {reason(error)}") from None
 
 
 def heading(runs: list[Run]) -> str:

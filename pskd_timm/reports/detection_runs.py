@@ -10,7 +10,7 @@ from pyarrow import ArrowException
 
 from ..detection.outcomes import DETECTIONS, Found, read_found
 from ..detection.settings import DetectionRecipe
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..methods import METHOD_SECTIONS
 from ..recipe_files import load_recipe
 from ..run.folder import task_of
@@ -68,7 +68,7 @@ def read_detector(folder: Path) -> DetectorRun:
             check_history(folder, [])
             found = read_found(folder, values["num_test"], values["num_classes"])
     except (InputError, OSError, ArrowException) as error:
-        damage = f"damaged: {error}"
+        damage = f"damaged: {reason(error)}"
     seed, name = seed_in_name(folder), folder.resolve().parent.name
     if recipe or values:
         # A finished run says what its backbone was called, which the recipe knows only while the backbone's folder is there.

@@ -15,7 +15,7 @@ from pyarrow import ArrowException, parquet
 from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError, create_model
 
 from ..calibration import kept_probabilities
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..files import warn
 from ..methods import METHOD_SECTIONS
 from ..metrics import FLOORED, METRICS, Metric
@@ -173,7 +173,7 @@ def read_run(folder: Path) -> Run:
             check_history(folder, read_metrics(values))
         outcomes = read_outcomes(folder, values) if values else None
     except (InputError, OSError, ArrowException) as error:
-        damage = f"damaged: {error}"
+        damage = f"damaged: {reason(error)}"
     seed, method = seed_in_name(folder), folder.resolve().parent.name
     if recipe or values:
         method, seed = (recipe.method, recipe.seed) if recipe else (values["method"], values["seed"])

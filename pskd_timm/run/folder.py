@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..files import write_atomic
 from ..metrics import METRICS, Metric
 from ..recipe import Recipe
@@ -135,7 +135,7 @@ def prepare(recipe: Recipe, lock: FileLock):
             f"{run_dir}: another process is at work on this run: wait for it, or choose another --output_dir"
         ) from None
     except OSError as error:
-        raise InputError(f"output_dir: {run_dir} cannot be written: {error}") from None
+        raise InputError(f"output_dir: {run_dir} cannot be written: {reason(error)}") from None
 
 
 def delete(run_dir: Path):

@@ -14,7 +14,7 @@ from ..methods.sections import Scale
 from ..optim import slow_warmup
 from ..progress import readable
 from ..ranks import warn_on_main
-from ..recipe import Augment, Data, Model, Recipe
+from ..recipe import Recipe
 from ..store import store_bytes
 from ..translation import beam
 from ..translation.batches import TokenBatches, num_batches
@@ -36,16 +36,9 @@ WEIGHTS, LIMITED, HELD_OUT = (
     10,
     22,
     23,
-)  # streams of random numbers: of the run's seed the first, of data.seed the others
+)  # streams of random numbers: the first of the run's seed, the others of data.seed
 SHARE = 0.25  # of the machine's memory that a prediction store may take
 NAMED = 5  # rows that a message names
-# What of a recipe speaks of images only.
-OF_IMAGES = {
-    "data": ("image_column", "label_column", "test_split", "test_fraction", "image_size", "crop_pct", "loading")
-    + ("workers", "shrink_to", "damaged", "label_noise", "gaussian_noise", "cache_dir"),
-    "augment": tuple(Augment.model_fields),
-    "model": ("small_input", "channels_last", "compile", "sync_bn"),
-}
 
 
 class Part:
@@ -124,8 +117,8 @@ class TranslationTask:
             if lengths.max() > positions:
                 row = int(lengths.argmax())
                 raise InputError(
-                    f"data: pair {row + 1} of the {name} split has {int(lengths[row]):,} pieces, more than the {positions} "
-                    f"positions of {self.recipe.model.name}, and no pair of it is left out: shorten it"
+                    f"data: pair {part.pairs.numbers[row]} of the {name} split has {int(lengths[row]):,} pieces, more than "
+                    f"the {positions} positions of {self.recipe.model.name}, and no pair of it is left out: shorten it"
                 )
 
     def loader(self, network: TranslationNetwork, device, rank: int, world_size: int, partners: str) -> TokenBatches:
@@ -227,20 +220,7 @@ def piece_names(tokenizer, num_classes: int) -> list[str]:
 
 
 def check_settings(recipe: Recipe):
-    """Raise InputError for settings that translation does not know, or that do not go with it."""
-    sections = {"data": Data(source="any"), "augment": Augment(), "model": Model(name="any")}
-    for section, names in OF_IMAGES.items():
-        for name in names:
-            if getattr(getattr(recipe, section), name) != getattr(sections[section], name):
-                raise InputError(f"{section}.{name} is for task images: translation has no such thing")
-    if recipe.batch_size != Recipe.model_fields["batch_size"].default:
-        raise InputError(
-            "batch_size is for task images: translation.batch_tokens says how many target tokens make a step"
-        )
-    if recipe.init_from:
-        raise InputError(
-            "init_from is for task images: name a folder of weights as model.name, with model.pretrained true"
-        )
+    """Raise InputError for settings that do not go with a translation."""
     if recipe.translation.source_lang == recipe.translation.target_lang:
         raise InputError(f"translation.source_lang and target_lang are both {recipe.translation.source_lang!r}")
     check_name(recipe.model)
@@ -300,15 +280,14 @@ def name_empty(parts: dict[str, Part]):
     for name, part in parts.items():
         rows = (part.sources.lengths.minimum(part.targets.lengths) <= 1).nonzero().squeeze(1).tolist()
         if rows:
-            warn_on_main(
-                f"data: scored as they are, {len(rows):,} pairs of {name} with an empty side: {first_of(rows)}"
-            )
+            count, named = f"{len(rows):,}", first_of(part.pairs, rows)
+            warn_on_main(f"data: scored as they are, {count} pairs of {name} with an empty side: {named}")
 
 
-def first_of(rows: list[int]) -> str:
-    """The numbers of the first few rows, counted from 1 as the lines of a file are."""
+def first_of(pairs: Pairs, rows: list[int]) -> str:
+    """The numbers of the first few of `rows` in the data, counted from 1 as the lines of a file are."""
     more = f" and {len(rows) - NAMED:,} more" * (len(rows) > NAMED)
-    return ", ".join(str(row + 1) for row in rows[:NAMED]) + more
+    return ", ".join(str(pairs.numbers[row]) for row in rows[:NAMED]) + more
 
 
 def limited(pairs: Pairs, count: int | None, seed: int) -> Pairs:
@@ -330,9 +309,8 @@ def usable(train: Part, max_length: int) -> Part:
     for reason, which in reasons.items():
         rows = which.nonzero().squeeze(1).tolist()
         if rows:
-            warn_on_main(
-                f"data: left out of training, {len(rows):,} of {len(train.pairs):,} pairs {reason}: {first_of(rows)}"
-            )
+            count, named = f"{len(rows):,} of {len(train.pairs):,}", first_of(train.pairs, rows)
+            warn_on_main(f"data: left out of training, {count} pairs {reason}: {named}")
     if not len(kept):
         raise InputError("data: no training pair is left: all are empty or too long")
     return train if len(kept) == len(train.pairs) else train.take(kept)

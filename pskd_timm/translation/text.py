@@ -5,6 +5,7 @@ becomes one blank; blanks at the ends go. Letters are made small only where the 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +21,19 @@ MOST_NAMED = 6  # files that a message names
 
 @dataclass
 class Pairs:
-    """Cleaned sentences and their translations, of which `name` says the split."""
+    """Cleaned sentences and their translations, of which `name` says the split and `numbers` the places in it, from 1."""
 
     name: str
     sources: list[str]
     targets: list[str]
+    numbers: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def take(self, rows: list[int]) -> "Pairs":
-        return Pairs(self.name, [self.sources[i] for i in rows], [self.targets[i] for i in rows])
+        taken = ([column[i] for i in rows] for column in (self.sources, self.targets, self.numbers))
+        return Pairs(self.name, *taken)
 
 
 @dataclass
@@ -74,7 +77,8 @@ def open_splits(recipe: Recipe) -> dict:
         return _from_hub(data.source)
     folder = Path(data.path).expanduser()
     if not folder.is_dir():
-        raise InputError(f"data.path: {folder.absolute()} is no folder")
+        what = "a file, not a folder" if folder.exists() else "not there: --data.path names where the text is now"
+        raise InputError(f"data.path: {folder.absolute()} is {what}")
     if (folder / "dataset_dict.json").is_file():
         return _tables(lambda: _load_from_disk(folder), str(folder))
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
@@ -184,6 +188,7 @@ def _part(splits: dict, name: str, setting: str, recipe: Recipe) -> Pairs:
         name,
         [clean(text, section.lowercase) for text in sources],
         [clean(text, section.lowercase) for text in targets],
+        range(1, len(sources) + 1),
     )
 
 
@@ -225,10 +230,8 @@ def _column(table, lang: str, split: str) -> list[str]:
             f"data: split {split} has no column {lang!r} and no column 'translation', it has {there}: "
             "translation.source_lang and target_lang name them"
         )
-    if (
-        bad := next((i for i, text in enumerate(texts) if text is not None and not isinstance(text, str)), None)
-    ) is not None:
+    if bad := next((i for i, text in enumerate(texts, 1) if text is not None and not isinstance(text, str)), 0):
         raise InputError(
-            f"data: row {bad} of split {split} holds {str(texts[bad])[:40]!r} under {lang!r}, which is no text"
+            f"data: row {bad} of split {split} holds {str(texts[bad - 1])[:40]!r} under {lang!r}, which is no text"
         )
     return ["" if text is None else text for text in texts]
