@@ -8,14 +8,15 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from .checks import check_recipe
 from .cpus import num_cpus
 from .errors import InputError, nearest, reason
 from .methods import METHOD_SECTIONS, PAPER
@@ -23,15 +24,18 @@ from .metrics import format_metrics
 from .progress import Display, Row, duration
 from .recipe import Recipe
 from .recipe_files import as_recipe
-from .reports.build import Comparison, report
 from .run.folder import is_finished, is_locked, read_metrics, read_result, run_lock
-from .run.tracking import last_line
+from .run.result import last_line
 from .tasks import task_class
 from .teacher import BASELINE, teacher_place
-from .training import train
+
+if TYPE_CHECKING:
+    from .reports.build import Comparison
 
 NAME_WIDTH = max(map(len, METHOD_SECTIONS)) + len(" seed 0")
 BUSY = 75  # exit code of a run that another process is at work on (sysexits.h: try again later)
+# Each run is a process of its own, forked from one that has the slow imports done but has trained nothing.
+FORKED = multiprocessing.get_context("forkserver")
 GRACE = 60  # seconds that interrupted runs have to save before they are ended
 
 
@@ -72,7 +76,7 @@ def compare(
     seeds: Iterable[int] = (0,),
     jobs: int | None = None,
     display: Display | None = None,
-) -> Comparison:
+) -> "Comparison":
     """Run every method with every seed, `jobs` at a time, and write the comparison into the recipe's output root.
 
     `paper` among `methods` stands for those of PS-KD's paper, `all` for all, as far as the recipe's task has them. `jobs` is by
@@ -102,6 +106,10 @@ def compare(
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
     waiting = [job for job in all_jobs if not is_finished(job.recipe)]
     if waiting:
+        _start_server()
+
+        from .checks import check_recipe
+
         check_recipe(recipe, tuple(dict.fromkeys(job.recipe.method for job in waiting)), display)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -112,6 +120,8 @@ def compare(
         _run_all(waiting, len(all_jobs), jobs or default_jobs(recipe), display)
     finally:
         display.close()
+    from .reports.build import report
+
     try:
         with FileLock(root / ".report.lock"):  # another comparison may end at the same time
             return report([job.recipe.run_dir for job in all_jobs], root)
@@ -141,9 +151,6 @@ def default_jobs(recipe: Recipe) -> int:
 
 def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
     """Run all jobs, `jobs` at a time; one that fails says why in the last line of its log."""
-    # Each run is a process of its own, forked from one that has the slow imports done but has trained nothing.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pskd_timm.training", "datasets", "sklearn.datasets", "sklearn.model_selection"])
     running: list[Job] = []
     failed: set[Path] = set()
     left = list(waiting)
@@ -164,7 +171,7 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                     _fail(job, f"failed: its teacher {job.teacher} failed", display)
                     continue
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
-                job.process = context.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
+                job.process = FORKED.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
                 _start(job.process)
                 running.append(job)
             time.sleep(0.2)
@@ -185,17 +192,30 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
             signal.signal(signal.SIGTERM, previous)
 
 
-def _start(process: multiprocessing.Process):
-    """Start a process that a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM.
+def _start_server():
+    """Start what the runs are forked from; it does its slow imports while this process does."""
+    FORKED.set_forkserver_preload(["pskd_timm.training", "datasets", "sklearn.datasets", "sklearn.model_selection"])
+    with _unreached_by_ctrl_c():
+        forkserver.ensure_running()
 
-    Nor does it run the parent's script again, which need not say `if __name__ == "__main__"`.
-    """
-    ignoring = _in_main_thread() and signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def _start(process: multiprocessing.Process):
+    """Start a process, without running the parent's script again, which need not say `if __name__ == "__main__"`."""
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
-        process.start()
+        with _unreached_by_ctrl_c():
+            process.start()
     finally:
         sys.modules["__main__"] = script
+
+
+@contextmanager
+def _unreached_by_ctrl_c():
+    """What starts in here a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM."""
+    ignoring = _in_main_thread() and signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
         if ignoring:
             signal.signal(signal.SIGINT, ignoring)
 
@@ -282,6 +302,8 @@ def gpu_of(seat: int, count: int, visible: str | None) -> str:
 def _run(recipe: Recipe, seat: int, seats: int, log: str):
     """The process of one run: its share of the cores or its own GPU, its words into run.log."""
     import torch
+
+    from .training import train
 
     if (count := torch.cuda.device_count()) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(seat, count, os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -82,7 +82,7 @@ def test_there_is_a_script_for_one_node_for_several_and_for_an_array():
 
 def test_a_job_that_slurm_ends_saves_asks_to_be_requeued_and_the_next_one_goes_on(slurm, tmp_path):
     run_dir = tmp_path / "pskd" / "seed0"
-    settings = ["--method", "pskd", "--epochs", "40", "--tracking.log_every", "1"]
+    settings = ["--method", "pskd", "--epochs", "20", "--tracking.log_every", "1"]
     job = slurm("single_node.sh", *settings)
     wait_until(lambda: len(read_lines(run_dir / "metrics.jsonl")) >= 2 or job.poll() is not None)
     assert job.poll() is None
@@ -97,7 +97,7 @@ def test_a_job_that_slurm_ends_saves_asks_to_be_requeued_and_the_next_one_goes_o
     assert job.returncode == 0, output
     epoch, step = map(int, stopped_at.split("-"))
     assert f"resuming after epoch {epoch}, step {step} of 5" in output
-    assert [line["epoch"] for line in read_lines(run_dir / "metrics.jsonl")] == list(range(1, 41))
+    assert [line["epoch"] for line in read_lines(run_dir / "metrics.jsonl")] == list(range(1, 21))
     assert json.loads((run_dir / "result.json").read_text())["num_processes"] == 2
     assert (tmp_path / "scontrol.log").read_text().splitlines()[1:] == ["show hostnames node[1-2]"]
 

@@ -330,8 +330,6 @@ def test_a_run_that_another_process_holds_keeps_its_log(tiny):
 def test_a_run_is_held_from_its_first_moment_so_that_two_comparisons_may_begin_together(tiny, monkeypatch):
     recipe, held = tiny(), []
     monkeypatch.setattr("os.dup2", lambda *_: None)  # the log is not to take this process's words
-    monkeypatch.setattr(
-        sys.modules["pskd_timm.comparison"], "train", lambda recipe: held.append(is_locked(recipe.run_dir))
-    )
+    monkeypatch.setattr("pskd_timm.training.train", lambda recipe: held.append(is_locked(recipe.run_dir)))
     _run(recipe, 0, 1, str(recipe.run_dir / "run.log"))
     assert held == [True] and not is_locked(recipe.run_dir)

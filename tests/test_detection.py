@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pandas as pd
 import pytest
@@ -13,9 +10,9 @@ import timm
 import torch
 from detection_data import make_devkit, small_settings
 from safetensors.torch import load_file
-from test_processes import launch
 from torchvision.ops import box_iou
 
+from commands import Command, together, wait_until
 from pskd_timm import InputError, train
 from pskd_timm.cli import main
 from pskd_timm.detection import network
@@ -27,6 +24,7 @@ from pskd_timm.detection.recipes import load_detection_recipe, shipped
 from pskd_timm.detection.settings import Model
 from pskd_timm.detection.training import split, train_detector
 from pskd_timm.errors import Diverged
+from pskd_timm.run.folder import is_locked
 from pskd_timm.run.result import read_lines
 
 SMALL = {"fpn_channels": 16, "head_width": 32, "short_side": [64], "max_side": 96, "anchor_scale": 4}
@@ -223,17 +221,16 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(finished, devkit, tmp_pa
     settings = small_settings(devkit, tmp_path, checkpoint__every_steps=1, grad_accum_steps=2, data__workers=workers)
     words = [word for key, value in settings.items() for word in (f"--{key}", json.dumps(value).strip('"'))]
     backbone = words.index("--model.backbone")
-    command = [sys.executable, "-m", "pskd_timm", "detect", words[backbone + 1], "--recipe", "detection/voc_small"]
+    command = ["detect", words[backbone + 1], "--recipe", "detection/voc_small"]
     command += words[:backbone] + words[backbone + 2 :]
     run_dir = tmp_path / "test_resnet-untrained" / "seed0"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not list((run_dir / "checkpoints").glob("0*")):
-        time.sleep(0.02)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    running = Command("pskd_timm", *command)
+    wait_until(lambda: list((run_dir / "checkpoints").glob("0*")), running)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    wait_until(lambda: not is_locked(run_dir))  # its loader's worker holds the lock until it notices
     assert not (run_dir / "result.json").is_file()
-    assert main(command[3:]) == 0
+    assert main(command) == 0
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (finished.run_dir, run_dir))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     times = ("seconds", "images_per_second")
@@ -254,7 +251,7 @@ def test_two_processes_train_and_evaluate_every_picture_once(finished, devkit, t
         if key != "model.backbone"
         for word in (f"--{key}", json.dumps(value).strip('"'))
     ]
-    launch(2, "-m", "pskd_timm", "detect", "test_resnet", "--recipe", "detection/voc_small", *words)
+    together(2, "pskd_timm", "detect", "test_resnet", "--recipe", "detection/voc_small", *words)
     run_dir = tmp_path / "test_resnet-untrained" / "seed0"
     values = json.loads((run_dir / "result.json").read_text())
     assert values["num_processes"] == 2 and values["num_test"] == 4

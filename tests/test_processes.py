@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from commands import LIMIT, free_port, together, wait_until
+from commands import LIMIT, Command, free_port, together, wait_until
 from kills import one_rank_without_disk, score, start
 from pskd_timm.methods import PAPER
 from pskd_timm.run.checkpoint import damage
@@ -23,13 +21,11 @@ from runs import newest
 WORKERS = Path(__file__).parent / "workers.py"
 
 
-def launch(processes, *command):
-    """`accelerate launch` as the README shows it."""
+def launch(processes, *words):
+    """`accelerate launch` as the README shows it; the processes that it starts are new ones."""
     several = ["--multi_gpu", "--num_processes", processes, "--main_process_port", free_port()]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, *command]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=LIMIT)
+    done = Command("accelerate.commands.launch", *several, *words).wait()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
@@ -40,7 +36,7 @@ def test_the_store_over_several_processes_equals_a_plain_full_table(tmp_path, pr
 
 
 def test_torchmetrics_metric_over_two_processes_is_the_score_of_all_samples_and_starts_anew_after_a_reset(tmp_path):
-    launch(2, WORKERS, "gather_metrics", tmp_path)
+    together(2, WORKERS, "gather_metrics", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics-0", "metrics-1"]
 
 
@@ -221,19 +217,9 @@ def test_a_rank_that_cannot_write_its_part_of_a_checkpoint_stops_none_and_the_ea
     ],
 )
 def test_a_launch_that_would_run_one_process_instead_of_two_is_refused(tmp_path, options, command):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *options,
-        "-m",
-        "pskd_timm",
-        *command,
-        "--output_dir",
-        str(tmp_path),
-    ]
     environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "WORLD_SIZE")}
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=LIMIT, env=environment)
+    words = [*options, "-m", "pskd_timm", *command, "--output_dir", tmp_path]
+    done = Command("accelerate.commands.launch", *words, env=environment).wait()
     assert done.returncode != 0
     assert f"accelerate launch --multi_gpu --num_processes N -m pskd_timm {command[0]} …" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -282,9 +268,8 @@ def test_the_rank_that_meets_a_damaged_picture_says_which_and_the_other_does_not
     options = ["--data.path", tmp_path, "--data.loading", "streaming", "--data.workers", 0, "--data.image_size", 12]
     options += ["--model.name", "cifar_preact_resnet_tiny", "--model.kwargs", "{width: 4}", "--batch_size", 4]
     options += ["--output_dir", tmp_path / "runs", "--epochs", 2, "--timeout_minutes", 0.2, "--augment.crop_padding", 1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", str(free_port()), "-m", "pskd_timm", "train", "custom", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    several = ["--multi_gpu", "--num_processes", "2", "--main_process_port", free_port()]
+    done = Command("accelerate.commands.launch", *several, "-m", "pskd_timm", "train", "custom", *options).wait()
     said = [line for line in done.stderr.splitlines() if line.startswith("pskd-timm:")]
     (named,) = (line for line in said if "cannot be decoded" in line)
     assert named.startswith(("pskd-timm: rank 0: data: image 13", "pskd-timm: rank 1: data: image 13"))

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_processes import WORKERS, launch
+from test_processes import WORKERS
 
 import sequences
+from commands import together
 from pskd_timm import InputError, evaluate, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.run.folder import checkpoints
@@ -109,13 +110,13 @@ def test_a_run_of_another_task_stopped_in_mid_epoch_and_resumed_ends_with_the_sa
 
 def test_two_processes_train_another_task_as_one_does(result, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | {"output_dir": str(tmp_path / "two")}))
-    launch(2, WORKERS, "train_sequences", tmp_path)
-    together = tmp_path / "two" / "pskd" / "seed0"
-    losses = [[line["loss"] for line in read_lines(run / "steps.jsonl")] for run in (result.run_dir, together)]
+    together(2, WORKERS, "train_sequences", tmp_path)
+    shared = tmp_path / "two" / "pskd" / "seed0"
+    losses = [[line["loss"] for line in read_lines(run / "steps.jsonl")] for run in (result.run_dir, shared)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     rows = [
         torch.cat([load_file(path)["rows"] for path in sorted(checkpoints(run)[-1].glob("store-*"))])
-        for run in (result.run_dir, together)
+        for run in (result.run_dir, shared)
     ]
     assert rows[0].shape == rows[1].shape and (rows[0] != rows[1]).float().mean() < 0.5
 

@@ -12,6 +12,8 @@ from typing_extensions import NotRequired, TypedDict
 if TYPE_CHECKING:
     import pandas as pd
 
+TAIL = 8192  # bytes, longer than two lines
+
 
 @with_config(ConfigDict(extra="allow"))
 class EpochFigures(TypedDict):
@@ -64,6 +66,16 @@ def read_lines(path: Path) -> list[dict]:
         return []
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return [json.loads(line) for line in whole]
+
+
+def last_line(path: Path) -> dict | None:
+    """The last whole object of a JSON-lines file, read from its end; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        whole = [line for line in file.read().splitlines(keepends=True)[-3:] if line.endswith(b"\n")]
+    return json.loads(whole[-1]) if whole else None
 
 
 @dataclass

@@ -1,11 +1,9 @@
 """Where numbers go: metrics.jsonl (a line an epoch), steps.jsonl (a line every few steps), and wandb through Accelerate."""
 
-import json
 import math
 import os
 import re
 import secrets
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,18 +17,7 @@ from ..recipe import Recipe, data_name
 from ..tasks.base import Task
 from .result import read_lines
 
-TAIL = 8192  # bytes, longer than two lines
 MOST_POINTS = 200  # of a curve
-
-
-def last_line(path: Path) -> dict | None:
-    """The last whole object of a JSON-lines file, read from its end; None where there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
-        whole = [line for line in file.read().splitlines(keepends=True)[-3:] if line.endswith(b"\n")]
-    return json.loads(whole[-1]) if whole else None
 
 
 def tags(recipe: Recipe) -> list[str]:
