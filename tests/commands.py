@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +99,16 @@ def here(*words) -> Done:
     with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
         code = main([str(word) for word in words])
     return Done(code, output.getvalue(), errors.getvalue())
+
+
+def writers(path: Path) -> list[int]:
+    """The processes that have the file `path` as their output."""
+    found = []
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):  # it has ended meanwhile
+            if os.readlink(output) == str(path):
+                found.append(int(output.parts[2]))
+    return found
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from commands import LIMIT, Command, cli, here, wait_until
+from commands import LIMIT, Command, cli, here, wait_until, writers
 from pskd_timm import InputError, compare, report, train
 from pskd_timm.cli import main
 from pskd_timm.comparison import BUSY, _run, _start, gpu_of
@@ -120,18 +120,6 @@ def test_compare_refuses_what_no_run_could_do_before_it_starts_any(options, says
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def child_of(folder):
-    """The process that has the log of the run in `folder` as its output."""
-    log = str(next(folder.rglob("run.log")))
-    for output in Path("/proc").glob("[0-9]*/fd/1"):
-        try:
-            if os.readlink(output) == log:
-                return int(output.parts[2])
-        except OSError:
-            continue
-    raise AssertionError("no process writes the log")
-
-
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
@@ -144,7 +132,7 @@ def test_a_signal_to_compare_stops_its_runs_and_one_to_a_run_is_told(tmp_path, t
     options = ["--epochs", "400", *QUICK[2:], "--methods", "baseline", "--output_dir", str(tmp_path)]
     comparison = Command("pskd_timm", "compare", "digits", *options)
     wait_until(lambda: len(read_lines(tmp_path / "baseline" / "seed0" / "metrics.jsonl")) >= 2, comparison)
-    run = child_of(tmp_path)
+    (run,) = writers(tmp_path / "baseline" / "seed0" / "run.log")
     os.kill(run if to_run else comparison.pid, number)
     done = comparison.wait()
     assert done.returncode == code
@@ -294,7 +282,7 @@ def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for
     one = Command("pskd_timm", "compare", "digits", *options, error=False)
     lines = tmp_path / "baseline" / "seed0" / "metrics.jsonl"
     wait_until(lambda: len(read_lines(lines)) >= 2, one)
-    run = child_of(tmp_path)
+    (run,) = writers(tmp_path / "baseline" / "seed0" / "run.log")
     os.kill(run, signal.SIGSTOP)  # or it might be done before the other one has started
     other = Command("pskd_timm", "compare", "digits", *options)
     wait_until(lambda: other.stdout().count("\n") >= 2, other)

@@ -12,7 +12,7 @@ from detection_data import make_devkit, small_settings
 from safetensors.torch import load_file
 from torchvision.ops import box_iou
 
-from commands import Command, together, wait_until
+from commands import Command, together, wait_until, writers
 from pskd_timm import InputError, train
 from pskd_timm.cli import main
 from pskd_timm.detection import network
@@ -24,7 +24,6 @@ from pskd_timm.detection.recipes import load_detection_recipe, shipped
 from pskd_timm.detection.settings import Model
 from pskd_timm.detection.training import split, train_detector
 from pskd_timm.errors import Diverged
-from pskd_timm.run.folder import is_locked
 from pskd_timm.run.result import read_lines
 
 SMALL = {"fpn_channels": 16, "head_width": 32, "short_side": [64], "max_side": 96, "anchor_scale": 4}
@@ -228,7 +227,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(finished, devkit, tmp_pa
     wait_until(lambda: list((run_dir / "checkpoints").glob("0*")), running)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
-    wait_until(lambda: not is_locked(run_dir))  # its loader's worker holds the lock until it notices
+    wait_until(lambda: not writers(running.output))  # its loader's worker ends too, once it notices
     assert not (run_dir / "result.json").is_file()
     assert main(command) == 0
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (finished.run_dir, run_dir))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as tv
 
 from .. import rng
+from ..cpus import WORKERS_START
 from ..errors import InputError
 from ..files import warn
 from .augmentation import AUTO_AUGMENT, RATIO, RESIZED_CROP, TRIES
@@ -85,6 +86,7 @@ class StreamedSplit:
             batch_size=None,
             sampler=jobs,
             num_workers=self.workers,
+            multiprocessing_context=WORKERS_START if self.workers else None,
             prefetch_factor=PREFETCH if self.workers else None,
             pin_memory=device.type == "cuda",
             # Of its own: the global generator, which the training step seeds, is not to be drawn from.

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .. import rng
+from ..cpus import WORKERS_START
 from ..errors import InputError, nearest, reason
 from ..fingerprint import digest
 from ..ranks import warn_on_main
@@ -373,6 +374,7 @@ def examples(
         batch_sampler=numbered,
         collate_fn=list,
         num_workers=min(workers, len(batches)),
+        multiprocessing_context=WORKERS_START if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
     for pictures in loader:
