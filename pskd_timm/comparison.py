@@ -26,7 +26,7 @@ from .recipe import Recipe
 from .recipe_files import as_recipe
 from .run.folder import is_finished, is_locked, read_metrics, read_result, run_lock
 from .run.result import last_line
-from .tasks import task_class
+from .tasks import TASKS, task_class
 from .teacher import BASELINE, teacher_place
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def compare(
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
     waiting = [job for job in all_jobs if not is_finished(job.recipe)]
     if waiting:
-        _start_server()
+        _start_server(recipe.task)
 
         from .checks import check_recipe
 
@@ -192,9 +192,10 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
             signal.signal(signal.SIGTERM, previous)
 
 
-def _start_server():
-    """Start what the runs are forked from; it does its slow imports while this process does."""
-    FORKED.set_forkserver_preload(["pskd_timm.training", "datasets", "sklearn.datasets", "sklearn.model_selection"])
+def _start_server(task: str):
+    """Start what the runs of `task` are forked from; it does its slow imports while this process does."""
+    of_images = ["sklearn.datasets", "sklearn.model_selection"] if task == "images" else []
+    FORKED.set_forkserver_preload(["pskd_timm.training", TASKS[task].partition(":")[0], "datasets", *of_images])
     with _unreached_by_ctrl_c():
         forkserver.ensure_running()
 
