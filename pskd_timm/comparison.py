@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
@@ -174,6 +175,10 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                 job.process = FORKED.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
                 _start(job.process)
                 running.append(job)
+            if not left:
+                import_module(
+                    "pskd_timm.reports.build"
+                )  # while the last runs are at work, some on fewer cores than there are
             time.sleep(0.2)
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
