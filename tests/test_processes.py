@@ -267,7 +267,7 @@ def test_the_rank_that_meets_a_damaged_picture_says_which_and_the_other_does_not
     (tmp_path / "train" / "two" / "5.png").write_bytes(b"no picture")
     options = ["--data.path", tmp_path, "--data.loading", "streaming", "--data.workers", 0, "--data.image_size", 12]
     options += ["--model.name", "cifar_preact_resnet_tiny", "--model.kwargs", "{width: 4}", "--batch_size", 4]
-    options += ["--output_dir", tmp_path / "runs", "--epochs", 2, "--timeout_minutes", 0.2, "--augment.crop_padding", 1]
+    options += ["--output_dir", tmp_path / "runs", "--epochs", 2, "--augment.crop_padding", 1]
     several = ["--multi_gpu", "--num_processes", "2", "--main_process_port", free_port()]
     done = Command("accelerate.commands.launch", *several, "-m", "pskd_timm", "train", "custom", *options).wait()
     said = [line for line in done.stderr.splitlines() if line.startswith("pskd-timm:")]
