@@ -27,7 +27,7 @@ from .recipe import Recipe
 from .recipe_files import as_recipe
 from .run.folder import is_finished, is_locked, read_metrics, read_result, run_lock
 from .run.result import last_line
-from .tasks import TASKS, task_class
+from .tasks import TASKS, check_read, task_class
 from .teacher import BASELINE, teacher_place
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ def compare(
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
     waiting = [job for job in all_jobs if not is_finished(job.recipe)]
     if waiting:
+        check_read(recipe)
+        for method in methods:
+            recipe.check_method(method)
         _start_server(recipe.task)
 
         from .checks import check_recipe
@@ -176,9 +179,9 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                 _start(job.process)
                 running.append(job)
             if not left:
-                import_module(
-                    "pskd_timm.reports.build"
-                )  # while the last runs are at work, some on fewer cores than there are
+                # While the last runs are at work, some of them on fewer cores than there are.
+                with suppress(ImportError):  # which is told when it is needed
+                    import_module("pskd_timm.reports.build")
             time.sleep(0.2)
             for job in [job for job in running if not job.process.is_alive()]:
                 running.remove(job)
@@ -201,29 +204,29 @@ def _start_server(task: str):
     """Start what the runs of `task` are forked from; it does its slow imports while this process does."""
     of_images = ["sklearn.datasets", "sklearn.model_selection"] if task == "images" else []
     FORKED.set_forkserver_preload(["pskd_timm.training", TASKS[task].partition(":")[0], "datasets", *of_images])
-    with _unreached_by_ctrl_c():
+    with _apart():
         forkserver.ensure_running()
 
 
 def _start(process: multiprocessing.Process):
-    """Start a process, without running the parent's script again, which need not say `if __name__ == "__main__"`."""
-    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        with _unreached_by_ctrl_c():
-            process.start()
-    finally:
-        sys.modules["__main__"] = script
+    with _apart():
+        process.start()
 
 
 @contextmanager
-def _unreached_by_ctrl_c():
-    """What starts in here a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM."""
-    ignoring = _in_main_thread() and signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _apart():
+    """What starts in here a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM.
+
+    Nor does it run the parent's script again, which need not say `if __name__ == "__main__"`.
+    """
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield
     finally:
-        if ignoring:
-            signal.signal(signal.SIGINT, ignoring)
+        sys.modules["__main__"] = script
+        if previous is not None:
+            signal.signal(signal.SIGINT, previous)
 
 
 def _in_main_thread() -> bool:

@@ -40,5 +40,6 @@ def first_line(error: BaseException) -> str:
 def reason(error: Exception) -> str:
     """What an error says, an operating system's without its number: `Not a directory: run/file`."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+        name = error.filename2 or error.filename  # the file that was to be, where one was to take another's name
+        return error.strerror if name is None else f"{error.strerror}: {name}"
     return str(error)

@@ -10,7 +10,7 @@ import torch
 from commands import forkserver
 
 torch.set_num_threads(1)
-forkserver()  # before any test starts a server of its own, whose processes would import everything anew
+forkserver()  # what the first test to start it would leave out, all processes after it would import anew
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,9 +9,10 @@ from pskd_timm import Batch
 from pskd_timm.metrics import METRICS, Metric, Outcomes
 from pskd_timm.order import epoch_order, even_slice, num_batches
 from pskd_timm.outcomes import Predictions
-from pskd_timm.tasks import TASKS
+from pskd_timm.tasks import TASKS, UNREAD
 
 NUM_SENTENCES, LONGEST, NUM_CLASSES, BATCH = 23, 5, 7, 5
+UNREAD["sequences"] = {"augment": None, "translation": None}
 TASKS["sequences"] = f"{__name__}:SequenceTask"
 
 

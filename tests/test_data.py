@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import os
 import shutil
 import struct
@@ -883,6 +884,22 @@ def test_damaged_training_images_are_left_out_by_wish_and_named_and_damaged_test
     with pytest.raises(InputError, match=r"^data: image 2 .*2\.jpg\) cannot be decoded"):
         test = load_data(streamed).test
         list(eval_batches(test, 5, [0] * 3, [1] * 3, slice(0, 16)))
+
+
+def test_workers_are_forked_from_their_run_whatever_pythons_default_is(tmp_path, monkeypatch):
+    # As in the runs of a comparison, and on Linux from Python 3.14 on.
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        split = replace(load_data(photographs(tmp_path)).train, workers=2)
+        loader = Loader(split, 2, 2, 5, Augment(), [0] * 3, [1 / 255] * 3, 3, 0, 1, False)
+        batches = loader.batches(loader.rank_batches(0), 0)
+        next(batches)
+        parents = [Path(f"/proc/{each.pid}/stat").read_text().split()[3] for each in multiprocessing.active_children()]
+        list(batches)
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+    assert parents == [str(os.getpid())] * 2
 
 
 def test_a_policy_of_timms_is_drawn_for_each_sample_on_any_number_of_workers(tmp_path):

@@ -188,6 +188,10 @@ def test_named_pairs_are_counted_as_in_the_data_also_where_only_some_are_drawn(t
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "empty" in line]
     named = said.rpartition(": ")[2].split(", ")
     assert f"{len(named)} of 30 pairs" in said and {int(name) for name in named} <= {10, 20, 30, 40}
+    open_task(small_recipe(folder, data__holdout_fraction=0.5, data__test=False))
+    said = [line for line in capsys.readouterr().err.splitlines() if "empty" in line]
+    assert sorted(name for line in said for name in line.rpartition(": ")[2].split(", ")) == ["10", "20", "30", "40"]
+    assert all("of train with" in line for line in said if "scored" in line)
 
 
 def test_a_held_out_part_takes_the_place_of_the_validation_split_and_of_an_unread_test_part(corpus):

@@ -368,12 +368,13 @@ def examples(
     part: Part, batches: list[list[int]], epoch: int, workers: int, hflip: float = 0.0, seed: int = 0
 ) -> Iterator[list[Example]]:
     """The pictures of each of `batches` (indices into `part`). Raises InputError at one that cannot be decoded."""
+    workers = min(workers, len(batches))  # none for no batch, as a rank may have
     numbered = [[(epoch, int(index)) for index in batch] for batch in batches]
     loader = DataLoader(
         _Examples(part, hflip, seed),
         batch_sampler=numbered,
         collate_fn=list,
-        num_workers=min(workers, len(batches)),
+        num_workers=workers,
         multiprocessing_context=WORKERS_START if workers else None,
         pin_memory=torch.cuda.is_available(),
     )

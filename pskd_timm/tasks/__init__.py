@@ -41,8 +41,9 @@ def check_read(recipe: "Recipe"):
     for key, value in flatten(recipe.model_dump()).items():
         if not is_read(key, recipe.task) and value != known[key].default:
             instead = UNREAD[recipe.task].get(key)
-            where = f"{recipe.source_of(key)}: {key}: task {recipe.task} does not read it"
-            raise InputError(f"{where}: {instead}" if instead else where)
+            origin = recipe.source_of(key)
+            said = f"{'' if origin == 'default' else f'{origin}: '}{key}: task {recipe.task} does not read it"
+            raise InputError(f"{said}: {instead}" if instead else said)
 
 
 def task_class(name: str) -> type["Task"]:

@@ -1,7 +1,7 @@
 """Translation: pairs of sentences, an encoder–decoder, a target token each row of the prediction store."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -32,11 +32,8 @@ from ..translation.sentences import Sentences
 from ..translation.text import Corpus, Pairs, read_corpus
 from ..translation.tokenizer import encode, train_tokenizer
 
-WEIGHTS, LIMITED, HELD_OUT = (
-    10,
-    22,
-    23,
-)  # streams of random numbers: the first of the run's seed, the others of data.seed
+# Streams of random numbers: the first of the run's seed, the others of data.seed.
+WEIGHTS, LIMITED, HELD_OUT = 10, 22, 23
 SHARE = 0.25  # of the machine's memory that a prediction store may take
 NAMED = 5  # rows that a message names
 
@@ -74,7 +71,7 @@ class TranslationTask:
         chosen = {"holdout": held_out} if held_out else {corpus.validation.name: corpus.validation}
         self.evaluated = {name: Part(pairs, self.tokenizer) for name, pairs in (corpus.tests | chosen).items()}
         self.splits = tuple(self.evaluated)
-        name_empty(self.evaluated)
+        name_empty(self.evaluated.values())
         self.labels = self.train.targets.tokens
         self.num_rows = len(self.labels)
         self.num_classes = vocabulary_size(recipe.model, self.tokenizer)
@@ -112,13 +109,13 @@ class TranslationTask:
                 f"translation.max_length {self.recipe.translation.max_length} exceeds the {positions} positions that "
                 f"{self.recipe.model.name} has"
             )
-        for name, part in self.evaluated.items():
+        for part in self.evaluated.values():
             lengths = part.sources.lengths.maximum(part.targets.lengths)
             if lengths.max() > positions:
                 row = int(lengths.argmax())
                 raise InputError(
-                    f"data: pair {part.pairs.numbers[row]} of the {name} split has {int(lengths[row]):,} pieces, more than "
-                    f"the {positions} positions of {self.recipe.model.name}, and no pair of it is left out: shorten it"
+                    f"data: pair {part.pairs.numbers[row]} of the {part.pairs.name} split has {int(lengths[row]):,} pieces, more "
+                    f"than the {positions} positions of {self.recipe.model.name}, and no pair of it is left out: shorten it"
                 )
 
     def loader(self, network: TranslationNetwork, device, rank: int, world_size: int, partners: str) -> TokenBatches:
@@ -275,13 +272,13 @@ def name_shared(corpus: Corpus):
             warn_on_main(f"data: {shared:,} of the {len(pairs):,} pairs of {name} are training pairs too")
 
 
-def name_empty(parts: dict[str, Part]):
+def name_empty(parts: Iterable[Part]):
     """Name the pairs of the scored parts that have an empty side; they are scored all the same."""
-    for name, part in parts.items():
+    for part in parts:
         rows = (part.sources.lengths.minimum(part.targets.lengths) <= 1).nonzero().squeeze(1).tolist()
         if rows:
             count, named = f"{len(rows):,}", first_of(part.pairs, rows)
-            warn_on_main(f"data: scored as they are, {count} pairs of {name} with an empty side: {named}")
+            warn_on_main(f"data: scored as they are, {count} pairs of {part.pairs.name} with an empty side: {named}")
 
 
 def first_of(pairs: Pairs, rows: list[int]) -> str:
