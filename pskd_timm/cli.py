@@ -335,14 +335,11 @@ def resumes(recipe: Recipe) -> str:
 
 def run_compare(arguments, rest):
     recipe = load(arguments, rest)
-    from .comparison import compare, method_names
+    from .comparison import compare
     from .progress import Display
 
-    methods = method_names(recipe, arguments.methods)
-    for method in methods:
-        recipe.check_method(method)
     with Display(arguments.quiet) as display:
-        found = compare(recipe, methods, arguments.seeds, arguments.jobs, display)
+        found = compare(recipe, arguments.methods, arguments.seeds, arguments.jobs, display)
     tell(found)
     return FAILED if found.failed else DONE
 
