@@ -202,8 +202,7 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
 
 def _start_server(task: str):
     """Start what the runs of `task` are forked from; it does its slow imports while this process does."""
-    of_images = ["sklearn.datasets", "sklearn.model_selection"] if task == "images" else []
-    FORKED.set_forkserver_preload(["pskd_timm.training", TASKS[task].partition(":")[0], "datasets", *of_images])
+    FORKED.set_forkserver_preload(["pskd_timm.training", TASKS[task].partition(":")[0], "datasets"])
     with _apart():
         forkserver.ensure_running()
 

@@ -32,7 +32,7 @@ Compile = Annotated[
 
 class Data(Section):
     source: str | None = None
-    """`digits` (ships with scikit-learn), `cifar10`, `cifar100`, `imagenet`, or the id of any image data set on the HF hub."""
+    """`digits` (ships with the package), `cifar10`, `cifar100`, `imagenet`, or the id of any image data set on the HF hub."""
     path: str | None = None
     """Local folder to read instead of the hub: Parquet files, a saved HF data set, or a folder of images per class."""
     image_column: str | None = None
@@ -94,7 +94,7 @@ class Data(Section):
             raise ValueError("crop_pct needs image_size")
         if self.source == "digits" and self.path is not None:
             raise ValueError(
-                "source digits ships with scikit-learn and takes no path: for data of your own leave source out"
+                "source digits ships with the package and takes no path: for data of your own leave source out"
             )
         return self
 

@@ -25,9 +25,8 @@ LIMIT = 900
 def forkserver():
     """The context whose processes have torch, timm and the package's slow imports from their first moment."""
     context = multiprocessing.get_context("forkserver")
-    libraries = ["datasets", "sklearn.datasets", "sklearn.model_selection"]
     context.set_forkserver_preload(
-        ["pskd_timm.training", "pskd_timm.tasks.images", "pskd_timm.tasks.translation", *libraries]
+        ["pskd_timm.training", "pskd_timm.tasks.images", "pskd_timm.tasks.translation", "datasets"]
     )
     return context
 

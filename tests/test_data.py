@@ -550,14 +550,17 @@ def test_workers_are_as_many_as_the_cores_that_this_process_may_use(tmp_path):
         os.sched_setaffinity(0, allowed)
 
 
-def test_digits_are_scikit_learns_and_are_decoded_once(monkeypatch):
+def test_digits_are_scikit_learns_drawn_by_its_stratified_split_and_are_decoded_once(monkeypatch):
     from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     data = load_data(section(source="digits"))
-    assert (len(data.train), len(data.test), data.num_classes) == (1200, 597, 10)
-    ours = torch.cat([data.train.images, data.test.images])[:, 0].double().mul(16 / 255).round()
-    theirs = torch.tensor(load_digits().images)
-    assert sorted(ours.flatten(1).tolist()) == sorted(theirs.flatten(1).tolist())
+    assert data.class_names == [str(digit) for digit in range(10)]
+    images, labels = load_digits(return_X_y=True)
+    theirs = train_test_split(images, labels, test_size=597, stratify=labels, random_state=0)
+    for ours, images, labels in ((data.train, theirs[0], theirs[2]), (data.test, theirs[1], theirs[3])):
+        levels = torch.tensor(images * 255 / 16).round().view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
+        assert torch.equal(ours.images, levels.to(torch.uint8)) and ours.labels.tolist() == labels.tolist()
     monkeypatch.setattr("pskd_timm.data.decode._decode", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(load_data(section(source="digits")).train.images, data.train.images)
 

@@ -58,7 +58,7 @@ def test_the_command_line_lies_over_the_recipe_and_the_recipe_over_the_default()
         ({"optim.milestones": "3"}, r"should be a valid list, written \[3, 4\]"),
         ({"augment.mean": "0.5"}, r"should be a valid list, written \[0.485, 0.456, 0.406\]"),
         ({"model.kwargs.width": "a: b: c"}, "cannot read 'a: b: c'"),
-        ({"data.path": "x"}, "source digits ships with scikit-learn and takes no path"),
+        ({"data.path": "x"}, "source digits ships with the package and takes no path"),
         ({"tfkd.alpha": "true"}, "tfkd.alpha"),
         (
             {"grad_accum_steps": 2, "model.compile": "max-autotune"},
