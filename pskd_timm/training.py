@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -107,7 +107,7 @@ def train(
         checkpoint.save(run_dir, progress, state, recipe.checkpoint.keep, before_commit=tracker.sync)
         schedule.saved_at = time.monotonic()
 
-    with folder.released(lock), ranks.named_errors(), tracker, display:
+    with folder.released(lock), ranks.named_errors(), tracker, display, closing(loader):
         if late := slow_warmup(recipe.optim, loader.steps, recipe.epochs):
             display.say(late)
         # Resume.

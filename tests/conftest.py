@@ -62,6 +62,7 @@ def tiny(tmp_path):
             "augment.crop_padding": 1,
             "optim.lr": 0.05,
             "model.kwargs": {"width": 8},
+            "model.channels_last": False,  # as networks that tests train by other means
             "output_dir": str(tmp_path / "runs"),
             "tracking.log_every": 1,
         }

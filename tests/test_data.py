@@ -4,6 +4,7 @@ import os
 import shutil
 import struct
 import zlib
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -720,15 +721,15 @@ STREAMED = Augment(random_resized_crop=[0.2, 1.0], hflip=0.5)
 def streamed_views(data, rank=0, world_size=1, workers=0, epochs=(0, 1), first_batch=0, partners="class"):
     """Sample → (image, partner) for each epoch."""
     split = replace(data.train, workers=workers)
-    one = Loader(split, 2, 2, 5, STREAMED, [0.5] * 3, [0.5] * 3, 3, rank, world_size, partners)
     found = {}
-    for epoch in epochs:
-        ids = one.rank_batches(epoch)[first_batch:]
-        first_batch = 0
-        for batch in (b for micro in one.batches(ids, epoch, 2) for b in micro):
-            for row, sample in enumerate(batch.index.tolist()):
-                assert (epoch, sample) not in found
-                found[epoch, sample] = torch.stack([batch.inputs[row], batch.partner_inputs[row]])
+    with closing(Loader(split, 2, 2, 5, STREAMED, [0.5] * 3, [0.5] * 3, 3, rank, world_size, partners)) as one:
+        for epoch in epochs:
+            ids = one.rank_batches(epoch)[first_batch:]
+            first_batch = 0
+            for batch in (b for micro in one.batches(ids, epoch, 2) for b in micro):
+                for row, sample in enumerate(batch.index.tolist()):
+                    assert (epoch, sample) not in found
+                    found[epoch, sample] = torch.stack([batch.inputs[row], batch.partner_inputs[row]])
     return found
 
 
@@ -877,10 +878,10 @@ def test_damaged_training_images_are_left_out_by_wish_and_named_and_damaged_test
     (tmp_path / "train" / "b" / "5.jpg").write_bytes(b"no picture")
     data = load_data(streamed)
     seen = []
-    one = Loader(data.train, 2, 2, 5, Augment(), [0.5] * 3, [0.5] * 3, 3, 0, 1, partners=False)
-    for (batch,) in one.batches(one.rank_batches(0), 0):
-        assert len(batch.inputs) == len(batch.labels) == len(batch.index)
-        seen += data.train.source_id[batch.index].tolist()
+    with closing(Loader(data.train, 2, 2, 5, Augment(), [0.5] * 3, [0.5] * 3, 3, 0, 1, partners=False)) as one:
+        for (batch,) in one.batches(one.rank_batches(0), 0):
+            assert len(batch.inputs) == len(batch.labels) == len(batch.index)
+            seen += data.train.source_id[batch.index].tolist()
     assert sorted(seen) == [*range(13), 14, 15]
     assert capfd.readouterr().err.count("5.jpg) cannot be decoded") == 1
     (tmp_path / "test" / "a" / "2.jpg").write_bytes(b"no picture")
@@ -889,19 +890,24 @@ def test_damaged_training_images_are_left_out_by_wish_and_named_and_damaged_test
         list(eval_batches(test, 5, [0] * 3, [1] * 3, slice(0, 16)))
 
 
-def test_workers_are_forked_from_their_run_whatever_pythons_default_is(tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole", [True, False])
+def test_workers_are_forked_from_their_run_whatever_pythons_default_is_and_end_with_it(tmp_path, whole):
     # As in the runs of a comparison, and on Linux from Python 3.14 on.
+    others = set(multiprocessing.active_children())
     default = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     try:
         split = replace(load_data(photographs(tmp_path)).train, workers=2)
-        loader = Loader(split, 2, 2, 5, Augment(), [0] * 3, [1 / 255] * 3, 3, 0, 1, False)
-        others = multiprocessing.active_children()  # of loaders that an earlier test has not let go yet
+        loader = Loader(split, 2, 1, 5, Augment(), [0] * 3, [1 / 255] * 3, 3, 0, 1, False)
         batches = loader.batches(loader.rank_batches(0), 0)
         next(batches)
-        started = set(multiprocessing.active_children()) - set(others)
+        started = set(multiprocessing.active_children()) - others
         parents = [Path(f"/proc/{each.pid}/stat").read_text().split()[3] for each in started]
-        list(batches)
+        if whole:
+            list(batches)  # of the only epoch
+        else:
+            loader.close()
+        assert not started & set(multiprocessing.active_children())
     finally:
         multiprocessing.set_start_method(default, force=True)
     assert parents == [str(os.getpid())] * 2
@@ -917,8 +923,9 @@ def test_a_policy_of_timms_is_drawn_for_each_sample_on_any_number_of_workers(tmp
     plain = load_data(photographs(tmp_path / "again"))
 
     def epoch(split, workers=0):
-        one = Loader(replace(split, workers=workers), 2, 2, 5, Augment(), [0] * 3, [1 / 255] * 3, 3, 0, 1, False)
-        batches = [micro[0] for micro in one.batches(one.rank_batches(0), 0)]
+        split = replace(split, workers=workers)
+        with closing(Loader(split, 2, 2, 5, Augment(), [0] * 3, [1 / 255] * 3, 3, 0, 1, False)) as one:
+            batches = [micro[0] for micro in one.batches(one.rank_batches(0), 0)]
         return {int(i): image for batch in batches for i, image in zip(batch.index, batch.inputs, strict=True)}
 
     random.seed(0)

@@ -45,7 +45,7 @@ class Loader:
         self.mean, self.std = pixel_scale(mean, std, device)
         self.partners = order.Partners(split.labels.cpu(), num_classes) if partners == "class" else None
         self.streams = (ANCHOR, PARTNER)[: 1 + bool(partners)]
-        self._stream, self._stream_epoch = iter(()), None
+        self._stream, self._stream_epoch = (batch for batch in ()), None
         # Asked for by the run and, ahead of it, by the stream.
         self.rank_batches = lru_cache(maxsize=2)(self.rank_batches)
 
@@ -91,6 +91,16 @@ class Loader:
                 for micro_batch, part in enumerate(parts)
             ]
         self._stream_epoch = epoch + 1
+        if epoch + 1 == self.num_epochs:
+            self.close()
+
+    def close(self):
+        """End the workers that read ahead.
+
+        Stream and loader hold each other, so that only the garbage collector would find them, and in what it collects
+        no message reaches a worker: the next run would wait five seconds for each.
+        """
+        self._stream.close()
 
     def mix(self, epoch: int, number: int) -> Mix | None:
         """How global batch `number` of the epoch is mixed, if it is."""

@@ -31,6 +31,9 @@ class Batches(Protocol):
     def rows_renewed(self, epoch: int) -> int:
         """How many rows of the prediction store the epoch renews, over all ranks."""
 
+    def close(self):
+        """End what reads ahead of the run: it has no more batches to take."""
+
 
 class Task(Protocol):
     """What a recipe's `task` stands for, opened by `tasks.open_task`. Its targets are what the store has rows for."""

@@ -93,6 +93,9 @@ class TokenBatches:
             parts = (pairs[part::grad_accum_steps] for part in range(grad_accum_steps))
             yield [self.batch(part) for part in parts if len(part)]
 
+    def close(self):
+        """Nothing reads ahead."""
+
     def batch(self, pairs: Tensor) -> Batch:
         """The batch of `pairs` [B] on the device."""
         inputs = make_inputs(self.sources, self.targets, pairs, self.pad, self.start)
