@@ -58,6 +58,7 @@ FURTHER_METRICS = {  # computed where they are asked for, from what a finished r
     )
 }
 ALL_METRICS = METRICS | FURTHER_METRICS
+ALL = "all"  # what stands for every one of them
 OF_ROWS = ("brier", "classwise_ece")  # need each sample's probabilities of all classes
 FLOORED = ("ece", "ece15", "adaptive_ece", "classwise_ece", "smooth_ece")  # are above 0 for perfect calibration too
 ECE_BINS = 10
@@ -443,12 +444,14 @@ def as_array(values) -> np.ndarray:
 def score(probabilities, labels, metrics: Iterable[str] = tuple(METRICS)) -> dict[str, float]:
     """The six metrics of `probabilities` [N, K] (rows sum to 1) against `labels` [N], tensors or arrays of any float type.
 
-    `metrics` names others of ALL_METRICS. Raises InputError where names, shapes, label range or values do not fit.
+    `metrics` names others of ALL_METRICS, or is ["all"]. Raises InputError where names, shapes, label range or values do
+    not fit.
 
     Example:
         >>> score(probabilities, labels, ["ece", "smooth_ece", "augrc"])
     """
-    names = check_names(metrics, ALL_METRICS)
+    names = check_names(metrics, (*ALL_METRICS, ALL))
+    names = list(ALL_METRICS) if ALL in names else names
     probabilities, labels = as_array(probabilities), as_array(labels)
     if probabilities.dtype.kind not in "fiub":
         raise InputError(f"cannot score an array of {probabilities.dtype}")

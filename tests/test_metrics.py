@@ -361,7 +361,8 @@ def test_a_score_has_the_metrics_it_is_asked_for_in_that_order_of_any_float_type
 ):
     p, y = random_problem(n=200, k=7)
     whole = score(p, y, ALL_METRICS)
-    assert list(whole) == list(ALL_METRICS) and {name: whole[name] for name in METRICS} == score(p, y)
+    assert list(whole) == list(ALL_METRICS) and whole == score(p, y, ["all"])
+    assert {name: whole[name] for name in METRICS} == score(p, y)
     assert list(score(p, y, ["augrc", "nll", "augrc"])) == ["augrc", "nll"]
     assert score(torch.tensor(p).float(), y, ALL_METRICS) == pytest.approx(whole, rel=1e-3)
     monkeypatch.setattr("pskd_timm.metrics.ROWS_AT_ONCE", 33)

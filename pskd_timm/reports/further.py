@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 from ..errors import InputError, nearest
-from ..metrics import ALL_METRICS, FURTHER_METRICS, Metric
+from ..metrics import ALL, ALL_METRICS, FURTHER_METRICS, Metric
 from .plots import title
 from .runs import Run
 from .significance import in_a_row
 
-ALL = "all"
 MEANINGS = {
     "brier": "squared distance of the probabilities from the right class's 1 and the others' 0, from 0 to 2 (Brier, 1950).",
     "ece15": "ECE over fifteen equal bins instead of ten, as many papers have it.",
