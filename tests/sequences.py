@@ -68,6 +68,9 @@ class Batches:
     def rows_renewed(self, epoch):
         return int(self.mask.sum())
 
+    def close(self):
+        """Nothing reads ahead."""
+
 
 class SequenceTask:
     counts = "tokens"
