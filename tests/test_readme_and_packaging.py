@@ -158,6 +158,8 @@ def test_a_wheel_holds_the_recipes_and_shows_them_from_any_folder(tmp_path):
     assert len(list((tmp_path / "site/pskd_timm/recipes/slurm").glob("*.sh"))) == 3
     assert all((tmp_path / "site/pskd_timm/reports" / name).is_file() for name in ("page.html", "paper_results.csv"))
     assert (tmp_path / "site/pskd_timm/py.typed").is_file()
+    digits = tmp_path / "site/pskd_timm/data/digits"
+    assert {path.name for path in digits.iterdir()} == {"train.parquet", "test.parquet"}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pskd_timm").rglob("*.py")}
     assert all((tmp_path / "site" / module).is_file() for module in modules)
     code = "import pskd_timm.recipe_files as r; print(r.__file__, r.load_recipe('digits').data.source)"
