@@ -398,6 +398,56 @@ def test_runs_of_one_method_with_several_settings_are_told_apart(copied):
     assert len({(look.dash, look.marker) for look in found.values()}) == 3
 
 
+def with_setting(runs, folder, before, after, shifts):
+    """Copies of all runs in `folder`, each with a line of the recipe changed and the NLL of PS-KD's seeds shifted."""
+    for run in sorted(runs.glob("*/seed*")):
+        copy = shutil.copytree(run, folder / run.parent.name / run.name, ignore=shutil.ignore_patterns("checkpoints"))
+        recipe = copy / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace(before, after))
+        result = json.loads((copy / "result.json").read_text())
+        result["last"]["nll"] = 2.0 + (shifts[result["seed"]] if result["method"] == "pskd" else 0.0)
+        (copy / "result.json").write_text(json.dumps(result))
+
+
+def test_with_three_values_of_a_setting_the_differences_are_shown_by_it(runs, tmp_path):
+    for epochs, shifts in ((5, (0.3, 0.1)), (20, (0.1, 0.0)), (80, (-0.3, -0.5))):
+        with_setting(runs, tmp_path / f"{epochs}", "\nepochs: 2\n", f"\nepochs: {epochs}\n", shifts)
+    found = report(tmp_path)
+    table = found.by_setting.differences
+    assert found.by_setting.key == "epochs" and set(table.method) == {"pskd"} and len(table) == 6
+    assert table.groupby("value").nll.mean().to_dict() == pytest.approx({5: 0.2, 20: 0.05, 80: -0.4})
+    error = {row.seed: row.top1_error for row in table[table.value == 20].itertuples()}
+    expected = results(runs, "pskd")["top1_error"] - results(runs, "baseline")["top1_error"]
+    assert [error[0], error[1]] == pytest.approx(list(expected))
+    text = (tmp_path / "comparison.md").read_text()
+    heads, _, *lines = text.partition("## Difference to the baseline by epochs\n\n")[2].split("\n\n")[0].splitlines()
+    assert [line.split(" | ")[1] for line in lines] == ["5", "20", "80"]
+    nll = [name.strip("| ") for name in heads.split(" | ")].index("NLL")
+    assert [line.split(" | ")[nll] for line in lines] == ["+0.20 ± 0.14", "+0.05 ± 0.07", "−0.40 ± 0.14"]
+    assert 'href="#by-setting">By epochs' in page(found) and "<td>+0.20 ± 0.14</td>" in re.sub(
+        ' data-value="[^"]*"', "", page(found)
+    )
+    assert Image.open(tmp_path / "by_setting.png").width > 1000
+    axes = plots.differences(table, "epochs", METRICS["nll"]).axes[0]
+    line = next(line for line in axes.lines if line.get_label() == "PS-KD")
+    assert line.get_xdata() == pytest.approx([5, 20, 80]) and line.get_ydata() == pytest.approx([0.2, 0.05, -0.4])
+    assert axes.get_xscale() == "log" and [t.get_text() for t in axes.get_xticklabels()] == ["5", "20", "80"]
+
+
+def test_a_methods_own_setting_has_one_baseline_and_two_values_make_no_line(runs, tmp_path):
+    for alpha in (0.3, 0.5, 0.8):
+        with_setting(runs, tmp_path / f"{alpha}", "alpha: 0.8", f"alpha: {alpha}", (alpha, alpha))
+        if alpha > 0.3:
+            shutil.rmtree(tmp_path / f"{alpha}" / "baseline")
+        if alpha == 0.5:
+            two = report(tmp_path, tmp_path / "two")
+            assert two.by_setting is None and not (tmp_path / "two" / "by_setting.png").exists()
+            assert "by-setting" not in page(two)
+    found = report(tmp_path).by_setting
+    assert found.key == "pskd.alpha"
+    assert found.differences.groupby("value").nll.mean().to_dict() == pytest.approx({0.3: 0.3, 0.5: 0.5, 0.8: 0.8})
+
+
 def test_the_report_goes_where_it_is_told_and_takes_single_run_folders(runs, tmp_path, capsys):
     folders = [str(runs / "baseline" / "seed0"), str(runs / "pskd" / "seed0")]
     assert main(["report", *folders, "--output", str(tmp_path / "out")]) == 0

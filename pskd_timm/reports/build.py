@@ -13,6 +13,7 @@ from ..errors import InputError, reason
 from ..files import write_atomic
 from ..metrics import Metric, format_metrics
 from . import detection_page, page, plots
+from .by_setting import BySetting, by_setting
 from .detection_runs import BACKBONE, DetectorRun, are_detectors, find_detectors
 from .further import add_further, further_metrics
 from .out_of_distribution import OUTSIDE, outside, outside_markdown
@@ -22,6 +23,8 @@ from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, 
 from .trials import Search, find_searches
 from .versus import compare, still_better
 
+BY_SETTING = "by_setting.png"
+
 
 @dataclass
 class Comparison:
@@ -30,7 +33,8 @@ class Comparison:
 
     `notes` says what always guessing the most frequent class would give, and what each trained teacher reached. `further` are
     metrics that were asked for, `scaling` the runs' temperatures, `scaled` the baseline's runs after temperature scaling,
-    which have rows of their own, `gains` the notes of what is still better than these, `further_gains` those of `further`.
+    which have rows of their own, `gains` the notes of what is still better than these, `further_gains` those of `further`,
+    `by_setting` how the differences to the baseline go with a setting of which there are several values.
     """
 
     rows: pd.DataFrame
@@ -45,6 +49,7 @@ class Comparison:
     scaled: list[Run] = field(default_factory=list)
     gains: list[str] = field(default_factory=list)
     further_gains: list[str] = field(default_factory=list)
+    by_setting: BySetting | None = None
     kind: str = "method"  # what the tables' lines are of
 
     @property
@@ -99,7 +104,10 @@ def heading(runs: list[Run]) -> str:
 
 
 def write(found: list[Run], searches: list[Search], folder: Path, further: Sequence[Metric] = ()) -> Comparison:
-    """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`."""
+    """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`.
+
+    Where a setting has several values, also by_setting.png.
+    """
     finished, name, metrics = by_method(found), heading(found), common_metrics(found)
     scaling = scale(finished)
     scaled = scaled_baselines(finished, scaling)
@@ -113,16 +121,23 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     of_teachers = [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
     notes = [*gains, *further_gains, *of_guessing, *of_teachers, *absent]
     logged = history(finished) if finished else pd.DataFrame()
+    of_setting = by_setting(finished, metrics)
     comparison = Comparison(
-        table, metrics, folders, [], name, notes, logged, further, scaling, scaled, gains, further_gains
+        table, metrics, folders, [], name, notes, logged, further, scaling, scaled, gains, further_gains, of_setting
     )
     text = markdown(table, metrics, name, notes, further)
+    if of_setting:
+        text += f"\n## Difference to the baseline by {of_setting.key}\n\n{of_setting.markdown()}"
     if of_others := outside(finished):
         text += f"\n## {OUTSIDE}\n\n{outside_markdown(of_others)}"
     latex = [latex_table(table, each, heading) for each, heading in ((metrics, name), (further, FURTHER)) if each]
     each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
     figure = plots.comparison(logged, each, name, metrics[0]) if finished else None
     html = page.render(found, comparison, tables, tests, searches)
+    if of_setting:
+        drawn = plots.by_setting(of_setting.differences, of_setting.key, of_setting.metrics)
+        drawn.savefig(folder / BY_SETTING, dpi=150)
+        comparison.paths.append(folder / BY_SETTING)
     return _written(comparison, folder, text, "\n".join(latex), figure, html)
 
 

@@ -53,6 +53,7 @@ def render(found: list[DetectorRun], comparison: "Comparison") -> str:
         "further_tables": [],
         "further_tests": [],
         "outside": {},
+        "by_setting": None,
         "verdicts": verdicts(tests, metrics),
         "notes": comparison.notes,
         "paper": [],

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files import warn, write_atomic
 from .plots import title
 from .runs import Run
-from .tables import MARKDOWN, Cell
+from .tables import Cell, rows_in_markdown
 
 OUTSIDE = "Images of something else, last epoch"
 FILE = "out_of_distribution.json"
@@ -96,7 +96,5 @@ def outside(finished: dict[str, list[Run]]) -> dict | None:
 
 def outside_markdown(table: dict) -> str:
     """The table of `outside` in Markdown."""
-    heads = ["method", "runs", *table["heads"]]
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    lines += [[line["title"], str(line["n"]), *map(str, line["cells"])] for line in table["lines"]]
-    return "\n".join("| " + " | ".join(text.translate(MARKDOWN) for text in line) + " |" for line in lines) + "\n"
+    body = [[line["title"], str(line["n"]), *map(str, line["cells"])] for line in table["lines"]]
+    return rows_in_markdown(["method", "runs", *table["heads"]], body)

@@ -22,6 +22,7 @@ from ..methods import METHOD_SECTIONS
 from ..metrics import EceFloor, Metric
 from ..recipe import data_name, flatten
 from . import paper, plots, significance
+from .by_setting import BySetting
 from .further import MEANINGS
 from .kept import Kept
 from .mistakes import data_uri, is_small, shown_mistakes
@@ -38,6 +39,7 @@ from .tables import (
     has_floors,
     over_seeds,
     shown_metrics,
+    signed,
     summary,
 )
 from .trials import Search, searched, shown_in_search
@@ -92,6 +94,7 @@ def render(
         "legend_of_confidence": [(looks[method], swatches[method]) for method in tables],
         "plots": drawings(finished, comparison, each) if each else {},
         "scored": scored_part(finished),
+        "by_setting": by_setting_section(comparison.by_setting),
         "outside": outside(finished),
         "temperatures": scaled_lines,
         "temperature_of": over_seeds(fitted) if (fitted := [line["n"] for line in scaled_lines if line["n"]]) else "",
@@ -165,11 +168,6 @@ def table_html(heading: str, rows: pd.DataFrame, metrics: Sequence[Metric], kind
     )
     header = "".join(f"<th>{Markup.escape(name)}</th>" for name in (kind, "runs", *(metric.header for metric in shown)))
     return f"<table><caption>{Markup.escape(heading)}</caption><tr>{header}</tr>{lines}{failed}</table>"
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """With its sign, and a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 # What was run.
@@ -378,9 +376,10 @@ def test_lines(tests: list[Versus], metrics: Sequence[Metric]) -> list[dict]:
 
 
 def untested(finished: dict[str, list[Run]], tests: list[Versus]) -> list[str]:
-    """The methods that could not be held against a baseline."""
+    """The methods that could not be held against a baseline although they have kept their predictions."""
     tested = {method for _, _, found in tests for method in found.method}
-    return [title(m) for m, runs in finished.items() if m not in tested and m != runs[0].baseline]
+    kept = {m for m, runs in finished.items() if any(run.outcomes is not None for run in runs)}
+    return [title(m) for m, runs in finished.items() if m in kept - tested and m != runs[0].baseline]
 
 
 # Drawings.
@@ -412,6 +411,27 @@ def drawings(finished: dict[str, list[Run]], comparison: "Comparison", each: dic
             for method, tables in trained.items()
         ],
         "classes": svg(plots.per_class_error(trained, names, legend=False), "error of each class"),
+    }
+
+
+def by_setting_section(found: BySetting | None) -> dict | None:
+    """The differences to the baseline by a setting: a plot a metric, and a line a method and value."""
+    if found is None:
+        return None
+    table = found.differences
+    return {
+        "key": found.key,
+        "legend": [(look, swatch(look)) for look in plots.looks(table.method.unique()).values()],
+        "plots": [
+            svg(
+                plots.differences(table, found.key, metric, legend=False),
+                f"difference in {metric.header} by {found.key}",
+            )
+            for metric in found.metrics
+        ],
+        "heads": ["method", found.key, "runs", *(metric.header for metric in found.metrics)],
+        "lines": [(title(method), value, cells) for method, value, cells in found.lines()],
+        "direction": direction(found.metrics),
     }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from scipy.optimize import isotonic_regression
 
 from ..methods import METHOD_SECTIONS
@@ -362,6 +362,39 @@ def trials(
         axes.xaxis.set_minor_formatter(NullFormatter())
     _legend(axes, legend)
     return axes.figure
+
+
+def differences(table: pd.DataFrame, key: str, metric: Metric, axes: Axes | None = None, legend: bool = True) -> Figure:
+    """Differences to the baseline in `metric` against the setting `key`: a point a run, a line through the means of a method.
+
+    `table` has the columns value, method, seed and the metric's.
+    """
+    axes = _axes(axes, metric.header, key, "", (3.6, 2.7))
+    axes.axhline(0, color=INK, linewidth=1)
+    for method, look in looks(table.method.unique()).items():
+        of_method = table[table.method == method]
+        mean = of_method.groupby("value")[metric.name].mean()
+        axes.plot(of_method.value, of_method[metric.name], ".", color=look.colour, alpha=0.5, markersize=5)
+        _line(axes, mean.index.to_numpy(), mean.to_numpy(), look)
+    values = np.sort(table.value.unique())
+    if values[0] > 0 and values[-1] / values[0] >= 10:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    _legend(axes, legend)
+    return axes.figure
+
+
+def by_setting(table: pd.DataFrame, key: str, metrics: Sequence[Metric]) -> Figure:
+    """One picture of `differences` in each of the `metrics`."""
+    figure = Figure(figsize=(3.3 * len(metrics), 3.6), layout="constrained")
+    each = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(each, metrics, strict=True):
+        differences(table, key, metric, axes, legend=False)
+    figure.patch.set_alpha(1)
+    legend_below(figure, each[:1])
+    figure.suptitle(f"Difference to the baseline by {plain(key)}", x=0.01, ha="left", fontsize=12)
+    return figure
 
 
 def search(

@@ -95,8 +95,13 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     runs = read_each(paths, read_run)
     _check_same_test(runs)
     _name_differences(runs)
-    runs.sort(key=lambda run: (list(METHOD_SECTIONS).index(run.name), run.method, run.seed))
+    runs.sort(key=lambda run: (list(METHOD_SECTIONS).index(run.name), by_numbers(run.method), run.seed))
     return list(_each_once(runs))
+
+
+def by_numbers(text: str) -> list[tuple[float, str]]:
+    """What sorts words with numbers in them, so that `epochs=5` comes before `epochs=10`."""
+    return [(float(number or "inf"), word) for number, word in re.findall(r"(\d+(?:\.\d+)?)|(\D+)", text)]
 
 
 def read_each(paths: Iterable[str | Path], read: Callable[[Path], Run]) -> list[Run]:
@@ -289,7 +294,7 @@ def _check_predictions(path: Path, values: RunResult):
         raise InputError(f"{path.name} has {len(classes)} samples, result.json {expected}")
 
 
-def _identity(run: Run) -> dict:
+def identity(run: Run) -> dict:
     """The settings that decide a run's outcome, but for method and seed; where a well-known data set lies does not."""
     values = {key: value for key, value in run.recipe.identity().items() if key not in ("method", "seed")}
     if values["data.source"] is not None:
@@ -301,7 +306,7 @@ def _check_same_test(runs: list[Run]):
     """Raise InputError where runs were tested on different samples: no figure of theirs could be compared."""
     readable = [run for run in runs if run.recipe]
     for run in readable[1:]:
-        first, this = _identity(readable[0]), _identity(run)
+        first, this = identity(readable[0]), identity(run)
         for key in sorted(first.keys() | this.keys()):
             if key.startswith("data.") and key.split(".")[1] not in _SAME_TEST and first.get(key) != this.get(key):
                 raise InputError(
@@ -334,7 +339,7 @@ def _facts_of_test(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
     for key in ("num_classes", "num_test"):
         yield key, one.values[key], other.values[key]
     # Where the settings of the data are the same, so must be what was read; of the training part alone, what was tested on.
-    settings = [{k: v for k, v in _identity(run).items() if k.startswith("data.")} for run in (one, other)]
+    settings = [{k: v for k, v in identity(run).items() if k.startswith("data.")} for run in (one, other)]
     different = {k.removeprefix("data.") for k in settings[0] if settings[0][k] != settings[1].get(k)}
     first, this = (run.values.get("data_fingerprint", {}) for run in (one, other))
     for kind in [kind for kind in first if kind in this]:
@@ -345,7 +350,7 @@ def _facts_of_test(one: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
 def _name_differences(runs: list[Run]):
     """Fill in `different_settings` and `different_method_settings`."""
     readable = [run for run in runs if run.recipe]
-    identities = [_identity(run) for run in readable]
+    identities = [identity(run) for run in readable]
 
     def differing(chosen: list[dict]) -> list[str]:
         keys = dict.fromkeys(key for values in chosen for key in values)

@@ -23,19 +23,28 @@ FLOOR_NOTE = (
 
 
 class Cell(NamedTuple):
-    """Mean and (sample) standard deviation over n runs, shown with so many digits; `best` marks the best mean of a column."""
+    """Mean and (sample) standard deviation over n runs, shown with so many digits; `best` marks the best mean of a column.
+
+    A mean that is a difference is `signed`.
+    """
 
     mean: float
     std: float
     n: int
     digits: int
     best: bool = False
+    signed: bool = False
 
     def __str__(self):
         if math.isnan(self.mean):
             return "–"
-        mean, std = (f"{value:.{self.digits}f}" for value in (self.mean, self.std))
-        return f"{mean} ± {std}" if self.n > 1 else mean
+        mean = signed(self.mean, self.digits) if self.signed else f"{self.mean:.{self.digits}f}"
+        return f"{mean} ± {self.std:.{self.digits}f}" if self.n > 1 else mean
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """With its sign, and a true minus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def summary(rows: pd.DataFrame, metrics: Sequence[Metric]) -> dict[str, dict[str, Cell]]:
@@ -194,6 +203,11 @@ MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\|<*`"}
 def markdown_table(rows: pd.DataFrame, metrics: Sequence[Metric], kind: str = "method") -> str:
     """The same table in Markdown."""
     heads, *body = _text(rows, metrics, "**", kind)
+    return rows_in_markdown(heads, body)
+
+
+def rows_in_markdown(heads: list[str], body: list[list[str]]) -> str:
+    """Rows of text as a Markdown table; what stands in bold is not escaped."""
     body = [[text if text.startswith("**") else text.translate(MARKDOWN) for text in line] for line in body]
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
