@@ -205,6 +205,7 @@ def test_a_report_has_mean_and_deviation_over_seeds_of_every_figure(runs, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {
         *(f"comparison.{kind}" for kind in ("csv", "md", "tex", "png")),
         "report.html",
+        "significance.csv",
     }
     text = html.unescape(page(tmp_path))
     for words in (

@@ -131,7 +131,7 @@ def page(comparison):
 
 def test_csv_latex_markdown_and_page_have_the_figures_of_result_json(runs, compared):
     assert [path.name for path in compared.paths] == [
-        *("comparison.csv", "comparison.md", "comparison.tex", "comparison.png", "report.html")
+        *("comparison.csv", "comparison.md", "comparison.tex", "significance.csv", "comparison.png", "report.html")
     ]
     csv = pd.read_csv(runs / "comparison.csv")
     tables = Tables(page(compared)).tables
@@ -162,6 +162,23 @@ def test_the_latex_table_has_booktabs_bold_for_the_best_and_nothing_unescaped(co
     assert table.count(r"\textbf{") >= len(METRICS) - 1  # no ECE that perfect calibration explains
     assert all(line.startswith("%") for line in text[: text.index(r"\begin{tabular}")].splitlines())
     assert not re.search(r"(?<!\\)%", table) and not set("±×³–_") & set(table)
+
+
+def test_the_differences_with_their_intervals_stand_in_a_file_too(runs, compared, copied):
+    table = pd.read_csv(runs / "significance.csv")
+    assert set(table.method) == {"pskd", "baseline+temperature"} and set(table.baseline) == {"baseline"}
+    of_pskd = table[table.method == "pskd"].set_index("metric")
+    assert (of_pskd.seeds == 2).all() and list(of_pskd.index) == list(METRICS)
+    for metric in METRICS:
+        assert of_pskd.difference[metric] == pytest.approx(
+            results(runs, "pskd")[metric].mean() - results(runs, "baseline")[metric].mean(), rel=1e-4, abs=1e-6
+        )
+    nll = of_pskd.loc["nll"]
+    assert nll.low < nll.difference < nll.high and 0 < nll.p <= 1
+    for path in copied.rglob("predictions.parquet"):
+        path.unlink()
+    report(copied)
+    assert not (copied / "significance.csv").exists()
 
 
 def test_frames_hold_the_runs_the_means_and_the_epochs(runs, compared):
@@ -440,10 +457,14 @@ def test_a_methods_own_setting_has_one_baseline_and_two_values_make_no_line(runs
         if alpha > 0.3:
             shutil.rmtree(tmp_path / f"{alpha}" / "baseline")
         if alpha == 0.5:
-            two = report(tmp_path, tmp_path / "two")
-            assert two.by_setting is None and not (tmp_path / "two" / "by_setting.png").exists()
+            two = report(tmp_path)
+            assert two.by_setting is None and not (tmp_path / "by_setting.png").exists()
             assert "by-setting" not in page(two)
     found = report(tmp_path).by_setting
+    assert (tmp_path / "by_setting.png").exists()
+    shutil.rmtree(tmp_path / "0.8")
+    report(tmp_path)
+    assert not (tmp_path / "by_setting.png").exists()  # an earlier report's
     assert found.key == "pskd.alpha"
     assert found.differences.groupby("value").nll.mean().to_dict() == pytest.approx({0.3: 0.3, 0.5: 0.5, 0.8: 0.8})
 
@@ -769,7 +790,7 @@ def test_a_dollar_sign_in_a_title_a_setting_or_a_class_is_one(copied):
         path.write_text(json.dumps(values | {"class_names": [f"$^{k}" for k in range(10)]}))
     found = report(copied)
     assert set(found.rows.status) == {"finished", "missing"}
-    assert "$^3" in page(found) and found.paths[3].name == "comparison.png"
+    assert "$^3" in page(found) and found.paths[-2].name == "comparison.png"
     assert "PS-KD init_from=5$ or \\frac{1$" in html.unescape(page(found))
 
 

@@ -21,9 +21,9 @@ from .runs import Run, by_method, common_metrics, find_runs, history, prediction
 from .scaling import Scaling, scale, scaled_baselines, with_scaled, with_scaled_runs
 from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, summary
 from .trials import Search, find_searches
-from .versus import compare, still_better
+from .versus import Versus, as_frame, compare, still_better
 
-BY_SETTING = "by_setting.png"
+PICTURE, BY_SETTING, SIGNIFICANCE = "comparison.png", "by_setting.png", "significance.csv"
 
 
 @dataclass
@@ -104,9 +104,9 @@ def heading(runs: list[Run]) -> str:
 
 
 def write(found: list[Run], searches: list[Search], folder: Path, further: Sequence[Metric] = ()) -> Comparison:
-    """Write comparison.csv, .md and .tex, report.html and, where a run has finished, comparison.png into `folder`.
+    """Write comparison.csv, .md and .tex and report.html into `folder`, and what there is to show of these.
 
-    Where a setting has several values, also by_setting.png.
+    comparison.png: finished runs; by_setting.png: a setting of several values; significance.csv: runs with a baseline.
     """
     finished, name, metrics = by_method(found), heading(found), common_metrics(found)
     scaling = scale(finished)
@@ -132,13 +132,14 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
         text += f"\n## {OUTSIDE}\n\n{outside_markdown(of_others)}"
     latex = [latex_table(table, each, heading) for each, heading in ((metrics, name), (further, FURTHER)) if each]
     each = {method: list(by_seed.values()) for method, by_seed in tables.items()}
-    figure = plots.comparison(logged, each, name, metrics[0]) if finished else None
+    pictures = {
+        PICTURE: plots.comparison(logged, each, name, metrics[0]) if finished else None,
+        BY_SETTING: plots.by_setting(of_setting.differences, of_setting.key, of_setting.metrics)
+        if of_setting
+        else None,
+    }
     html = page.render(found, comparison, tables, tests, searches)
-    if of_setting:
-        drawn = plots.by_setting(of_setting.differences, of_setting.key, of_setting.metrics)
-        drawn.savefig(folder / BY_SETTING, dpi=150)
-        comparison.paths.append(folder / BY_SETTING)
-    return _written(comparison, folder, text, "\n".join(latex), figure, html)
+    return _written(comparison, folder, text, "\n".join(latex), tests, pictures, html)
 
 
 def write_detectors(found: list[DetectorRun], folder: Path) -> Comparison:
@@ -148,20 +149,34 @@ def write_detectors(found: list[DetectorRun], folder: Path) -> Comparison:
     logged = history(finished).dropna(subset=[metrics[0].name]) if finished else pd.DataFrame()
     comparison = Comparison(table, metrics, folders, [], name, [], logged, kind=BACKBONE)
     text, latex = markdown(table, metrics, name, [], kind=BACKBONE), latex_table(table, metrics, name, BACKBONE)
-    figure = detection_page.overview(finished, comparison)
-    return _written(comparison, folder, text, latex, figure, detection_page.render(found, comparison))
+    tests, pictures = detection_page.tests(finished, metrics), {PICTURE: detection_page.overview(finished, comparison)}
+    html = detection_page.render(found, comparison, tests)
+    return _written(comparison, folder, text, latex, tests, pictures, html)
 
 
 def _written(
-    comparison: Comparison, folder: Path, text: str, latex: str, figure: Figure | None, html: str
+    comparison: Comparison,
+    folder: Path,
+    text: str,
+    latex: str,
+    tests: list[Versus],
+    pictures: dict[str, Figure | None],
+    html: str,
 ) -> Comparison:
+    """The comparison with the paths of its files; of an earlier one no file stays that this one does not have."""
     comparison.rows.to_csv(folder / "comparison.csv", index=False)
     write_atomic(folder / "comparison.md", text)
     write_atomic(folder / "comparison.tex", latex)
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
-    if figure:
-        figure.savefig(folder / "comparison.png", dpi=150)
-        comparison.paths.append(folder / "comparison.png")
+    for name in (SIGNIFICANCE, *pictures):
+        (folder / name).unlink(missing_ok=True)
+    if tests:
+        as_frame(tests).to_csv(folder / SIGNIFICANCE, index=False)
+        comparison.paths.append(folder / SIGNIFICANCE)
+    for name, figure in pictures.items():
+        if figure:
+            figure.savefig(folder / name, dpi=150)
+            comparison.paths.append(folder / name)
     write_atomic(folder / "report.html", html)
     comparison.paths.append(folder / "report.html")
     return comparison

@@ -37,11 +37,10 @@ def overview(finished: dict[str, list[DetectorRun]], comparison: "Comparison") -
     return draw_overview(comparison.history_frame, outcomes_of(kept), curves, comparison.heading, comparison.metrics[0])
 
 
-def render(found: list[DetectorRun], comparison: "Comparison") -> str:
-    """The page of all runs `found` and their `comparison`."""
+def render(found: list[DetectorRun], comparison: "Comparison", tests: list[Versus]) -> str:
+    """The page of all runs `found`, their `comparison` and `tests`."""
     finished, metrics = by_method(found), comparison.metrics
     kept = with_detections(finished)
-    tests = compared(kept, [metric for metric in metrics if metric.in_brief])
     swatches = {
         method: swatch(look) for method, look in plots.looks(dict.fromkeys(run.method for run in found)).items()
     }
@@ -86,11 +85,12 @@ def curves_of(kept: dict[str, list[DetectorRun]]) -> dict[str, list[np.ndarray]]
     }
 
 
-def compared(kept: dict[str, list[DetectorRun]], metrics: Sequence[Metric]) -> list[Versus]:
-    """The other backbones against the first one.
+def tests(finished: dict[str, list[DetectorRun]], metrics: Sequence[Metric]) -> list[Versus]:
+    """The other backbones against the first one that has kept its detections, in those of `metrics` that are in brief.
 
     The first is the one called baseline, else the first by name; what has no seed in common with it is left out.
     """
+    kept, metrics = with_detections(finished), [metric for metric in metrics if metric.in_brief]
     if not kept:
         return []
     by_seed = {method: {run.seed: run.found for run in runs} for method, runs in kept.items()}

@@ -27,6 +27,12 @@ class Versus(NamedTuple):
         return self._replace(tests=self.tests[self.tests.metric.isin([metric.name for metric in metrics])])
 
 
+def as_frame(tests: Sequence[Versus]) -> pd.DataFrame:
+    """All rows in one table, with the `baseline` and the number of `seeds` before them."""
+    parts = [found.assign(baseline=baseline, seeds=len(seeds)) for baseline, seeds, found in tests]
+    return pd.concat(parts)[["baseline", "seeds", *tests[0].tests.columns]]
+
+
 def compare(
     finished: dict[str, list[Run]], scaled: list[Run], metrics: Sequence[Metric]
 ) -> tuple[list[Versus], list[Versus]]:
