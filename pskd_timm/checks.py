@@ -9,8 +9,11 @@ from .tasks import open_task
 from .teacher import BASELINE
 
 
-def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
-    """Raise InputError where `train` would, for each of `methods`; reads the data on the way, so that no run has to wait."""
+def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display) -> dict[str, str]:
+    """The fingerprint of the data, which are read on the way, so that no run has to wait.
+
+    Raises InputError where `train` would, for each of `methods`.
+    """
     for method in methods:
         recipe.check_method(method)
     task = open_task(recipe, display.advance)
@@ -25,3 +28,4 @@ def check_recipe(recipe: Recipe, methods: tuple[str, ...], display: Display):
         taught.check(network, task.num_classes)
         if recipe.model.compile == "graphs":
             check_recordable(taught)
+    return task.fingerprint

@@ -102,7 +102,7 @@ def add_training_commands(command: Callable[..., Parser]):
     search.add_argument("--trials", type=int, metavar="N", default=8, help="trials to run (default: 8)")
     search.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=[0], help="of each trial (default: 0)")
     search.add_argument(
-        "--metric", metavar="NAME", default="nll", help="lowest on the held-out part wins (default: nll)"
+        "--metric", metavar="NAME", default="nll", help="the best on the held-out part wins (default: nll)"
     )
     search.add_argument("--prune", action="store_true", help="stop trials that do worse than the median (Optuna's)")
     search.add_argument("--search_seed", type=int, metavar="SEED", default=0, help="fixes what is drawn (default: 0)")
@@ -233,18 +233,32 @@ def add_settings(parser: argparse.ArgumentParser, without=(), kind=Recipe):
 def overrides(arguments: argparse.Namespace, rest: list[str]) -> dict[str, str]:
     """The settings given on the command line, those inside a mapping (--model.kwargs.width 16) among them."""
     found = {key: value for key, value in vars(arguments).items() if key in settings()}
-    words = iter(rest)
-    for word in words:
+    for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")
-        parent = settings().get(name.rpartition(".")[0])
         if not word.startswith("--"):
             raise InputError(f"unexpected argument {word!r}: settings are given as --section.name value")
-        if parent is None or "dict" not in str(parent.annotation):
+        if not _is_inside_mapping(name):
             raise InputError(f"unknown option --{name}{nearest(name, arguments.options)}")
-        found[name] = value if equals else next(words, None)
-        if found[name] is None:
+        if not equals:
             raise InputError(f"--{name} needs a value")
+        found[name] = value
     return found
+
+
+def _is_inside_mapping(name: str) -> bool:
+    parent = settings().get(name.rpartition(".")[0])
+    return parent is not None and "dict" in str(parent.annotation)
+
+
+def with_values_joined(words: list[str]) -> list[str]:
+    """`--model.kwargs.width=16` for `--model.kwargs.width 16`: argparse does not know it and would read 16 as RECIPE or RUN."""
+    joined, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and _is_inside_mapping(word[2:]) and words and not words[0].startswith("--"):
+            word = f"{word}={words.pop(0)}"
+        joined.append(word)
+    return joined
 
 
 def load(arguments, rest) -> Recipe:
@@ -430,6 +444,7 @@ def run_evaluate(arguments, rest):
 
 
 def run_dashboard(arguments, rest):
+    refuse(rest, arguments)
     from .reports.dashboard import dashboard
 
     path, url = dashboard(arguments.runs, arguments.entity, arguments.project, arguments.publish)
@@ -443,6 +458,7 @@ def run_dashboard(arguments, rest):
 
 
 def run_models(arguments, rest):
+    refuse(rest, arguments)
     from rich.console import Console
 
     from .show import models_table
@@ -535,6 +551,8 @@ def run_against(arguments):
 
 
 def run_translate(arguments, rest):
+    if arguments.file == "-" and len(rest) == 1 and not rest[0].startswith("-"):
+        arguments.file = rest.pop()  # which stands after an option
     refuse(rest, arguments)
     check_file("--json", arguments.json)
     from .files import write_atomic
@@ -607,6 +625,7 @@ def refuse(rest: list[str], arguments: argparse.Namespace):
 
 
 def run_bench(arguments, rest):
+    refuse(rest, arguments)
     from .bench import PARTS, QUICK_PARTS, bench
     from .bench.store import parse_size
     from .files import write_atomic
@@ -636,9 +655,8 @@ def is_main_process() -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
-        arguments, rest = make_parser().parse_known_args(argv)
-        if rest and arguments.command in ("models", "dashboard"):
-            raise InputError(f"unknown option {rest[0]}")
+        words = with_values_joined(sys.argv[1:] if argv is None else argv)
+        arguments, rest = make_parser().parse_known_args(words)
         return arguments.run(arguments, rest)
     except InputError as error:
         if is_main_process() or isinstance(error, RankError):
@@ -649,7 +667,6 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt as stopped:
         if is_main_process():
-            words = sys.argv[1:] if argv is None else argv
             untold = GO_ON.intersection(words[:1]) and not stopped.args
             goes_on = "; the same command goes on from its last checkpoint, if there is one" if untold else ""
             print(f"pskd-timm: interrupted{goes_on}", file=sys.stderr)

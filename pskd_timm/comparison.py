@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from .cpus import num_cpus
 from .errors import InputError, nearest, reason
+from .fingerprint import changed
 from .methods import METHOD_SECTIONS, PAPER
 from .metrics import format_metrics
 from .progress import Display, Row, duration
@@ -114,7 +115,8 @@ def compare(
 
         from .checks import check_recipe
 
-        check_recipe(recipe, tuple(dict.fromkeys(job.recipe.method for job in waiting)), display)
+        fingerprint = check_recipe(recipe, tuple(dict.fromkeys(job.recipe.method for job in waiting)), display)
+        _check_finished(all_jobs, fingerprint)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,6 +133,20 @@ def compare(
             return report([job.recipe.run_dir for job in all_jobs], root)
     except OSError as error:
         raise InputError(f"{root}: the report cannot be written: {reason(error)}") from None
+
+
+def _check_finished(jobs: list[Job], fingerprint: dict[str, str]):
+    """Raise InputError where a finished run was of other data than there are now: no figure of it could stand beside others."""
+    for run_dir in (job.recipe.run_dir for job in jobs if is_finished(job.recipe)):
+        try:
+            before = read_result(run_dir).get("data_fingerprint", {})
+        except InputError:
+            continue  # damaged, which the report says
+        if change := changed(before, fingerprint):
+            raise InputError(
+                f"{run_dir}, which is finished: {change}: put them back as they were, or train all on these with "
+                "--resume never or another --output_dir"
+            )
 
 
 def method_names(recipe: Recipe, words: Iterable[str]) -> list[str]:

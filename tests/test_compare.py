@@ -174,6 +174,9 @@ def test_compare_refuses_unknown_methods_and_being_launched_in_several_processes
         compare(tiny())
 
 
+_DIGITS = ["--data.source", "digits", "--model.name", "cifar_preact_resnet_tiny"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -185,8 +188,14 @@ def test_compare_refuses_unknown_methods_and_being_launched_in_several_processes
         (["train", "digits", "--method", "kd"], "'pskd'"),
         (["train", "digits", "--model.compile", "graph"], "'graphs'"),
         (["train", "digits", "--model.compile", "graphs"], "model.compile graphs needs a GPU"),
+        (["train", "digits", "--optim.min_lr", "0.01"], "min_lr is where the cosine ends, the schedule is step"),
+        (["train", "digits", "--optim.betas", "[0.9, 0.98]"], "betas are Adam's and its kin's, the optimizer is sgd"),
         (["train", "digits", "more"], "unexpected argument 'more'"),
         (["train", "digits", "--model.kwargs.width"], "needs a value"),
+        (["train", "--model.kwargs.width", "16", "nothing.yaml"], "no recipe 'nothing.yaml'"),
+        (["evaluate", "--checkpoint", "x.pth", "--model.kwargs.width", "16", *_DIGITS], "x.pth"),
+        (["bench", "metrics", "--processs", "1"], "unknown option --processs: did you mean processes?"),
+        (["models", "--tsk", "x"], "unknown option --tsk"),
         (["train", "nothing.yaml"], "no recipe 'nothing.yaml'"),
         (["train"], "RECIPE"),
         (["fly"], "invalid choice"),
@@ -275,6 +284,12 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
     done = here("compare", "custom", *options, "--methods", "baseline", "pskd", "--tracking.wandb", "disabled")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(pd.read_csv(tmp_path / "runs" / "custom" / "comparison.csv")) == 2
+    # A training picture less: what has finished cannot stand beside what would be trained now.
+    (tmp_path / "pictures/train/dark/0.jpg").unlink()
+    methods = ["--methods", "baseline", "pskd", "label_smoothing"]
+    done = here("compare", "custom", *options, *methods, "--tracking.wandb", "disabled")
+    assert done.returncode == 2 and not (tmp_path / "runs" / "custom" / "label_smoothing").exists()
+    assert "baseline/seed0, which is finished: the data have changed since the run began: other samples" in done.stderr
 
 
 def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for_them(tmp_path):
