@@ -81,6 +81,18 @@ def test_tables_beside_plain_files_are_named_as_unread(tmp_path, capsys):
     assert "plain files are read, train.jsonl beside them not" in capsys.readouterr().err
 
 
+def test_a_split_in_two_folders_is_refused_with_both(tmp_path):
+    for folder in ("raw", "tok"):
+        (tmp_path / "plain" / folder).mkdir(parents=True)
+        write_plain(tmp_path / "plain" / folder, train=6, valid=2, test=2)
+        (tmp_path / "tables" / folder).mkdir(parents=True)
+        write_table(tmp_path / "tables" / folder / "train.jsonl", [{"de": "a", "en": "b"}])
+    for kind, name in (("plain", "test.de"), ("tables", "train.jsonl")):
+        said = refused(tmp_path / kind)
+        assert f"raw/{name} and " in said and f"tok/{name} are both the split" in said
+    assert len(read_corpus(small_recipe(tmp_path / "plain" / "raw")).train) == 6
+
+
 def test_parquet_files_named_after_splits_are_these_splits(tmp_path):
     import pandas as pd
 
@@ -210,6 +222,7 @@ def test_settings_of_images_are_refused_by_name(corpus):
         "data.label_noise": 0.1,
         "model.channels_last": True,
         "model.compile": "default",
+        "keep_probabilities": "float32",
     }.items():
         assert f"{key}: task translation does not read it" in refused(corpus, **{key: value})
 

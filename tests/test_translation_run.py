@@ -113,6 +113,8 @@ def test_translate_on_the_command_line_reads_a_file_and_writes_lines_and_json(fi
     assert rows[1] == {"source": "", "translation": "", "confidence": None, "tokens": []}
     assert main([*words[:3], "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == rows
+    assert main([*words[:2], "--best", words[2]]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
     (tmp_path / "empty.de").write_text("")
     assert main(["translate", str(finished.run_dir), str(tmp_path / "empty.de")]) == 0
     assert capsys.readouterr().out == ""

@@ -21,6 +21,7 @@ UNREAD = {
     "translation": {
         "augment": None,
         "batch_size": "translation.batch_tokens says how many target tokens make a step",
+        "keep_probabilities": "those of all pieces are never kept",
         "init_from": "name a folder of weights as model.name, with model.pretrained true",
         **{f"data.{name}": None for name in _OF_IMAGES},
         **{f"model.{name}": None for name in ("small_input", "channels_last", "compile", "sync_bn")},

@@ -100,7 +100,17 @@ def open_splits(recipe: Recipe) -> dict:
             f"train.{section.target_lang}), it has {there or 'no files'}: translation.source_lang and target_lang name the "
             "languages"
         )
+    for name, paths in by_split.items():
+        _check_one_place(name, paths)
     return {name: _lazy_table(paths) for name, paths in by_split.items()}
+
+
+def _check_one_place(split: str, paths: list[Path]):
+    """Raise InputError where the files of a split lie in several folders: they may be versions of one another."""
+    if other := next((path for path in paths if path.parent != paths[0].parent), None):
+        raise InputError(
+            f"data.path: {paths[0]} and {other} are both the split {split}: name the folder of one of them as data.path"
+        )
 
 
 def _plain_files(files: list[Path], section) -> dict:
@@ -111,6 +121,7 @@ def _plain_files(files: list[Path], section) -> dict:
             other = path.with_suffix(f".{section.target_lang}")
             if not other.is_file():
                 raise InputError(f"data.path: {path} has no {other.name} beside it")
+            _check_one_place(path.stem, [*found.get(path.stem, ())[:1], path])
             found[path.stem] = (path, other)
     return found
 
