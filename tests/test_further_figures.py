@@ -238,6 +238,23 @@ def test_what_still_gains_is_what_is_better_with_a_small_p():
     ]
 
 
+def test_what_still_gains_is_said_of_groups_with_other_figures_too():
+    columns = ["method", "metric", "difference", "better", "low", "high", "p"]
+    first = pd.DataFrame([("pskd", "nll", -1.0, True, -2.0, -0.5, 0.001)], columns=columns)
+    second = pd.DataFrame([("cskd", "brier", -1.0, True, -2.0, -0.5, 0.001)], columns=columns)
+    metrics = [METRICS["nll"], FURTHER_METRICS["brier"]]
+    (found,) = still_better([Versus(SCALED, (0, 1), first), Versus(SCALED, (1, 2), second)], metrics)
+    assert found.endswith("(p < 0.05, 2 seeds): NLL: PS-KD; Brier score: CS-KD.")
+
+
+def test_the_spread_of_a_figure_is_over_the_runs_that_have_it(copied):
+    (copied / "pskd" / "seed1" / "predictions.parquet").unlink()
+    text = report(copied, metrics=["brier"]) and (copied / "comparison.md").read_text()
+    assert "nan" not in text
+    brier = [line for line in text.split("Further figures")[1].splitlines() if line.startswith("| PS-KD")][0]
+    assert "±" not in brier and re.search(r"0\.\d{3} \|", brier)
+
+
 def test_a_seed_of_the_baseline_without_a_sound_temperature_is_no_missing_run(copied):
     path = copied / "baseline" / "seed1" / "holdout.parquet"
     table = pd.read_parquet(path)

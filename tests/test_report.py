@@ -1,5 +1,7 @@
 import html
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 from pyarrow import parquet
+from rich.console import Console
 from torchmetrics.classification import MulticlassAccuracy
 
 import browser
@@ -45,7 +48,7 @@ from pskd_timm.reports.plots import (
 )
 from pskd_timm.reports.runs import by_method, find_runs, history, predictions, rows
 from pskd_timm.reports.scaling import scale, scaled_baselines
-from pskd_timm.reports.tables import latex_table, markdown_table, summary
+from pskd_timm.reports.tables import latex_table, markdown_table, summary, terminal_table
 from pskd_timm.reports.versus import against_baseline, predicted
 from pskd_timm.run.folder import read_result
 
@@ -290,6 +293,51 @@ def test_a_run_given_twice_is_taken_once_and_two_results_of_one_run_are_refused(
     path.write_text(json.dumps(values | {"seconds": values["seconds"] + 1}))
     with pytest.raises(InputError, match="are one run with two results: leave one out"):
         report([copied, tmp_path / "again"], tmp_path / "out")
+
+
+def test_of_a_finished_run_and_one_that_is_not_the_finished_one_is_taken(copied, tmp_path, capsys):
+    again = shutil.copytree(copied / "pskd" / "seed1", tmp_path / "again" / "pskd" / "seed1")
+    (again / "result.json").unlink()
+    found = report([tmp_path / "again", copied], tmp_path / "out")
+    assert set(found.rows.status) == {"finished"} and found.frame.runs["pskd"] == 2
+    error = capsys.readouterr().err
+    assert f"left out: {again} (unfinished: 2 of 2 epochs" in error and "which is finished" in error
+
+
+def test_a_failure_that_was_logged_before_the_last_epoch_is_an_earlier_starts(copied):
+    run = copied / "pskd" / "seed0"
+    (run / "result.json").unlink()
+    (run / "run.log").write_text("failed: Diverged: loss\n")
+    assert report(copied).rows.set_index(["method", "seed"]).status["pskd", 0] == "failed: Diverged: loss"
+    later = (run / "run.log").stat().st_mtime + 10
+    os.utime(run / "metrics.jsonl", (later, later))
+    assert report(copied).rows.set_index(["method", "seed"]).status["pskd", 0].startswith("unfinished: 2 of 2 epochs")
+
+
+def test_runs_of_which_only_some_name_an_argument_of_the_network_are_told_apart(copied):
+    for run in copied.glob("pskd/seed*"):
+        text = (run / "recipe.yaml").read_text()
+        (run / "recipe.yaml").write_text(re.sub(r"kwargs:\s*\n?\s*\{?width: 8\}?", "kwargs: {}", text))
+    assert "kwargs: {}" in (copied / "pskd/seed0/recipe.yaml").read_text()
+    methods = {run.method for run in find_runs([copied])}
+    assert methods == {"baseline model.kwargs.width=8", "pskd model.kwargs.width=None"}
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_in_a_terminal_no_figure_is_cut_where_settings_make_the_names_long(copied, width):
+    for seed, alpha in ((0, 0.3), (1, 0.5)):
+        recipe = copied / "pskd" / f"seed{seed}" / "recipe.yaml"
+        text = recipe.read_text().replace("alpha: 0.8", f"alpha: {alpha}")
+        recipe.write_text(text.replace("store_topk: null", f"store_topk: {3 + seed}"))
+    found = report(copied)
+    assert max(len(title) for title in found.frame.index) > 30
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(terminal_table(found.rows, found.metrics, found.heading, width))
+    text = console.export_text()
+    assert "…" not in text
+    for method in found.frame.index:
+        for metric in ("top1_error", "nll", "ece", "aurc"):
+            assert f"{found.frame[metric][method]:.2f}" in text
 
 
 def test_a_report_of_runs_none_of_which_finished_says_so(copied):

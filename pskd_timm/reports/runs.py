@@ -95,7 +95,9 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     runs = read_each(paths, read_run)
     _check_same_test(runs)
     _name_differences(runs)
-    runs.sort(key=lambda run: (list(METHOD_SECTIONS).index(run.name), by_numbers(run.method), run.seed))
+    runs.sort(
+        key=lambda run: (list(METHOD_SECTIONS).index(run.name), by_numbers(run.method), run.seed, run.values is None)
+    )
     return list(_each_once(runs))
 
 
@@ -123,7 +125,10 @@ def read_each(paths: Iterable[str | Path], read: Callable[[Path], Run]) -> list[
 
 
 def _each_once(runs: list[Run]) -> Iterator[Run]:
-    """The sorted `runs` without copies. Raises InputError where two of one method and seed have other results."""
+    """The sorted `runs` without copies. Raises InputError where two of one method and seed have other results.
+
+    Of a finished run and one that is not, the finished one is taken.
+    """
     taken = None
     for run in runs:
         if taken is None or (taken.method, taken.seed) != (run.method, run.seed):
@@ -131,6 +136,8 @@ def _each_once(runs: list[Run]) -> Iterator[Run]:
             yield run
         elif taken.values == run.values:
             warn(f"{run.folder} is the run of {taken.folder} once more: taken once")
+        elif run.values is None:
+            warn(f"left out: {run.folder} ({run.status}), the run of {taken.folder} once more, which is finished")
         else:
             raise InputError(f"{taken.folder} and {run.folder} are one run with two results: leave one out")
 
@@ -197,7 +204,9 @@ def read_run(folder: Path) -> Run:
 def why_not_finished(folder: Path, recipe: Recipe | None) -> str:
     log, metrics = folder / "run.log", folder / "metrics.jsonl"
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-    if lines and lines[-1].startswith("failed: "):
+    # What was logged since a failure is of a later start, which writes no run.log where it is `train`'s.
+    later = [path for path in (metrics, folder / "steps.jsonl") if path.is_file()]
+    if lines and lines[-1].startswith("failed: ") and all(log.stat().st_mtime >= p.stat().st_mtime for p in later):
         return lines[-1]
     done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
     if recipe is None:
@@ -318,7 +327,7 @@ def _check_same_test(runs: list[Run]):
         for what, first, this in _facts_of_test(finished[0], run):
             if first != this:
                 raise InputError(
-                    f"{finished[0].folder} and {run.folder} were tested on different data "
+                    f"{finished[0].folder} and {run.folder} were trained or tested on different data "
                     f"({what} {first}, {this}): give each data set a report of its own"
                 )
         first, this = metric_names(finished[0].values), metric_names(run.values)
@@ -357,7 +366,7 @@ def _name_differences(runs: list[Run]):
         return [key for key in keys if len({str(values.get(key)) for values in chosen}) > 1]
 
     def words(keys: list[str], values: dict) -> str:
-        return " ".join(f"{key}={values[key]}" for key in keys)
+        return " ".join(f"{key}={values.get(key)}" for key in keys)
 
     common = [{k: v for k, v in values.items() if k.split(".")[0] not in METHOD_SECTIONS} for values in identities]
     of_all = differing(common)

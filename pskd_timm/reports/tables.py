@@ -15,6 +15,7 @@ MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always amon
 FURTHER = "Further figures, last epoch"
 IF_CALIBRATED = "if calibrated"
 FLOOR_WIDTH = 11  # of the terminal's column
+LONGEST_UNBROKEN = 24  # letters of a method's name in the terminal; longer ones may wrap
 WIDE = 140  # columns of a terminal that has room for everything
 FLOOR_NOTE = (
     "If calibrated: what a network whose confidences are exactly right would measure on so few samples, its mean and, "
@@ -50,12 +51,14 @@ def signed(value: float, digits: int = 2) -> str:
 def summary(rows: pd.DataFrame, metrics: Sequence[Metric]) -> dict[str, dict[str, Cell]]:
     """Method → metric (and `seconds`) → Cell, over the finished runs among `rows`."""
     done = rows[rows.status == "finished"].groupby("method", sort=False)[[*(m.name for m in metrics), "seconds"]]
-    mean, std, n = done.mean(), done.std(), done.size()
+    mean, std, n = done.mean(), done.std(), done.count()  # a further figure may be missing of some runs
     digits = {metric.name: metric.digits for metric in metrics} | {"seconds": 1}
     best = _best(rows, mean, metrics)
     return {
         method: {
-            name: Cell(mean.at[method, name], std.at[method, name], int(n[method]), digits[name], method in best[name])
+            name: Cell(
+                mean.at[method, name], std.at[method, name], int(n.at[method, name]), digits[name], method in best[name]
+            )
             for name in mean.columns
         }
         for method in mean.index
@@ -164,17 +167,25 @@ def terminal_table(
     words = footnote(rows, metrics, kind)
     table = Table(title=escape(heading), title_justify="left", caption=words, caption_justify="left")
     heads, *body = _text(rows, metrics if width >= WIDE else [m for m in metrics if m.in_brief], "**", kind)
+    finished = [line for line in body if line[-1]]
     for i, header in enumerate(heads):
-        # Where it is narrow, heads wrap first, never a method's name.
+        # Where it is narrow, heads wrap first, then figures at their ±, and a method's name where settings make it long.
+        words = [word.strip("*") for line in finished for word in line[i].split()]
         table.add_column(
             header,
             justify="left" if i == 0 else "right",
-            no_wrap=i == 0,
+            no_wrap=i == 0 and _has_short_names(body),
+            overflow="fold",
+            min_width=max(map(len, words), default=None) if i else None,
             max_width=FLOOR_WIDTH if header.endswith(IF_CALIBRATED) else None,
         )
     for line in body:
         table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in line))
     return table
+
+
+def _has_short_names(body: list[list[str]]) -> bool:
+    return max((len(line[0]) for line in body), default=0) <= LONGEST_UNBROKEN
 
 
 def further_table(rows: pd.DataFrame, metrics: Sequence[Metric]):
@@ -188,7 +199,7 @@ def further_table(rows: pd.DataFrame, metrics: Sequence[Metric]):
     table = Table(title=FURTHER, title_justify="left", caption=words, caption_justify="left")
     shown = [i for i, head in enumerate(heads) if head not in ("runs", "seconds") and not head.endswith(IF_CALIBRATED)]
     for i in shown:
-        table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=i == 0 and _has_short_names(body))
     for line in body:
         below = ["\n" + line[i + 1].partition(" (")[0] if heads[i + 1].endswith(IF_CALIBRATED) else "" for i in shown]
         means = [line[i].partition(" ±")[0] for i in shown]

@@ -89,9 +89,12 @@ def still_better(tests: Sequence[Versus], metrics: Sequence[Metric]) -> list[str
         runs = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
         start = f"Still better than {title(baseline)}, temperature scaling of the baseline (p < {LEVEL}, {runs})"
         known = set(found.metric[found.p.notna()])
-        if of_each := {metric.name: [] for metric in metrics if metric.name in known}:
-            better = sentences.setdefault(start, of_each)
-            for test in found[(found.p < LEVEL) & found.better & found.metric.isin(list(of_each))].itertuples():
+        of_each = [metric.name for metric in metrics if metric.name in known]
+        if of_each:
+            better = sentences.setdefault(start, {})
+            for name in of_each:
+                better.setdefault(name, [])
+            for test in found[(found.p < LEVEL) & found.better & found.metric.isin(of_each)].itertuples():
                 better[test.metric].append(title(test.method))
     titles = {metric.name: metric.title for metric in metrics}
     return [
