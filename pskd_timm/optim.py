@@ -82,7 +82,6 @@ def slow_warmup(section: OptimSection, steps_per_epoch: int, epochs: int) -> str
 
 def lr_at(step: int, steps_per_epoch: int, epochs: int, section: OptimSection) -> float:
     """Learning rate of global step `step` (0-based)."""
-    epoch = step / steps_per_epoch
     if step < section.warmup_steps:
         return section.lr * (step + 1) / section.warmup_steps
     if section.schedule == "inverse_sqrt":
@@ -95,7 +94,8 @@ def lr_at(step: int, steps_per_epoch: int, epochs: int, section: OptimSection) -
         drops = sum(step >= first for first in at)
         return section.lr * section.decay_rate**drops
     if section.schedule == "cosine":
-        part = (epoch - section.warmup_epochs) / (epochs - section.warmup_epochs)
+        warmup = section.warmup_steps / steps_per_epoch or section.warmup_epochs
+        part = (step / steps_per_epoch - warmup) / (epochs - warmup)
         return section.min_lr + (section.lr - section.min_lr) * 0.5 * (1 + math.cos(math.pi * part))
     return section.lr
 

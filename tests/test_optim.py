@@ -82,6 +82,17 @@ def test_measuring_the_gradients_norm_leaves_the_gradients_as_they_are(value):
     assert torch.equal(before.nan_to_num(-1), layer.weight.grad.nan_to_num(-1))
 
 
+def test_after_a_warm_up_in_steps_or_epochs_the_cosine_is_that_of_the_rest_of_the_run():
+    for warmup in ({"warmup_steps": 40}, {"warmup_epochs": 2}):
+        section = Optim(lr=0.4, schedule="cosine", **warmup)
+        optimizer = torch.optim.SGD([torch.zeros(1)], 0.4)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 160)
+        for step in range(40, 200):
+            assert lr_at(step, 20, 10, section) == pytest.approx(optimizer.param_groups[0]["lr"]), (warmup, step)
+            optimizer.step()
+            scheduler.step()
+
+
 @pytest.mark.parametrize("warmup", [{"warmup_steps": 500}, {"warmup_epochs": 25}])
 def test_a_run_that_ends_in_its_warm_up_is_told_where_its_learning_rate_ends(warmup):
     section = Optim(**warmup, schedule="constant")
