@@ -18,10 +18,12 @@ from scipy.optimize import minimize_scalar
 
 from pskd_timm import InputError, Result, load_recipe, train
 from pskd_timm.cli import main
+from pskd_timm.data.sources import _image_folders
 from pskd_timm.export import export_onnx, model_card
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS
 from pskd_timm.prediction import Classifier, predict
+from pskd_timm.recipe import Data
 from pskd_timm.run.folder import read_result
 from pskd_timm.tasks import open_task
 
@@ -207,6 +209,24 @@ def test_predictions_for_the_test_images_are_those_of_the_test_split(run, folder
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         same = torch.tensor(np.stack(table.probabilities))
         torch.testing.assert_close(classifier.probabilities(images), same, atol=1e-6, rtol=1e-5)
+
+
+def test_a_train_folder_is_the_training_split_whatever_lies_beside_it_unless_it_is_a_class(tmp_path, capsys):
+    def pictures(*places):
+        for place in places:
+            (tmp_path / place).mkdir(parents=True)
+            Image.new("RGB", (8, 8), "red").save(tmp_path / place / "0.png")
+
+    def splits(name):
+        return {k: v.features["label"].names for k, v in _image_folders(tmp_path / name, Data(path="x")).items()}
+
+    pictures(*(f"valid/{split}/{name}" for split in ("train", "valid") for name in ("cat", "dog")))
+    assert splits("valid") == {"train": ["cat", "dog"], "valid": ["cat", "dog"]}
+    pictures("extra/train/cat", "extra/train/dog", "extra/unlabelled")
+    assert splits("extra") == {"train": ["cat", "dog"]}
+    assert "beside train, unlabelled in" in capsys.readouterr().err
+    pictures("vehicles/train", "vehicles/car")
+    assert splits("vehicles") == {"train": ["car", "train"]}
 
 
 def test_unreadable_images_are_named_and_the_others_predicted(run, folder, tmp_path, capsys, monkeypatch):

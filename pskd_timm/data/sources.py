@@ -37,7 +37,7 @@ SOURCES = {
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".tar")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 PICTURE_SUFFIXES += (".avif", ".heic", ".heif")  # which Pillow may not read: named then, not passed over
-TEST_SPLITS = ("test", "validation", "val")
+TEST_SPLITS = ("test", "validation", "val", "valid")
 ARCHIVE_CLUTTER = "__MACOSX"  # what macOS adds to its archives
 FOLDER_COLUMNS = ["image", "label", "bytes", "stamp"]  # of a folder of images as a table
 
@@ -290,9 +290,17 @@ def _image_folders(folder: Path, section: DataSection) -> dict:
     inside = {path.name: path for path in _folders(folder)}
     tests = [section.test_split] if section.test_split else TEST_SPLITS
     splits = [name for name in (section.train_split, *tests) if name in inside]
-    if section.train_split in splits and (len(splits) > 1 or len(inside) == 1):
-        return {name: _image_folder(inside[name]) for name in splits}
-    return {section.train_split: _image_folder(folder)}
+    if section.train_split not in splits:
+        return {section.train_split: _image_folder(folder)}
+    holds_classes = any(image_files(each) for each in _folders(inside[section.train_split]))
+    if len(splits) == 1 and len(inside) > 1 and not holds_classes:  # a class that is called train
+        return {section.train_split: _image_folder(folder)}
+    if len(splits) == 1 and len(inside) > 1:
+        others = name_some([name for name in inside if name not in splits])
+        warn_on_main(
+            f"data.path: beside {section.train_split}, {others} in {folder} stays unread (data.test_split names one)"
+        )
+    return {name: _image_folder(inside[name]) for name in splits}
 
 
 def _folders(folder: Path) -> list[Path]:
