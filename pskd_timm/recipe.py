@@ -58,7 +58,7 @@ class Data(Section):
     shrink_to: Annotated[int, Field(ge=4)] | None = None
     """Streaming: training images whose shorter side is longer are resized to it once, and read from `cache_dir` thereafter."""
     damaged: Literal["fail", "skip"] = "fail"
-    """What a training image that cannot be decoded does: end the run, or be named and left out (a test image always ends it)."""
+    """A training image that cannot be decoded ends the run or is left out by name; one tested on or streamed held out ends it."""
     limit_train: Count | None = None
     """Train on so many samples only, taken evenly from all classes."""
     limit_test: Count | None = None
@@ -248,7 +248,7 @@ class RecipeBase(Section):
     mixed_precision: Precision = "no"
     """Type of the forward pass: float32 (`no`; `tf32` lets GPUs round factors), bfloat16, or float16 with loss scaling."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Evaluate and keep a running mean of the weights with this decay a step (timm's ModelEmaV3)."""
+    """Evaluate and keep a running mean of the weights: its decay, at most 1 − (s + 1)^(−2/3) in step s (timm's ModelEmaV3)."""
     threads: Count | None = None
     """CPU threads of torch; one is often fastest for small networks. By default torch's own choice."""
     output_dir: str | None = None

@@ -861,6 +861,21 @@ def test_streamed_test_images_are_resized_and_centre_cropped_as_resident_ones(tm
     assert (first - tv.pil_to_tensor(expected)).abs().mean() < 3
 
 
+def test_held_out_images_are_cropped_as_test_images_however_they_are_loaded(tmp_path):
+    streamed = photographs(tmp_path).model_copy(update={"crop_pct": 0.8, "holdout_fraction": 0.25})
+    data = load_data(streamed)
+    resident = load_data(streamed.model_copy(update={"loading": "resident"}))
+    assert torch.equal(data.holdout.source_id, resident.holdout.source_id)
+    for split, other in ((data.holdout, resident.holdout), (data.test, resident.test)):
+        seen = zip(
+            *(eval_batches(each, 4, [0] * 3, [1] * 3, slice(0, len(each))) for each in (split, other)), strict=True
+        )
+        assert all(torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) for one, two in seen)
+    whole = load_data(streamed.model_copy(update={"loading": "resident", "crop_pct": 1.0}))
+    assert torch.equal(resident.train.images, whole.train.images)
+    assert not torch.equal(resident.holdout.images, whole.holdout.images)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_streamed_image_is_named_in_one_line(tmp_path, workers):
     data = load_data(photographs(tmp_path), STREAMED)

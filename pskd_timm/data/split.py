@@ -113,13 +113,18 @@ def load_data(section: DataSection, augment: AugmentSection, progress=None) -> D
     if test and train.size != test.size:
         of_train, of_test = ("×".join(map(str, split.size)) for split in (train, test))
         raise InputError(f"data: training images are {of_train}, test images {of_test}: set data.image_size")
+    framed = None
+    if section.holdout_fraction and section.loading == "resident" and section.crop_pct < 1:
+        # Held-out images are seen with the test images' crop; streaming gives each its own as they are read.
+        framed = make("holdout", train_table, class_names, section, augment, progress)
+        framed = _with_noise(_limited(framed, section.limit_train, section.seed), section, 0)
     train = _with_noise(_limited(train, section.limit_train, section.seed), section, 0)
     test = test and _with_noise(_limited(test, section.limit_test, section.seed), section, 1)
     if augment.cutout > min(train.size):
         raise InputError(
             f"augment.cutout {augment.cutout} is larger than the images of {train.size[0]}×{train.size[1]}"
         )
-    train, holdout = _held_out(train, section, class_names)
+    train, holdout = _held_out(train, train if framed is None else framed, section, class_names)
     train = replace(train, labels=flip_labels(train.labels, len(class_names), section.label_noise, section.seed))
     return Data(train, test, holdout, class_names)
 
@@ -127,13 +132,13 @@ def load_data(section: DataSection, augment: AugmentSection, progress=None) -> D
 def _resident(name: str, table: Table, class_names, section: DataSection, augment: AugmentSection, progress) -> Split:
     labels = table.labels(name, class_names)
     report = (lambda done, total: progress(f"decoding {name}", done, total)) if progress else None
-    crop_pct = section.crop_pct if name == "test" else 1.0
-    skip_damaged = name == "train" and section.damaged == "skip"
+    crop_pct = 1.0 if name == "train" else section.crop_pct
+    skip_damaged = name != "test" and section.damaged == "skip"
     folder = cache_folder(section.cache_dir)
     try:
         images, rows, contents = decoded(table, section.image_size, crop_pct, folder, skip_damaged, report)
     except DamagedImage as error:
-        raise InputError(f"{error}; {SKIPS if name == 'train' else 'a test image is never left out'}") from None
+        raise InputError(f"{error}; {'a test image is never left out' if name == 'test' else SKIPS}") from None
     # `rows` are some of the table's, in the same order.
     return Split(images, labels[torch.searchsorted(table.rows, rows)], rows, table, contents)
 
@@ -190,8 +195,8 @@ def _with_noise(split: Split, section: DataSection, part: int) -> Split:
     return replace(split, images=gaussian_noise(split.images, split.source_id, section.gaussian_noise, key))
 
 
-def _held_out(train: Split, section: DataSection, class_names: list[str]) -> tuple[Split, Split | None]:
+def _held_out(train: Split, framed: Split, section: DataSection, class_names: list[str]) -> tuple[Split, Split | None]:
     if not section.holdout_fraction:
         return train, None
     kept, taken = stratified_split("holdout_fraction", section, train.labels, class_names)
-    return train.take(kept), train.take(taken)
+    return train.take(kept), framed.take(taken)
