@@ -115,13 +115,13 @@ def true_rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def outcomes(probabilities: np.ndarray, labels: np.ndarray) -> Outcomes:
     """Each sample's outcome from `probabilities` [N, K] and `labels` [N].
 
-    A true class of probability 0 counts as float32's smallest normal number: 87.3 nats, whatever the type.
+    A true class's probability counts as float32's smallest normal number at least: 87.3 nats at most, whatever the type.
     """
     starts = range(0, len(labels), ROWS_AT_ONCE)
     rank = [true_rank(probabilities[i : i + ROWS_AT_ONCE], labels[i : i + ROWS_AT_ONCE]) for i in starts]
     rank = np.concatenate(rank)
     true = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    true = np.where(true > 0, true, np.finfo(np.float32).tiny)
+    true = np.maximum(true, np.finfo(np.float32).tiny)
     return Outcomes(probabilities.max(axis=1), rank == 0, rank < 5, -np.log(true))
 
 
@@ -470,9 +470,10 @@ def score(probabilities, labels, metrics: Iterable[str] = tuple(METRICS)) -> dic
         raise InputError(
             "probabilities must be finite and lie in [0, 1]; these do not (logits go through a softmax first)"
         )
-    largest_sum = probabilities.sum(axis=1, dtype=np.float64).max()
-    if largest_sum > 1 + ROW_SUM_TOLERANCE:
-        raise InputError(f"rows of probabilities must sum to 1, one sums to {largest_sum:.3g}")
+    sums = probabilities.sum(axis=1, dtype=np.float64)
+    furthest = sums[np.abs(sums - 1).argmax()]
+    if abs(furthest - 1) > ROW_SUM_TOLERANCE:
+        raise InputError(f"rows of probabilities must sum to 1, one sums to {furthest:.3g}")
     labels = labels.astype(np.int64)
     each = outcomes(probabilities, labels)
     starts = range(0, len(labels), ROWS_AT_ONCE)

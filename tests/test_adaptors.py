@@ -392,6 +392,7 @@ def test_torchmetrics_metric_refuses_a_batch_of_other_shapes_and_types(preds, ta
         (False, [5.0, -1.0, 0.0, 2.0], 0, "from_logits=True"),
         (False, [-0.1, 0.3, 0.5, 0.3], 0, "preds are no probabilities"),
         (False, [0.9, 0.9, 0.0, 0.0], 0, "preds are no probabilities"),
+        (False, [0.1, 0.2, 0.1, 0.0], 0, "preds are no probabilities"),
         (False, [float("nan")] * 4, 0, "preds are no probabilities"),
         (False, [0.25] * 4, 4, "labels in target lie outside"),
         (False, [0.25] * 4, -1, "labels in target lie outside"),

@@ -200,6 +200,7 @@ def test_more_rows_than_are_ranked_at_once_change_nothing(monkeypatch):
         (np.array([[np.nan, 1.0]]), [0], "finite"),
         (np.empty((0, 2)), [], "shape"),
         (np.array([[0.9, 0.8]]), [0], "sums to 1.7"),
+        (np.array([[0.5, 0.5], [0.3, 0.09]]), [0, 0], "sums to 0.39"),
         (np.array([["a", "b"]]), [0], "cannot score an array of"),
     ],
 )

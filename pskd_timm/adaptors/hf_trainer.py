@@ -11,6 +11,7 @@ from ..batch import Batch
 from ..errors import InputError
 from ..losses import at_least_float32
 from ..methods.base import Method
+from ..ranks import rank_and_world_size
 
 try:
     from transformers import TrainerCallback
@@ -30,12 +31,11 @@ class MethodCallback(TrainerCallback):
 
     def __init__(self, method: Method):
         self.method = method
-        store = method.store
         if method.needs_partners or getattr(method, "teacher", None) not in (None, "store"):
             raise InputError(
                 f"{type(method).__name__} needs the images, which the Trainer does not show a loss function"
             )
-        if store is not None and store.world_size > 1:
+        if rank_and_world_size()[1] > 1:
             raise InputError(
                 "the Trainer does not say which samples a process will visit: use one process, or pskd-timm train"
             )

@@ -57,7 +57,8 @@ class CalibrationMetrics(Metric):
         else:
             true = preds.gather(1, labels[:, None])[:, 0].double().clamp_min(torch.finfo(torch.float32).tiny)
             each = batch_outcomes(preds, preds, labels)._replace(nll=-true.log())
-            sound = (preds.amin(dim=1) >= 0) & (preds.sum(dim=1, dtype=torch.float64) <= 1 + ROW_SUM_TOLERANCE)
+            sums = preds.sum(dim=1, dtype=torch.float64)
+            sound = (preds.amin(dim=1) >= 0) & ((sums - 1).abs() <= ROW_SUM_TOLERANCE)
             each = each._replace(confidence=torch.where(sound, each.confidence, torch.nan))
         # What is wrong with values is kept in them, and said by `compute`: here it would wait for the device.
         each = each._replace(nll=torch.where(known, each.nll, -torch.inf))
