@@ -344,7 +344,9 @@ def resumes(recipe: Recipe) -> str:
     from .run.folder import checkpoints
 
     newest = checkpoints(recipe.run_dir)[-1:]
-    return f"resumes from {newest[0].name}" if newest else "starts from scratch: there is no checkpoint yet"
+    if not newest:
+        return "starts from scratch: there is no checkpoint yet"
+    return f"{'without --resume never ' if recipe.resume == 'never' else ''}resumes from {newest[0].name}"
 
 
 def run_compare(arguments, rest):

@@ -208,7 +208,9 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                     failed.add(job.recipe.run_dir)
                 _print_outcome(job, display)
     except (KeyboardInterrupt, SystemExit):
-        display.say("stopping: each run saves where it stands; the same command resumes them from there")
+        never = any(job.recipe.resume == "never" for job in running)
+        command = f"the same command{' without --resume never' if never else ''}"
+        display.say(f"stopping: each run saves where it stands; {command} resumes them from there")
         _stop(running)
         raise
     finally:

@@ -26,7 +26,7 @@ from .run.mistakes import find_mistakes, write_mistakes
 from .run.outputs import better, run_result, score_splits, write_result
 from .run.profile import profiled
 from .run.result import Result
-from .run.stopping import RESUMES, SaveSchedule, StopSignals
+from .run.stopping import SaveSchedule, StopSignals, resumes
 from .run.tracking import Tracker
 from .tasks import open_task
 
@@ -101,11 +101,12 @@ def train(
     ranks.on_main(lambda: folder.prepare(recipe, lock))
     tracker = Tracker(accelerator, recipe, task, loader.steps, display.quiet)
 
-    def save():
+    def save() -> bool:
         clock.update(progress)
         means.total(f"epoch {progress.epoch + 1}, step {progress.step}")
-        checkpoint.save(run_dir, progress, state, recipe.checkpoint.keep, before_commit=tracker.sync)
+        saved = checkpoint.save(run_dir, progress, state, recipe.checkpoint.keep, before_commit=tracker.sync)
         schedule.saved_at = time.monotonic()
+        return saved
 
     with folder.released(lock), ranks.named_errors(), tracker, display, closing(loader):
         if late := slow_warmup(recipe.optim, loader.steps, recipe.epochs):
@@ -166,10 +167,11 @@ def train(
                     if progress.step < loader.steps:
                         due = schedule.after(step + 1, stop.received)
                         if due.save or due.signal:
-                            save()
+                            saved = save()
                         if due.signal:
                             display.say(
-                                f"{run_dir}: stopped in epoch {epoch + 1} after step {progress.step}; {RESUMES}"
+                                f"{run_dir}: stopped in epoch {epoch + 1} after step {progress.step}; "
+                                f"{resumes(recipe.resume, saved)}"
                             )
                             stop.obey(due.signal)
                 means.read(progress, f"epoch {epoch + 1}")
@@ -182,9 +184,6 @@ def train(
                     **({"rows_renewed": loader.rows_renewed(epoch)} if method.store else {}),
                     "store_bytes": method.store.nbytes if method.store else 0,
                 }
-                method.end_epoch()
-                if epoch == first_epoch and (described := method.describe()) != description:
-                    display.say(described)  # the store's error is known after an epoch
                 clock.update(progress)
                 targets_per_second = progress.num_seen / progress.epoch_seconds
 
@@ -195,6 +194,9 @@ def train(
                     if world_size == 1:
                         save()
                     raise
+                method.end_epoch()
+                if epoch == first_epoch and (described := method.describe()) != description:
+                    display.say(described)  # the store's error is known after an epoch
                 clock.update(progress)
                 if progress.best is None or better(task.metrics[0], figures, progress.best):
                     progress.best = {"epoch": epoch + 1, **figures}
@@ -209,11 +211,11 @@ def train(
                 is_last = progress.epoch == recipe.epochs
                 due = schedule.after((epoch + 1) * loader.steps, stop.received, epoch_end=True)
                 if is_last or due.save or due.signal or progress.epoch % recipe.checkpoint.every_epochs == 0:
-                    save()
+                    saved = save()
                 for callback in callbacks:
                     callback(line)
                 if due.signal and not is_last:
-                    display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {RESUMES}")
+                    display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {resumes(recipe.resume, saved)}")
                     stop.obey(due.signal)
 
         # The result: the last and the best epoch's weights over each part; result.json, written last, says it is finished.

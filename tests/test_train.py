@@ -29,6 +29,8 @@ from pskd_timm.optim import lr_at, make_optimizer
 from pskd_timm.recipe import Optim
 from pskd_timm.run.folder import checkpoints
 from pskd_timm.run.result import read_lines
+from pskd_timm.run.stopping import resumes
+from pskd_timm.tasks.images import ImageTask
 from runs import newest
 
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -142,6 +144,34 @@ def test_a_run_interrupted_in_mid_epoch_and_continued_equals_the_uninterrupted_o
     ends = [newest(result.run_dir) for result in (whole, parts)]
     for path in ends[0].glob("*.safetensors"):
         assert path.read_bytes() == (ends[1] / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("method", ["baseline", "pskd", "pskd snapshot", "ols"])
+def test_an_evaluation_that_fails_costs_nothing_of_the_epoch_before_it(tiny, tmp_path, monkeypatch, method):
+    method, _, teacher = method.partition(" ")
+    settings = {"method": method, "pskd__teacher": teacher or "store", "epochs": 3}
+    whole = train(tiny(output_dir=str(tmp_path / "whole"), **settings))
+    recipe = tiny(output_dir=str(tmp_path / "parts"), **settings)
+    evaluate, calls = ImageTask.evaluate, []
+
+    def once(self, *args, **known):
+        calls.append(1)
+        if len(calls) == 2:
+            raise InputError("a damaged image")
+        return evaluate(self, *args, **known)
+
+    monkeypatch.setattr(ImageTask, "evaluate", once)
+    with pytest.raises(InputError, match="a damaged image"):
+        train(recipe)
+    parts = train(recipe)
+    assert losses(parts.run_dir) == losses(whole.run_dir)
+    assert [without_times(line) for line in parts.history] == [without_times(line) for line in whole.history]
+
+
+def test_a_stopped_run_says_how_it_goes_on():
+    assert resumes("auto", True) == "the same command resumes it from there"
+    assert resumes("never", True) == "the same command without --resume never resumes it from there"
+    assert resumes("auto", False) == "the same command resumes it from its last checkpoint, if there is one"
 
 
 def interrupt_at_step(monkeypatch, at):

@@ -22,7 +22,7 @@ from ..run.launch import connect, forget_single_process
 from ..run.meters import Clock, RunningMeans
 from ..run.outputs import better, describe_machine, write_result
 from ..run.result import Result
-from ..run.stopping import RESUMES, SaveSchedule, StopSignals
+from ..run.stopping import SaveSchedule, StopSignals, resumes
 from ..run.tracking import Tracker
 from .data import DetectionData, Example, examples, open_data
 from .evaluation import detect
@@ -90,11 +90,12 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
         detections = detect(detector, data.test, recipe, device, display.advance)
         return detections, score(detections, truths, len(data.class_names))
 
-    def save():
+    def save() -> bool:
         clock.update(progress)
         means.total(f"epoch {progress.epoch + 1}, step {progress.step}")
-        checkpoint.save(run_dir, progress, state, recipe.checkpoint.keep, before_commit=tracker.sync)
+        saved = checkpoint.save(run_dir, progress, state, recipe.checkpoint.keep, before_commit=tracker.sync)
         schedule.saved_at = time.monotonic()
+        return saved
 
     schedule = SaveSchedule(recipe.checkpoint, recipe.tracking.log_every)
     clock = Clock()
@@ -147,9 +148,12 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
                 if progress.step < steps:
                     due = schedule.after(step + 1, stop.received)
                     if due.save or due.signal:
-                        save()
+                        saved = save()
                     if due.signal:
-                        display.say(f"{run_dir}: stopped in epoch {epoch + 1} after step {progress.step}; {RESUMES}")
+                        display.say(
+                            f"{run_dir}: stopped in epoch {epoch + 1} after step {progress.step}; "
+                            f"{resumes(recipe.resume, saved)}"
+                        )
                         stop.obey(due.signal)
             means.read(progress, f"epoch {epoch + 1}")
             clock.update(progress)
@@ -175,9 +179,9 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
             progress.start_epoch(epoch + 1)
             due = schedule.after((epoch + 1) * steps, stop.received, epoch_end=True)
             if is_last or due.save or due.signal or progress.epoch % recipe.checkpoint.every_epochs == 0:
-                save()
+                saved = save()
             if due.signal and not is_last:
-                display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {RESUMES}")
+                display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {resumes(recipe.resume, saved)}")
                 stop.obey(due.signal)
 
         # The result: the last epoch's detections; result.json, written last, says that the run is finished.

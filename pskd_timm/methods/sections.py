@@ -148,7 +148,7 @@ class CSKD(MethodSection):
     temperature: Positive = 4.0
     """T of both softmaxes. Default: CS-KD's authors."""
     partner_mode: Literal["train", "eval"] = "train"
-    """Mode of the partners' forward: `train` moves running statistics twice a step, as CS-KD's code does; `eval` once."""
+    """Mode of the partners' forward: `train` moves running statistics twice a step, as CS-KD's code does; `eval` uses them."""
 
     def effective_loss(self, num_classes, num_epochs, epoch):
         return EffectiveLoss(1.0, self.weight * self.temperature**2, "a partner's prediction", self.temperature)

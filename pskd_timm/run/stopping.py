@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from .. import ranks
 from ..recipe import Checkpoint
 
-RESUMES = "the same command resumes it from there"
+
+def resumes(resume: str, saved: bool) -> str:
+    """How a stopped run of that `resume` setting goes on, whose last state was `saved` or could not be."""
+    command = "the same command without --resume never" if resume == "never" else "the same command"
+    return f"{command} resumes it from {'there' if saved else 'its last checkpoint, if there is one'}"
 
 
 @dataclass
