@@ -184,15 +184,11 @@ class Optim(Section):
     """Largest norm of the gradient; longer gradients are scaled down to it."""
 
     @model_validator(mode="after")
-    def _decides_something(self):
+    def _warms_up_once(self):
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError("warmup_epochs and warmup_steps say the same: give one of them")
         if self.schedule == "inverse_sqrt" and not self.warmup_steps:
             raise ValueError("schedule inverse_sqrt needs warmup_steps, from which the learning rate falls")
-        if self.min_lr and self.schedule != "cosine":
-            raise ValueError(f"min_lr is where the cosine ends, the schedule is {self.schedule}: set it to 0")
-        if self.betas and self.name == "sgd":
-            raise ValueError("betas are Adam's and its kin's, the optimizer is sgd: set them to null")
         return self
 
 

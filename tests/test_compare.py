@@ -188,8 +188,6 @@ _DIGITS = ["--data.source", "digits", "--model.name", "cifar_preact_resnet_tiny"
         (["train", "digits", "--method", "kd"], "'pskd'"),
         (["train", "digits", "--model.compile", "graph"], "'graphs'"),
         (["train", "digits", "--model.compile", "graphs"], "model.compile graphs needs a GPU"),
-        (["train", "digits", "--optim.min_lr", "0.01"], "min_lr is where the cosine ends, the schedule is step"),
-        (["train", "digits", "--optim.betas", "[0.9, 0.98]"], "betas are Adam's and its kin's, the optimizer is sgd"),
         (["train", "digits", "more"], "unexpected argument 'more'"),
         (["train", "digits", "--model.kwargs.width"], "needs a value"),
         (["train", "--model.kwargs.width", "16", "nothing.yaml"], "no recipe 'nothing.yaml'"),
