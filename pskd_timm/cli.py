@@ -17,7 +17,6 @@ from .recipe import Recipe, settings
 from .recipe_files import FORMER_NAMES, load_recipe, shipped_recipes, with_overrides
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
-GO_ON = {"train", "detect"}  # commands that go on from a checkpoint
 
 EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input; saved and stopped by a signal: 130 INT, 143 TERM, 138 USR1
 several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm train RECIPE (also without a GPU)"""
@@ -25,7 +24,9 @@ several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{message} ({self.prog} --help)")
+        # An option before it may have taken it for one of its values.
+        first = ", before the options" if "are required: " in message else ""
+        raise InputError(f"{message}{first} ({self.prog} --help)")
 
 
 def make_parser() -> Parser:
@@ -238,7 +239,7 @@ def overrides(arguments: argparse.Namespace, rest: list[str]) -> dict[str, str]:
         if not word.startswith("--"):
             raise InputError(f"unexpected argument {word!r}: settings are given as --section.name value")
         if not _is_inside_mapping(name):
-            raise InputError(f"unknown option --{name}{nearest(name, arguments.options)}")
+            raise InputError(f"unknown option --{name}{nearest(name, arguments.options, '--')}")
         if not equals:
             raise InputError(f"--{name} needs a value")
         found[name] = value
@@ -304,6 +305,10 @@ def run_to_end(recipe: Recipe | DetectionRecipe, run, quiet: bool) -> int:
     try:
         with Display(quiet) as display:
             result = run(display)
+    except KeyboardInterrupt as stopped:
+        if not stopped.args:  # else it has said what it saved
+            stopped.args = (f"interrupted; the same command {resumes(recipe)}",)
+        raise
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
         return FAILED
@@ -623,7 +628,7 @@ def check_file(option: str, name: str | None):
 def refuse(rest: list[str], arguments: argparse.Namespace):
     """Raise InputError for what a command without settings does not know."""
     if rest:
-        raise InputError(f"unknown option {rest[0]}{nearest(rest[0], arguments.options)}")
+        raise InputError(f"unknown option {rest[0]}{nearest(rest[0].removeprefix('--'), arguments.options, '--')}")
 
 
 def run_bench(arguments, rest):
@@ -669,9 +674,7 @@ def main(argv: list[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt as stopped:
         if is_main_process():
-            untold = GO_ON.intersection(words[:1]) and not stopped.args
-            goes_on = "; the same command goes on from its last checkpoint, if there is one" if untold else ""
-            print(f"pskd-timm: interrupted{goes_on}", file=sys.stderr)
+            print(f"pskd-timm: {str(stopped) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return DONE

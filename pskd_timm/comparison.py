@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -116,7 +116,7 @@ def compare(
         from .checks import check_recipe
 
         fingerprint = check_recipe(recipe, tuple(dict.fromkeys(job.recipe.method for job in waiting)), display)
-        _check_finished(all_jobs, fingerprint)
+        _check_finished([job.recipe.run_dir for job in all_jobs if job not in waiting], fingerprint)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,9 +135,9 @@ def compare(
         raise InputError(f"{root}: the report cannot be written: {reason(error)}") from None
 
 
-def _check_finished(jobs: list[Job], fingerprint: dict[str, str]):
+def _check_finished(run_dirs: list[Path], fingerprint: dict[str, str]):
     """Raise InputError where a finished run was of other data than there are now: no figure of it could stand beside others."""
-    for run_dir in (job.recipe.run_dir for job in jobs if is_finished(job.recipe)):
+    for run_dir in run_dirs:
         try:
             before = read_result(run_dir).get("data_fingerprint", {})
         except InputError:
@@ -192,8 +192,9 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                     continue
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
                 job.process = FORKED.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
-                _start(job.process)
-                running.append(job)
+                running.append(job)  # before it starts: a Ctrl-C that comes meanwhile must end it too
+                with _apart():
+                    job.process.start()
             if not left:
                 # While the last runs are at work, some of them on fewer cores than there are.
                 with suppress(ImportError):  # which is told when it is needed
@@ -225,25 +226,28 @@ def _start_server(task: str):
         forkserver.ensure_running()
 
 
-def _start(process: multiprocessing.Process):
-    with _apart():
-        process.start()
-
-
 @contextmanager
 def _apart():
     """What starts in here a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM.
 
-    Nor does it run the parent's script again, which need not say `if __name__ == "__main__"`.
+    Nor does it run the parent's script again, which need not say `if __name__ == "__main__"`. A Ctrl-C that comes meanwhile
+    is obeyed at the end.
     """
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    came = []
+    resource_tracker.ensure_running()  # which otherwise unblocks the signal when it is first needed
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # what starts inherits that
+    # Another thread may get it nevertheless.
+    previous = signal.signal(signal.SIGINT, lambda *_: came.append(True)) if _in_main_thread() else None
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = script
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         if previous is not None:
             signal.signal(signal.SIGINT, previous)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _in_main_thread() -> bool:
@@ -311,9 +315,9 @@ def _fail(job: Job, why: str, display: Display):
 def _stop(running: list[Job]):
     if _in_main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the saving short
+    running = [job for job in running if job.process.is_alive()]
     for job in running:
-        if job.process.is_alive():
-            os.kill(job.process.pid, signal.SIGTERM)
+        os.kill(job.process.pid, signal.SIGTERM)
     for job in running:
         job.process.join(GRACE)
         if job.process.is_alive():

@@ -20,8 +20,8 @@ class Diverged(RuntimeError):
         super().__init__(f"{what}: a lower optim.lr, optim.warmup_epochs or optim.clip_grad_norm may help")
 
 
-def nearest(word: str, known) -> str:
-    """`: did you mean …?` with the nearest of `known` names, or nothing."""
+def nearest(word: str, known, prefix: str = "") -> str:
+    """`: did you mean …?` with the nearest of `known` names, each after `prefix`, or nothing."""
     last_parts = {name.rsplit(".", 1)[-1]: name for name in known}
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     close += [
@@ -29,7 +29,7 @@ def nearest(word: str, known) -> str:
         for part in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(last_parts), n=1, cutoff=0.7)
     ]
     names = list(dict.fromkeys(close))
-    return f": did you mean {' or '.join(names)}?" if names else ""
+    return f": did you mean {' or '.join(prefix + name for name in names)}?" if names else ""
 
 
 def first_line(error: BaseException) -> str:

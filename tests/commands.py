@@ -81,6 +81,7 @@ def _run(name: str, words: list[str], cwd: str, environment: dict[str, str], out
         os.close(file)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     sys.argv = [name, *words]
     if name.endswith(".py"):
         sys.path.insert(0, str(Path(name).parent))

@@ -2,8 +2,10 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 from commands import LIMIT, Command, cli, here, wait_until, writers
 from pskd_timm import InputError, compare, report, train
 from pskd_timm.cli import main
-from pskd_timm.comparison import BUSY, _run, _start, gpu_of
+from pskd_timm.comparison import BUSY, _apart, _run, gpu_of
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS
 from pskd_timm.reports.runs import columns, floor_columns
@@ -80,9 +82,10 @@ def test_the_processes_of_a_comparison_do_not_run_its_script_again(tmp_path, mon
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     context = multiprocessing.get_context("forkserver")
-    for start, runs_it in ((_start, False), (lambda process: process.start(), True)):
+    for around, runs_it in ((_apart, False), (nullcontext, True)):
         process = context.Process(target=time.sleep, args=(0,))
-        start(process)
+        with around():
+            process.start()
         process.join(LIMIT)
         assert process.exitcode == 0 and ran.exists() == runs_it
 
@@ -180,8 +183,8 @@ _DIGITS = ["--data.source", "digits", "--model.name", "cifar_preact_resnet_tiny"
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["train", "digits", "--optim.lrr", "3"], "did you mean optim.lr?"),
-        (["train", "digits", "--model.nam=resnet18"], "did you mean model.name"),
+        (["train", "digits", "--optim.lrr", "3"], "did you mean --optim.lr?"),
+        (["train", "digits", "--model.nam=resnet18"], "did you mean --model.name or --optim.name?"),
         (["train", "digits", "--epochs", "many"], "epochs should be a valid integer"),
         (["train", "digits", "--epochs", "0"], "greater than or equal to 1"),
         (["train", "digits", "--model.name", "resnet19"], "timm has no model 'resnet19'"),
@@ -192,7 +195,7 @@ _DIGITS = ["--data.source", "digits", "--model.name", "cifar_preact_resnet_tiny"
         (["train", "digits", "--model.kwargs.width"], "needs a value"),
         (["train", "--model.kwargs.width", "16", "nothing.yaml"], "no recipe 'nothing.yaml'"),
         (["evaluate", "--checkpoint", "x.pth", "--model.kwargs.width", "16", *_DIGITS], "x.pth"),
-        (["bench", "metrics", "--processs", "1"], "unknown option --processs: did you mean processes?"),
+        (["bench", "metrics", "--processs", "1"], "unknown option --processs: did you mean --processes?"),
         (["models", "--tsk", "x"], "unknown option --tsk"),
         (["train", "nothing.yaml"], "no recipe 'nothing.yaml'"),
         (["train"], "RECIPE"),
@@ -203,16 +206,16 @@ _DIGITS = ["--data.source", "digits", "--model.name", "cifar_preact_resnet_tiny"
         (["compare", "digits", "--seeds", "-1"], "seed"),
         (["evaluate", "nowhere"], "nowhere: there is no such folder"),
         (["evaluate", "."], "no run here"),
-        (["train", "digits", "--accumulat", "2"], "did you mean accumulate?"),
+        (["train", "digits", "--accumulat", "2"], "did you mean --accumulate?"),
         (["train", "digits", "--model.name", "runs/mine"], "there is no folder runs/mine; a model on the hub is named"),
         (["train", "digits", "--model.name", "./mine"], "there is no folder mine"),
         (["train", "digits", "--model.name", "local-dir:mine"], "model.name: there is no folder mine"),
         (["train", "digits", "--model.name", "../"], "is a folder: local-dir:../"),
-        (["report"], "RUNS"),
+        (["report"], "are required: RUNS, before the options"),
         (["report", "nowhere"], "nowhere does not exist"),
         (["report", ".", "--outptu", "x"], "unknown option --outptu"),
-        (["compare", "digits", "--method", "pskd"], "did you mean methods"),
-        (["compare", "digits", "--seed", "3"], "did you mean seeds"),
+        (["compare", "digits", "--method", "pskd"], "did you mean --methods?"),
+        (["compare", "digits", "--seed", "3"], "did you mean --seeds or --data.seed?"),
         (["show", "digits", "--data.holdout_fraction", "1"], "less than 1"),
         (["train", "custom"], "name a data set"),
         (["train", "digits", "--output_dir", "/proc/no"], "cannot be written"),
@@ -312,6 +315,16 @@ def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for
     assert other.wait().returncode == 0
     assert "resuming after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
     assert lines.read_text().count("\n") == 40
+
+
+def test_a_ctrl_c_while_a_run_starts_is_obeyed_afterwards_and_does_not_reach_what_started():
+    started = []
+    with pytest.raises(KeyboardInterrupt), _apart():
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]))
+        started[0].send_signal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        started.append("went on")
+    assert started[1:] == ["went on"] and started[0].wait() == 0
 
 
 def test_runs_take_turns_on_the_gpus_that_are_given_to_them():

@@ -285,7 +285,7 @@ def test_every_shipped_recipe_is_one(name):
 @pytest.mark.parametrize(
     "words, line",
     [
-        (["--optim.rl", "1"], "unknown option --optim.rl: did you mean optim.lr"),
+        (["--optim.rl", "1"], "unknown option --optim.rl: did you mean --optim.lr?"),
         (["--recipe", "detection/vok"], "no detection recipe 'detection/vok': did you mean detection/voc"),
         (["--batch_size", "0"], "batch_size should be greater than or equal to 1, got '0'"),
         (["--data.path", "x", "--model.short_side", "[2000]"], "short_side 2000 must not exceed max_side 1333"),

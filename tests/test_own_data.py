@@ -261,7 +261,7 @@ def test_unreadable_images_are_named_and_the_others_predicted(run, folder, tmp_p
         (["predict", "nowhere", "some"], "nowhere: there is no such folder"),
         (["predict", str(run), "some/folder.jpg"], "no images in this folder"),
         (["predict", str(run), "some", "--top", "0"], "--top must be at least 1"),
-        (["predict", str(run), "some", "--topp", "3"], "did you mean top"),
+        (["predict", str(run), "some", "--topp", "3"], "did you mean --top?"),
     ):
         assert main(bad) == 2
         assert says in capsys.readouterr().err

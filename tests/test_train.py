@@ -544,14 +544,39 @@ def test_a_signal_ends_the_program_with_a_checkpoint_a_line_and_its_code(tmp_pat
     assert newest(run_dir)
 
 
-def test_an_interruption_after_the_last_epoch_says_that_the_run_goes_on_from_its_checkpoint(monkeypatch, capsys):
-    def scoring(*_):
+def test_an_interruption_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pskd_timm.cli.run_train", scoring)
-    assert main(["train", "digits"]) == 130
-    said = "pskd-timm: interrupted; the same command goes on from its last checkpoint, if there is one\n"
-    assert capsys.readouterr().err == said
+    monkeypatch.setattr("pskd_timm.training.train", interrupted)
+    command = ["train", "digits", "--output_dir", str(tmp_path)]
+    assert main(command) == 130
+    assert capsys.readouterr().err == (
+        "pskd-timm: interrupted; the same command starts from scratch: there is no checkpoint yet\n"
+    )
+    (tmp_path / "pskd" / "seed0" / "checkpoints" / "0003-0000").mkdir(parents=True)
+    assert main(command) == main([*command, "--resume", "never"]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "pskd-timm: interrupted; the same command resumes from 0003-0000",
+        "pskd-timm: interrupted; the same command without --resume never resumes from 0003-0000",
+    ]
+
+
+def test_an_interrupted_deletion_leaves_no_half_checkpoint(tiny, monkeypatch):
+    expected = train(tiny()).last
+    run_dir = tiny().run_dir
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def remove_some(path, **_):
+            if path.name == "deleted" and path.is_dir():
+                next(path.rglob("state.json")).unlink()
+                raise KeyboardInterrupt
+
+        patch.setattr("shutil.rmtree", remove_some)
+        train(tiny(resume="never"))
+    assert list(run_dir.glob("deleted/*")) and not checkpoints(run_dir)
+    assert train(tiny()).last == expected
+    assert checkpoints(run_dir) and not (run_dir / "deleted").exists()
 
 
 def test_predictions_name_the_rows_and_files_of_the_source(tiny, tmp_path):

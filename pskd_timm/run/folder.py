@@ -19,6 +19,7 @@ from .result import RunResult
 
 LOCK = ".lock"  # file that is locked while a process is at work on the run
 LOG = "run.log"  # what a run prints that `compare` started
+DELETED = "deleted"  # folder of checkpoints that are being deleted
 # In place of what result.json did not say in earlier versions.
 EARLIER = {
     "task": "images",
@@ -129,6 +130,7 @@ def prepare(recipe: Recipe, lock: FileLock):
         lock.acquire(timeout=1)  # compare takes it for an instant when it looks whether a run is free
         if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
             delete(run_dir)
+        shutil.rmtree(run_dir / DELETED, ignore_errors=True)  # of a deletion that was interrupted
         write_atomic(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
     except Timeout:
         raise InputError(
@@ -139,8 +141,14 @@ def prepare(recipe: Recipe, lock: FileLock):
 
 
 def delete(run_dir: Path):
-    """Delete a run but for its lock and log; result.json goes first and recipe.yaml last, so no part of it looks whole."""
+    """Delete a run but for its lock and log; result.json goes first and recipe.yaml last, so no part of it looks whole.
+
+    The checkpoints go all at once: half of one would have to be called damaged.
+    """
     (run_dir / "result.json").unlink(missing_ok=True)
+    shutil.rmtree(run_dir / DELETED, ignore_errors=True)
+    if (run_dir / "checkpoints").is_dir():
+        (run_dir / "checkpoints").rename(run_dir / DELETED)
     for path in run_dir.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -70,5 +70,5 @@ class StopSignals:
     def obey(self, number: int):
         """End as the signal asks."""
         if number == signal.SIGINT:
-            raise KeyboardInterrupt("saved")  # and said so
+            raise KeyboardInterrupt("interrupted")  # what was saved is said already
         raise SystemExit(128 + number)
