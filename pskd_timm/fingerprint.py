@@ -26,5 +26,8 @@ def changed(before: dict[str, str], now: dict[str, str]) -> str | None:
 
     Digests that one of them lacks, as an earlier version may, are not compared.
     """
-    different = [name for kind, name in KINDS.items() if kind in before and kind in now and before[kind] != now[kind]]
-    return f"the data have changed since the run began: other {', '.join(different)}" if different else None
+    different = [kind for kind in KINDS if kind in before and kind in now and before[kind] != now[kind]]
+    if "samples" in different:  # then labels and contents are other ones in any case
+        different = different[: different.index("samples") + 1]
+    names = ", ".join(KINDS[kind] for kind in different)
+    return f"the data have changed since the run began: other {names}" if names else None

@@ -180,8 +180,11 @@ def test_the_differences_with_their_intervals_stand_in_a_file_too(runs, compared
     assert nll.low < nll.difference < nll.high and 0 < nll.p <= 1
     for path in copied.rglob("predictions.parquet"):
         path.unlink()
-    report(copied)
+    notes = report(copied).notes
     assert not (copied / "significance.csv").exists()
+    assert notes == [
+        "No difference is tested of Baseline and PS-KD: there is no predictions.parquet beside the results."
+    ]
 
 
 def test_frames_hold_the_runs_the_means_and_the_epochs(runs, compared):
@@ -338,6 +341,17 @@ def test_in_a_terminal_no_figure_is_cut_where_settings_make_the_names_long(copie
     for method in found.frame.index:
         for metric in ("top1_error", "nll", "ece", "aurc"):
             assert f"{found.frame[metric][method]:.2f}" in text
+
+
+def test_in_a_narrow_terminal_the_table_has_its_right_border_and_no_word_is_broken(compared):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(compared.rows, compared.metrics, compared.heading, 80))
+    lines = console.export_text().splitlines()
+    table = [line for line in lines if line[0] in "┏┃┡│└"]
+    assert all(len(line.rstrip()) == len(table[0].rstrip()) <= 80 for line in table)
+    assert "calibrated" in "".join(table) and "seconds" not in "".join(table)
+    words = next(line for line in table if "│ Baseline  " in line).replace("│", " ").split()
+    assert words[:2] == ["Baseline", "2"] and all(re.fullmatch(r"\d+\.\d\d", word) for word in words[2:])
 
 
 def test_a_report_of_runs_none_of_which_finished_says_so(copied):

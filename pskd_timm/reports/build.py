@@ -17,8 +17,10 @@ from .by_setting import BySetting, by_setting
 from .detection_runs import BACKBONE, DetectorRun, are_detectors, find_detectors
 from .further import add_further, further_metrics
 from .out_of_distribution import OUTSIDE, outside, outside_markdown
+from .plots import title
 from .runs import Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
 from .scaling import Scaling, scale, scaled_baselines, with_scaled, with_scaled_runs
+from .significance import in_a_row
 from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, summary
 from .trials import Search, find_searches
 from .versus import Versus, as_frame, compare, still_better
@@ -119,7 +121,7 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     tables = predictions(with_scaled_runs(finished, scaled))
     of_guessing = majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
     of_teachers = [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
-    notes = [*gains, *further_gains, *of_guessing, *of_teachers, *absent]
+    notes = [*gains, *further_gains, *of_guessing, *of_teachers, *absent, *not_tested(finished)]
     logged = history(finished) if finished else pd.DataFrame()
     of_setting = by_setting(finished, metrics)
     comparison = Comparison(
@@ -140,6 +142,14 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     }
     html = page.render(found, comparison, tables, tests, searches)
     return _written(comparison, folder, text, "\n".join(latex), tests, pictures, html)
+
+
+def not_tested(finished: dict[str, list[Run]]) -> list[str]:
+    """A note of the methods that cannot be held against another because their predictions are gone."""
+    without = [title(method) for method, runs in finished.items() if all(run.outcomes is None for run in runs)]
+    if not without or len(finished) == 1:
+        return []
+    return [f"No difference is tested of {in_a_row(without)}: there is no predictions.parquet beside the results."]
 
 
 def write_detectors(found: list[DetectorRun], folder: Path) -> Comparison:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from textwrap import wrap
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,7 +15,7 @@ from .runs import floor_columns
 MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
 FURTHER = "Further figures, last epoch"
 IF_CALIBRATED = "if calibrated"
-FLOOR_WIDTH = 11  # of the terminal's column
+SHORTEST_LINE = 7  # letters to which a column of the terminal's table may be narrowed: `error %`
 LONGEST_UNBROKEN = 24  # letters of a method's name in the terminal; longer ones may wrap
 WIDE = 140  # columns of a terminal that has room for everything
 FLOOR_NOTE = (
@@ -160,32 +161,41 @@ def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str, kind: str = 
 def terminal_table(
     rows: pd.DataFrame, metrics: Sequence[Metric], heading: str, width: int = WIDE, kind: str = "method"
 ):
-    """A rich table; the best of each column in bold. In fewer columns than WIDE it has the metrics that are `in_brief`."""
+    """A rich table; the best of each column in bold. In fewer columns than WIDE only of the metrics that are `in_brief`."""
     from rich.markup import escape
     from rich.table import Table
 
     words = footnote(rows, metrics, kind)
     table = Table(title=escape(heading), title_justify="left", caption=words, caption_justify="left")
     heads, *body = _text(rows, metrics if width >= WIDE else [m for m in metrics if m.in_brief], "**", kind)
-    finished = [line for line in body if line[-1]]
-    for i, header in enumerate(heads):
-        # Where it is narrow, heads wrap first, then figures at their ±, and a method's name where settings make it long.
-        words = [word.strip("*") for line in finished for word in line[i].split()]
-        table.add_column(
-            header,
-            justify="left" if i == 0 else "right",
-            no_wrap=i == 0 and _has_short_names(body),
-            overflow="fold",
-            min_width=max(map(len, words), default=None) if i else None,
-            max_width=FLOOR_WIDTH if header.endswith(IF_CALIBRATED) else None,
-        )
-    for line in body:
+    stopped, finished = [line for line in body if not line[-1]], [line for line in body if line[-1]]
+    lines = [[head.replace(IF_CALIBRATED, IF_CALIBRATED.replace(" ", "\n")) for head in heads], *finished]
+    if width < WIDE:
+        lines = [line[:-1] for line in lines]  # without the seconds
+    names, *columns = zip(*lines, strict=True)
+    if min(_width(names), LONGEST_UNBROKEN) + 4 + sum(_width(column) + 3 for column in columns) > width:
+        lines = list(zip(names, *map(_stacked, columns), strict=True))
+    widths = [_width(column) for column in zip(*lines, strict=True)]
+    for i, head in enumerate(lines[0]):
+        # Only a name may be broken, where settings make it long: a figure never is.
+        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
+    for method, run, status in (line[:3] for line in stopped):
+        lines.append([method, run, "\n".join(wrap(status, widths[2]))] + [""] * (len(widths) - 3))
+    for line in lines[1:]:
         table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in line))
     return table
 
 
-def _has_short_names(body: list[list[str]]) -> bool:
-    return max((len(line[0]) for line in body), default=0) <= LONGEST_UNBROKEN
+def _stacked(column: Iterable[str]) -> list[str]:
+    """The texts with line ends between their words, so that no line is longer than the longest of them."""
+    texts = [text.replace("± ", "±") for text in column]
+    room = max(SHORTEST_LINE, *(len(word.strip("*")) for text in texts for word in text.split()))
+    return ["\n".join(wrap(text, room, break_long_words=False, break_on_hyphens=False)) for text in texts]
+
+
+def _width(column: Iterable[str]) -> int:
+    """That of the longest line."""
+    return max(len(line) for text in column for line in text.strip("*").splitlines())
 
 
 def further_table(rows: pd.DataFrame, metrics: Sequence[Metric]):
@@ -198,8 +208,9 @@ def further_table(rows: pd.DataFrame, metrics: Sequence[Metric]):
     words += "; below an ECE what it would be if calibrated." if has_floors(rows, metrics) else "."
     table = Table(title=FURTHER, title_justify="left", caption=words, caption_justify="left")
     shown = [i for i, head in enumerate(heads) if head not in ("runs", "seconds") and not head.endswith(IF_CALIBRATED)]
+    has_short_names = max((len(line[0]) for line in body), default=0) <= LONGEST_UNBROKEN
     for i in shown:
-        table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=i == 0 and _has_short_names(body))
+        table.add_column(heads[i], justify="left" if i == 0 else "right", no_wrap=i == 0 and has_short_names)
     for line in body:
         below = ["\n" + line[i + 1].partition(" (")[0] if heads[i + 1].endswith(IF_CALIBRATED) else "" for i in shown]
         means = [line[i].partition(" ±")[0] for i in shown]
