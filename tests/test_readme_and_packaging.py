@@ -12,8 +12,9 @@ import yaml
 from PIL import Image
 
 from commands import LIMIT
-from pskd_timm.cli import main, make_parser
+from pskd_timm.cli import main
 from pskd_timm.detection.recipes import shipped as shipped_for_detectors
+from pskd_timm.options import make_parser
 from pskd_timm.recipe_files import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,8 @@ import pytest
 
 import pskd_timm
 from pskd_timm import InputError, load_recipe
-from pskd_timm.cli import load, make_parser
+from pskd_timm.cli import load
+from pskd_timm.options import make_parser
 from pskd_timm.recipe import data_name, settings
 from pskd_timm.recipe_files import SHIPPED, shipped_recipes
 
@@ -269,6 +270,7 @@ LAYERS = [
         "bench",
         "adaptors",
     },
+    {"options"},
     {"cli"},
     {"__main__"},
 ]
