@@ -15,6 +15,7 @@ from .runs import floor_columns
 MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
 FURTHER = "Further figures, last epoch"
 IF_CALIBRATED = "if calibrated"
+SHORTEST_NAME = 15  # letters to which they may then be broken
 SHORTEST_LINE = 7  # letters to which a column of the terminal's table may be narrowed: `error %`
 LONGEST_UNBROKEN = 24  # letters of a method's name in the terminal; longer ones may wrap
 WIDE = 140  # columns of a terminal that has room for everything
@@ -161,29 +162,39 @@ def _text(rows: pd.DataFrame, metrics: Sequence[Metric], bold: str, kind: str = 
 def terminal_table(
     rows: pd.DataFrame, metrics: Sequence[Metric], heading: str, width: int = WIDE, kind: str = "method"
 ):
-    """A rich table; the best of each column in bold. In fewer columns than WIDE only of the metrics that are `in_brief`."""
+    """A rich table; the best of each column in bold; below it the runs that did not finish.
+
+    In fewer columns than WIDE it has only the metrics that are `in_brief`, and without room no ECE as if calibrated.
+    """
     from rich.markup import escape
     from rich.table import Table
 
-    words = footnote(rows, metrics, kind)
-    table = Table(title=escape(heading), title_justify="left", caption=words, caption_justify="left")
     heads, *body = _text(rows, metrics if width >= WIDE else [m for m in metrics if m.in_brief], "**", kind)
-    stopped, finished = [line for line in body if not line[-1]], [line for line in body if line[-1]]
-    lines = [[head.replace(IF_CALIBRATED, IF_CALIBRATED.replace(" ", "\n")) for head in heads], *finished]
+    lines = [[head.replace(IF_CALIBRATED, IF_CALIBRATED.replace(" ", "\n")) for head in heads]]
+    lines += [line for line in body if line[-1]]
     if width < WIDE:
         lines = [line[:-1] for line in lines]  # without the seconds
     names, *columns = zip(*lines, strict=True)
-    if min(_width(names), LONGEST_UNBROKEN) + 4 + sum(_width(column) + 3 for column in columns) > width:
-        lines = list(zip(names, *map(_stacked, columns), strict=True))
-    widths = [_width(column) for column in zip(*lines, strict=True)]
-    for i, head in enumerate(lines[0]):
-        # Only a name may be broken, where settings make it long: a figure never is.
-        table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
-    for method, run, status in (line[:3] for line in stopped):
-        lines.append([method, run, "\n".join(wrap(status, widths[2]))] + [""] * (len(widths) - 3))
-    for line in lines[1:]:
-        table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in line))
+    if _table_width(names, columns, LONGEST_UNBROKEN) > width:
+        columns = list(map(_stacked, columns))
+    if _table_width(names, columns, SHORTEST_NAME) > width:
+        columns = [column for column in columns if not column[0].endswith("calibrated")]
+    stopped = [f"{line[0]} {line[1]}: {line[2]}" for line in body if not line[-1]]
+    words = "\n".join([footnote(rows, metrics, kind), *stopped])
+    table = Table(title=escape(heading), title_justify="left", caption=escape(words), caption_justify="left")
+    # Only a name may be broken, where settings make it long: a figure never is.
+    table.add_column(names[0], overflow="fold", min_width=min(_width(names), SHORTEST_NAME))
+    for head, *_ in columns:
+        table.add_column(head, justify="right", no_wrap=True)
+    for texts in zip(names[1:], *(column[1:] for column in columns), strict=True):
+        table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in texts))
     return table
+
+
+def _table_width(names: Iterable[str], columns: Iterable[Iterable[str]], longest_name: int) -> int:
+    """That of a table with a blank and a border beside each column, whose names may be broken after `longest_name` letters."""
+    widths = [min(_width(names), longest_name), *map(_width, columns)]
+    return sum(widths) + 3 * len(widths) + 1
 
 
 def _stacked(column: Iterable[str]) -> list[str]:
