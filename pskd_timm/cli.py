@@ -105,7 +105,7 @@ def resumes(recipe: Recipe) -> str:
     newest = checkpoints(recipe.run_dir)[-1:]
     if not newest:
         return "starts from scratch: there is no checkpoint yet"
-    return f"{'without --resume never ' if recipe.resume == 'never' else ''}resumes from {newest[0].name}"
+    return f"{'(without --resume never) ' if recipe.resume == 'never' else ''}resumes from {newest[0].name}"
 
 
 def run_compare(arguments, rest):

@@ -210,8 +210,8 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                 _print_outcome(job, display)
     except (KeyboardInterrupt, SystemExit):
         never = any(job.recipe.resume == "never" for job in running)
-        command = f"the same command{' without --resume never' if never else ''}"
-        display.say(f"stopping: each run saves where it stands; {command} resumes them from there")
+        command = f"the same command{' (without --resume never)' if never else ''}"
+        display.say(f"stopping: each run that trains saves where it stands; {command} resumes it from there")
         _stop(running)
         raise
     finally:

@@ -170,7 +170,7 @@ def test_an_evaluation_that_fails_costs_nothing_of_the_epoch_before_it(tiny, tmp
 
 def test_a_stopped_run_says_how_it_goes_on():
     assert resumes("auto", True) == "the same command resumes it from there"
-    assert resumes("never", True) == "the same command without --resume never resumes it from there"
+    assert resumes("never", True) == "the same command (without --resume never) resumes it from there"
     assert resumes("auto", False) == "the same command resumes it from its last checkpoint, if there is one"
 
 
@@ -558,7 +558,7 @@ def test_an_interruption_says_what_the_same_command_will_do(tmp_path, monkeypatc
     assert main(command) == main([*command, "--resume", "never"]) == 130
     assert capsys.readouterr().err.splitlines() == [
         "pskd-timm: interrupted; the same command resumes from 0003-0000",
-        "pskd-timm: interrupted; the same command without --resume never resumes from 0003-0000",
+        "pskd-timm: interrupted; the same command (without --resume never) resumes from 0003-0000",
     ]
 
 

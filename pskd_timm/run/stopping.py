@@ -11,7 +11,7 @@ from ..recipe import Checkpoint
 
 def resumes(resume: str, saved: bool) -> str:
     """How a stopped run of that `resume` setting goes on, whose last state was `saved` or could not be."""
-    command = "the same command without --resume never" if resume == "never" else "the same command"
+    command = "the same command (without --resume never)" if resume == "never" else "the same command"
     return f"{command} resumes it from {'there' if saved else 'its last checkpoint, if there is one'}"
 
 
