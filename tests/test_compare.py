@@ -140,7 +140,7 @@ def test_a_signal_to_compare_stops_its_runs_and_one_to_a_run_is_told(tmp_path, t
     done = comparison.wait()
     assert done.returncode == code
     assert not alive(run)
-    assert ("ended by signal 9" if to_run else "each run saves where it stands") in done.stdout
+    assert ("ended by signal 9" if to_run else "each run that trains saves where it stands") in done.stdout
 
 
 def test_the_table_gives_mean_and_sample_deviation_and_marks_the_lowest():
