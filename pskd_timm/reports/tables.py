@@ -15,9 +15,9 @@ from .runs import floor_columns
 MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
 FURTHER = "Further figures, last epoch"
 IF_CALIBRATED = "if calibrated"
-SHORTEST_NAME = 15  # letters to which they may then be broken
-SHORTEST_LINE = 7  # letters to which a column of the terminal's table may be narrowed: `error %`
 LONGEST_UNBROKEN = 24  # letters of a method's name in the terminal; longer ones may wrap
+SHORTEST_NAME = 15  # letters below which a name is not narrowed
+SHORTEST_LINE = 7  # letters below which no other column is: `error %`
 WIDE = 140  # columns of a terminal that has room for everything
 FLOOR_NOTE = (
     "If calibrated: what a network whose confidences are exactly right would measure on so few samples, its mean and, "

@@ -128,9 +128,9 @@ def prepare(recipe: Recipe, lock: FileLock):
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=1)  # compare takes it for an instant when it looks whether a run is free
+        shutil.rmtree(run_dir / DELETED, ignore_errors=True)  # of a deletion that was interrupted
         if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
             delete(run_dir)
-        shutil.rmtree(run_dir / DELETED, ignore_errors=True)  # of a deletion that was interrupted
         write_atomic(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
     except Timeout:
         raise InputError(
@@ -146,7 +146,6 @@ def delete(run_dir: Path):
     The checkpoints go all at once: half of one would have to be called damaged.
     """
     (run_dir / "result.json").unlink(missing_ok=True)
-    shutil.rmtree(run_dir / DELETED, ignore_errors=True)
     if (run_dir / "checkpoints").is_dir():
         (run_dir / "checkpoints").rename(run_dir / DELETED)
     for path in run_dir.iterdir():
