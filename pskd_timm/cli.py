@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from .detection.recipes import load_detection_recipe
@@ -56,12 +57,13 @@ def run_to_end(recipe: Recipe | DetectionRecipe, run, quiet: bool) -> int:
     from .progress import Display
     from .ranks import tells_of_a_lost_rank
 
+    began = time.time()
     try:
         with Display(quiet) as display:
             result = run(display)
     except KeyboardInterrupt as stopped:
         if not stopped.args:  # else it has said what it saved
-            stopped.args = (f"interrupted; the same command {resumes(recipe)}",)
+            stopped.args = (f"interrupted; the same command {resumes(recipe, began)}",)
         raise
     except Diverged as error:
         print(f"pskd-timm: {recipe.run_dir}: {error}", file=sys.stderr)
@@ -74,14 +76,12 @@ def run_to_end(recipe: Recipe | DetectionRecipe, run, quiet: bool) -> int:
         if not tells_of_a_lost_rank(error):
             raise
         lost = f"rank {os.environ['RANK']} lost another, which failed or did not answer for {recipe.timeout_minutes:g} minutes"
-        print(
-            f"pskd-timm: {recipe.run_dir}: {lost}; unless a line of that rank says why, the same command {resumes(recipe)}",
-            file=sys.stderr,
-        )
+        then = f"unless a line of that rank says why, the same command {resumes(recipe, began)}"
+        print(f"pskd-timm: {recipe.run_dir}: {lost}; {then}", file=sys.stderr)
         return FAILED
     except (OSError, SafetensorError) as error:
         print(
-            f"pskd-timm: {recipe.run_dir}: {reason(error)}; once that is mended, the same command {resumes(recipe)}",
+            f"pskd-timm: {recipe.run_dir}: {reason(error)}; once that is mended, the same command {resumes(recipe, began)}",
             file=sys.stderr,
         )
         return FAILED
@@ -98,14 +98,14 @@ def run_to_end(recipe: Recipe | DetectionRecipe, run, quiet: bool) -> int:
     return DONE
 
 
-def resumes(recipe: Recipe) -> str:
-    """What the same command will do after a failure."""
-    from .run.folder import checkpoints
+def resumes(recipe: Recipe, since: float) -> str:
+    """What the same command will do after a failure of what was started at `since`."""
+    from .run.folder import own_checkpoint
 
-    newest = checkpoints(recipe.run_dir)[-1:]
-    if not newest:
+    newest = own_checkpoint(recipe, since)
+    if newest is None:
         return "starts from scratch: there is no checkpoint yet"
-    return f"{'(without --resume never) ' if recipe.resume == 'never' else ''}resumes from {newest[0].name}"
+    return f"{'(without --resume never) ' if recipe.resume == 'never' else ''}resumes from {newest.name}"
 
 
 def run_compare(arguments, rest):
@@ -120,8 +120,7 @@ def run_compare(arguments, rest):
 
 
 def run_report(arguments, rest):
-    if rest:
-        raise InputError(f"unknown option {rest[0]}: report takes run folders, --metrics NAMES and --output DIR")
+    refuse(rest, arguments)
     from .reports.build import report
 
     tell(report(arguments.runs, arguments.output, arguments.metrics))
@@ -381,6 +380,8 @@ def check_file(option: str, name: str | None):
 
 def refuse(rest: list[str], arguments: argparse.Namespace):
     """Raise InputError for what a command without settings does not know."""
+    if rest and not rest[0].startswith("-"):
+        raise InputError(f"unexpected argument {rest[0]!r}")
     if rest:
         raise InputError(f"unknown option {rest[0]}{nearest(rest[0].removeprefix('--'), arguments.options, '--')}")
 

@@ -26,7 +26,7 @@ from .metrics import format_metrics
 from .progress import Display, Row, duration
 from .recipe import Recipe
 from .recipe_files import as_recipe
-from .run.folder import is_finished, is_locked, read_metrics, read_result, run_lock
+from .run.folder import is_finished, is_locked, own_checkpoint, read_metrics, read_result, run_lock
 from .run.result import last_line
 from .tasks import TASKS, check_read, task_class
 from .teacher import BASELINE, teacher_place
@@ -107,6 +107,7 @@ def compare(
     all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
     root = Path(recipe.output_dir or f"runs/{recipe.name}")
     waiting = [job for job in all_jobs if not is_finished(job.recipe)]
+    display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} already finished")
     if waiting:
         check_read(recipe)
         for method in methods:
@@ -121,7 +122,6 @@ def compare(
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output_dir: {root} cannot be written: {reason(error)}") from None
-    display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} already finished")
     try:
         _run_all(waiting, len(all_jobs), jobs or default_jobs(recipe), display)
     finally:
@@ -144,7 +144,7 @@ def _check_finished(run_dirs: list[Path], fingerprint: dict[str, str]):
             continue  # damaged, which the report says
         if change := changed(before, fingerprint):
             raise InputError(
-                f"{run_dir}, which is finished: {change}: put them back as they were, or train all on these with "
+                f"{run_dir} is finished: {change}; put them back as they were, or train all on these with "
                 "--resume never or another --output_dir"
             )
 
@@ -173,7 +173,7 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
     """Run all jobs, `jobs` at a time; one that fails says why in the last line of its log."""
     running: list[Job] = []
     failed: set[Path] = set()
-    left = list(waiting)
+    left, began = list(waiting), time.time()
     # A scheduler's SIGTERM must not leave runs behind that nobody watches.
     previous = signal.signal(signal.SIGTERM, _end) if _in_main_thread() else None
     try:
@@ -209,14 +209,22 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                     failed.add(job.recipe.run_dir)
                 _print_outcome(job, display)
     except (KeyboardInterrupt, SystemExit):
-        never = any(job.recipe.resume == "never" for job in running)
-        command = f"the same command{' (without --resume never)' if never else ''}"
-        display.say(f"stopping: each run that trains saves where it stands; {command} resumes it from there")
+        display.say("stopping: each run that trains saves where it stands")
         _stop(running)
+        display.say(_after_stop([job.recipe for job in running if own_checkpoint(job.recipe, began)]))
         raise
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _after_stop(saved: list[Recipe]) -> str:
+    """What the same command will do after a stop at which the runs of `saved` had a checkpoint."""
+    if not saved:
+        return "no run has a checkpoint yet; the same command starts them"
+    never = " (without --resume never)" if saved[0].resume == "never" else ""
+    names = ", ".join(f"{recipe.method} seed {recipe.seed}" for recipe in saved)
+    return f"the same command{never} resumes {names} from there"
 
 
 def _start_server(task: str):

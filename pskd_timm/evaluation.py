@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from .errors import InputError
 from .models.weights import load_weights
 from .recipe import Recipe
 from .run.folder import read_metrics, read_recipe, read_result
@@ -25,6 +26,8 @@ def evaluate(
     run_dir = Path(run_dir)
     recipe = read_recipe(run_dir, overrides)
     recorded = read_result(run_dir)
+    if not (run_dir / "model.safetensors").is_file():
+        raise InputError(f"{run_dir}: no weights here (model.safetensors): of this run only the figures were kept")
     task = open_task(recipe, progress)
     found = {}
     for which, folder in (("last", run_dir), ("best", run_dir / "best")):

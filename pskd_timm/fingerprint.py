@@ -22,7 +22,7 @@ def digest(chunks: Iterable[bytes]) -> str:
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> str | None:
-    """A line that names what differs between the fingerprints `before` and `now`; None where nothing does.
+    """What differs between the fingerprints `before` and `now`, in words; None where nothing does.
 
     Digests that one of them lacks, as an earlier version may, are not compared.
     """
@@ -30,4 +30,4 @@ def changed(before: dict[str, str], now: dict[str, str]) -> str | None:
     if "samples" in different:  # then labels and contents are other ones in any case
         different = different[: different.index("samples") + 1]
     names = ", ".join(KINDS[kind] for kind in different)
-    return f"the data have changed since the run began: other {names}" if names else None
+    return f"the data have changed since the run began, other {names}" if names else None

@@ -75,8 +75,12 @@ ROWS_AT_ONCE = 1024  # looked at together: they and what is made of them fit int
 
 
 def format_metrics(values: dict[str, float], metrics: Iterable[Metric], brief: bool = False) -> str:
-    """The `values` of `metrics` in a line: `top-1 error 23.12 %  NLL 1.012`; `brief` leaves out those not `in_brief`."""
+    """The `values` of `metrics` in a line: `top-1 error 23.12 %  NLL 1.012`; `brief` leaves out those not `in_brief`.
+
+    What is computed only at a run's end is left out of the values of an earlier epoch.
+    """
     shown = [metric for metric in metrics if metric.in_brief or not brief]
+    shown = [metric for metric in shown if not metric.only_at_end or metric.name in values]
     return "  ".join(f"{metric.title} {metric.format(values[metric.name])} {metric.unit}".rstrip() for metric in shown)
 
 

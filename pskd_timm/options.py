@@ -1,7 +1,9 @@
 """What the command line takes: its commands, their arguments, and an option for each setting of a recipe."""
 
 import argparse
+import re
 from collections.abc import Callable
+from itertools import chain
 
 from . import __version__
 from .detection.recipes import DEFAULT as DETECTION
@@ -16,16 +18,46 @@ several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm 
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        self.words = list(args or [])
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
-        # An option before it may have taken it for one of its values.
-        first = ", before the options" if "are required: " in message else ""
-        raise InputError(f"{message}{first} ({self.prog} --help)")
+        if not_a_number := re.fullmatch(r"argument (.+): invalid int value: (.+)", message):
+            message = "{} takes whole numbers, not {}".format(*not_a_number.groups())
+        missing = message.partition("arguments are required: ")[2]
+        if missing:
+            message = f"{missing} is missing"
+        # What stands after an option may have been taken for one of its values.
+        if (missing or not_a_number) and self.words[:1] and self.words[0].startswith("-"):
+            message += f": what is no option comes first, `{self.usage_without_options()}`"
+        raise InputError(f"{message} ({self.prog} --help)")
+
+    def usage_without_options(self) -> str:
+        """`pskd-timm train RECIPE …`"""
+        names = [action.metavar for action in self._actions if not action.option_strings]
+        return " ".join([self.prog, *names, "…"])
+
+
+class CommandParser(Parser):
+    """That of the words before a command's own."""
+
+    def error(self, message):
+        word = next(iter(self.words), "")
+        *options, commands = (action.option_strings or list(action.choices) for action in self._actions)
+        if not word:
+            what = f"COMMAND is missing, one of {', '.join(commands)}"
+        elif word.startswith("-"):
+            what = f"unknown option {word}{nearest(word, chain(*options))}"
+        else:
+            what = f"unknown command {word!r}{nearest(word, commands) or ': it is one of ' + ', '.join(commands)}"
+        raise InputError(f"{what} ({self.prog} --help)")
 
 
 def make_parser() -> Parser:
     """All commands; each setting of a recipe is an option of those that take a recipe."""
     style = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser(
+    parser = CommandParser(
         "pskd-timm",
         description="Classifiers whose confidences can be trusted, without a teacher network.",
         epilog=EPILOG,

@@ -50,7 +50,8 @@ class Display:
 
     def begin(self, name: str, epochs: int, steps: int, done: int, metrics: Sequence[Metric], counts: str):
         """Show the run `name` of so many epochs of so many steps, `done` of them done; `counts` is what is trained on."""
-        self.training = _Training(name, epochs, steps, [metric for metric in metrics if metric.in_brief], counts)
+        shown = [metric for metric in metrics if metric.in_brief and not metric.only_at_end]
+        self.training = _Training(name, epochs, steps, shown, counts)
         self.began[name] = (time.monotonic(), done)
 
     def step(self, epoch: int, step: int, num_seen: float, values: dict):

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from PIL import Image
 from commands import LIMIT, Command, cli, here, wait_until, writers
 from pskd_timm import InputError, compare, report, train
 from pskd_timm.cli import main
-from pskd_timm.comparison import BUSY, _apart, _run, gpu_of
+from pskd_timm.comparison import BUSY, _after_stop, _apart, _run, gpu_of
+from pskd_timm.evaluation import evaluate
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS
 from pskd_timm.reports.runs import columns, floor_columns
@@ -199,10 +201,18 @@ _DIGITS = ["--data.source", "digits", "--model.name", "cifar_preact_resnet_tiny"
         (["models", "--tsk", "x"], "unknown option --tsk"),
         (["train", "nothing.yaml"], "no recipe 'nothing.yaml'"),
         (["train"], "RECIPE"),
-        (["fly"], "invalid choice"),
-        ([], "COMMAND"),
+        (["fly"], "unknown command 'fly': it is one of train, detect,"),
+        (["trian", "digits"], "unknown command 'trian': did you mean train?"),
+        (["--verison"], "unknown option --verison: did you mean --version?"),
+        (["-h5"], "unknown option -h5"),
+        ([], "COMMAND is missing, one of train,"),
         (["compare", "digits", "--jobs", "0"], "--jobs must be at least 1"),
-        (["compare", "digits", "--seeds", "x"], "--seeds"),
+        (["compare", "digits", "--seeds", "x"], "--seeds takes whole numbers, not 'x' (pskd-timm compare --help)"),
+        (
+            ["compare", "--seeds", "0", "digits"],
+            "not 'digits': what is no option comes first, `pskd-timm compare RECIPE …`",
+        ),
+        (["compare", "--methods", "pskd", "digits"], "RECIPE is missing: what is no option comes first"),
         (["compare", "digits", "--seeds", "-1"], "seed"),
         (["evaluate", "nowhere"], "nowhere: there is no such folder"),
         (["evaluate", "."], "no run here"),
@@ -211,9 +221,10 @@ _DIGITS = ["--data.source", "digits", "--model.name", "cifar_preact_resnet_tiny"
         (["train", "digits", "--model.name", "./mine"], "there is no folder mine"),
         (["train", "digits", "--model.name", "local-dir:mine"], "model.name: there is no folder mine"),
         (["train", "digits", "--model.name", "../"], "is a folder: local-dir:../"),
-        (["report"], "are required: RUNS, before the options"),
+        (["report"], "RUNS is missing (pskd-timm report --help)"),
         (["report", "nowhere"], "nowhere does not exist"),
-        (["report", ".", "--outptu", "x"], "unknown option --outptu"),
+        (["report", ".", "--outptu", "x"], "unknown option --outptu: did you mean --output?"),
+        (["models", "x"], "unexpected argument 'x'"),
         (["compare", "digits", "--method", "pskd"], "did you mean --methods?"),
         (["compare", "digits", "--seed", "3"], "did you mean --seeds or --data.seed?"),
         (["show", "digits", "--data.holdout_fraction", "1"], "less than 1"),
@@ -241,6 +252,15 @@ def test_show_prints_values_with_their_sources_and_the_cost_before_any_training(
     assert "prediction store per rank: 1 rank 10.1 MB, 2 ranks 10.4 MB, 8 ranks 2.6 MB" in text
     assert "data in memory: 184.3 MB" in text  # 60 000 × 3 × 32 × 32
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_of_a_run_whose_figures_alone_were_kept_says_so(compared, tmp_path):
+    run_dir = tmp_path / "seed0"
+    run_dir.mkdir()
+    for name in ("recipe.yaml", "result.json"):
+        shutil.copy(compared[0] / "pskd" / "seed0" / name, run_dir)
+    with pytest.raises(InputError, match="no weights here .* only the figures were kept"):
+        evaluate(run_dir)
 
 
 def test_evaluate_finds_the_recorded_figures_again_from_another_folder(compared, capsys, tmp_path, monkeypatch):
@@ -290,7 +310,7 @@ def test_an_image_folder_is_compared_through_the_custom_recipe_with_any_timm_mod
     methods = ["--methods", "baseline", "pskd", "label_smoothing"]
     done = here("compare", "custom", *options, *methods, "--tracking.wandb", "disabled")
     assert done.returncode == 2 and not (tmp_path / "runs" / "custom" / "label_smoothing").exists()
-    assert "baseline/seed0, which is finished: the data have changed since the run began: other samples" in done.stderr
+    assert "baseline/seed0 is finished: the data have changed since the run began, other samples" in done.stderr
 
 
 def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for_them(tmp_path):
@@ -308,13 +328,22 @@ def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for
     first = lines.parent.joinpath("run.log").read_text().splitlines()[0]
     assert "epoch 1/40" in first  # the other one has left the log alone
     os.kill(one.pid, signal.SIGINT)
-    wait_until(lambda: "the same command resumes" in one.stdout())
+    wait_until(lambda: "stopping: each run that trains saves" in one.stdout())
     os.kill(run, signal.SIGCONT)
     interrupted = one.wait()
     assert interrupted.returncode == 130 and "Traceback" not in interrupted.stdout
+    assert "the same command resumes baseline seed 0 from there" in interrupted.stdout
     assert other.wait().returncode == 0
     assert "resuming after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
     assert lines.read_text().count("\n") == 40
+
+
+def test_a_stopped_comparison_names_the_runs_that_the_same_command_resumes(tiny):
+    recipe = tiny(method="pskd")
+    assert _after_stop([]) == "no run has a checkpoint yet; the same command starts them"
+    assert _after_stop([recipe]) == "the same command resumes pskd seed 0 from there"
+    never = recipe.model_copy(update={"resume": "never"})
+    assert _after_stop([never]) == "the same command (without --resume never) resumes pskd seed 0 from there"
 
 
 def test_a_ctrl_c_while_a_run_starts_is_obeyed_afterwards_and_does_not_reach_what_started():

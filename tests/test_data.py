@@ -516,12 +516,12 @@ def test_the_fingerprint_names_what_has_changed_of_the_data_and_nothing_where_th
             change(root)
             now = load_data(section(path=str(root), **settings)).fingerprint
             line = changed(before, now)
-            assert line is None if says is None else f"since the run began: other {says}" in line
+            assert line is None if says is None else f"since the run began, other {says}" in line
     table = {"image": [picture(), picture(value=3)] * 2, "label": [0, 1, 0, 1]}
     features = {"image": Image(), "label": ClassLabel(names=["a", "b"])}
     one = load_data(section(path=saved(tmp_path / "one", table, features))).fingerprint
     two = load_data(section(path=saved(tmp_path / "two", table | {"label": [0, 1, 1, 0]}, features))).fingerprint
-    assert changed(one, two) == "the data have changed since the run began: other labels"
+    assert changed(one, two) == "the data have changed since the run began, other labels"
     assert changed({}, one) is None  # a checkpoint of an earlier version
 
 

@@ -48,7 +48,7 @@ from pskd_timm.reports.plots import (
 )
 from pskd_timm.reports.runs import by_method, find_runs, history, predictions, rows
 from pskd_timm.reports.scaling import scale, scaled_baselines
-from pskd_timm.reports.tables import latex_table, markdown_table, summary, terminal_table
+from pskd_timm.reports.tables import _broken, latex_table, markdown_table, summary, terminal_table
 from pskd_timm.reports.versus import against_baseline, predicted
 from pskd_timm.run.folder import read_result
 
@@ -182,9 +182,7 @@ def test_the_differences_with_their_intervals_stand_in_a_file_too(runs, compared
         path.unlink()
     notes = report(copied).notes
     assert not (copied / "significance.csv").exists()
-    assert notes == [
-        "No difference is tested of Baseline and PS-KD: there is no predictions.parquet beside the results."
-    ]
+    assert notes == ["No difference is tested: there is no predictions.parquet beside the results."]
 
 
 def test_frames_hold_the_runs_the_means_and_the_epochs(runs, compared):
@@ -352,6 +350,24 @@ def test_in_a_narrow_terminal_the_table_has_its_right_border_and_no_word_is_brok
     assert "calibrated" in "".join(table) and "seconds" not in "".join(table)
     words = next(line for line in table if "│ Baseline  " in line).replace("│", " ").split()
     assert words[:2] == ["Baseline", "2"] and all(re.fullmatch(r"\d+\.\d\d", word) for word in words[2:])
+    assert "In comparison.md, and in a terminal of 140 columns: top-5 error, E-AURC." in " ".join(
+        " ".join(lines).split()
+    )
+
+
+def test_a_setting_in_a_narrow_name_is_broken_after_its_marks_alone():
+    name = "PS-KD pskd.alpha=0.8 pskd.teacher=store"
+    assert _broken(name, 60) == name
+    assert _broken(name, 14).splitlines() == ["PS-KD", "pskd.alpha=0.8", "pskd.teacher=", "store"]
+    assert _broken("Label smoothing", 10).splitlines() == ["Label", "smoothing"]
+
+
+def test_a_seed_is_missing_where_other_methods_of_the_same_settings_have_it(copied):
+    shutil.rmtree(copied / "baseline" / "seed1")
+    assert list(report(copied).rows.status) == ["finished", "missing", "finished", "finished"]
+    recipe = copied / "baseline" / "seed0" / "recipe.yaml"
+    recipe.write_text(re.sub(r"\blr: .*", "lr: 0.01", recipe.read_text()))
+    assert list(report(copied).rows.status) == ["finished"] * 3
 
 
 def test_a_report_of_runs_none_of_which_finished_says_so(copied):

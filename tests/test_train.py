@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_a_stopped_run_is_not_resumed_on_data_that_have_changed(tiny, tmp_path):
     (tmp_path / "images" / "train" / "one").rename(tmp_path / "images" / "train" / "zero")
     (tmp_path / "images" / "test" / "one").rename(tmp_path / "images" / "test" / "zero")
     with pytest.raises(
-        InputError, match="the data have changed since the run began: other class names.*--resume never"
+        InputError, match="the data have changed since the run began, other class names.*--resume never"
     ):
         train(recipe)
     assert checkpoints(recipe.run_dir)
@@ -545,7 +546,12 @@ def test_a_signal_ends_the_program_with_a_checkpoint_a_line_and_its_code(tmp_pat
 
 
 def test_an_interruption_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys):
-    def interrupted(*_, **__):
+    deletes = False
+
+    def interrupted(recipe, **_):
+        if deletes:
+            (recipe.run_dir / "recipe.yaml").touch()
+            os.utime(recipe.run_dir / "recipe.yaml", (time.time(), time.time()))  # a file's own clock may lag
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pskd_timm.training.train", interrupted)
@@ -555,9 +561,13 @@ def test_an_interruption_says_what_the_same_command_will_do(tmp_path, monkeypatc
         "pskd-timm: interrupted; the same command starts from scratch: there is no checkpoint yet\n"
     )
     (tmp_path / "pskd" / "seed0" / "checkpoints" / "0003-0000").mkdir(parents=True)
-    assert main(command) == main([*command, "--resume", "never"]) == 130
+    never = [*command, "--resume", "never"]
+    assert main(command) == main(never) == 130  # before the former run was deleted
+    deletes = True
+    assert main(never) == 130
     assert capsys.readouterr().err.splitlines() == [
         "pskd-timm: interrupted; the same command resumes from 0003-0000",
+        "pskd-timm: interrupted; the same command starts from scratch: there is no checkpoint yet",
         "pskd-timm: interrupted; the same command (without --resume never) resumes from 0003-0000",
     ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..detection.outcomes import DETECTIONS
 from ..errors import InputError, reason
 from ..files import write_atomic
 from ..metrics import Metric, format_metrics
@@ -18,7 +19,7 @@ from .detection_runs import BACKBONE, DetectorRun, are_detectors, find_detectors
 from .further import add_further, further_metrics
 from .out_of_distribution import OUTSIDE, outside, outside_markdown
 from .plots import title
-from .runs import Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
+from .runs import PREDICTIONS, Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
 from .scaling import Scaling, scale, scaled_baselines, with_scaled, with_scaled_runs
 from .significance import in_a_row
 from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, summary
@@ -121,7 +122,7 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     tables = predictions(with_scaled_runs(finished, scaled))
     of_guessing = majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
     of_teachers = [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
-    notes = [*gains, *further_gains, *of_guessing, *of_teachers, *absent, *not_tested(finished)]
+    notes = [*gains, *further_gains, *of_guessing, *of_teachers, *absent, *not_tested(finished, PREDICTIONS)]
     logged = history(finished) if finished else pd.DataFrame()
     of_setting = by_setting(finished, metrics)
     comparison = Comparison(
@@ -144,12 +145,13 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     return _written(comparison, folder, text, "\n".join(latex), tests, pictures, html)
 
 
-def not_tested(finished: dict[str, list[Run]]) -> list[str]:
-    """A note of the methods that cannot be held against another because their predictions are gone."""
+def not_tested(finished: dict[str, list[Run]], file: str) -> list[str]:
+    """A note of the methods that cannot be held against another because the `file` of their predictions is gone."""
     without = [title(method) for method, runs in finished.items() if all(run.outcomes is None for run in runs)]
     if not without or len(finished) == 1:
         return []
-    return [f"No difference is tested of {in_a_row(without)}: there is no predictions.parquet beside the results."]
+    of = "" if len(without) == len(finished) else f" of {in_a_row(without)}"
+    return [f"No difference is tested{of}: there is no {file} beside the results."]
 
 
 def write_detectors(found: list[DetectorRun], folder: Path) -> Comparison:
@@ -157,8 +159,9 @@ def write_detectors(found: list[DetectorRun], folder: Path) -> Comparison:
     table, finished, name, metrics = rows(found), by_method(found), heading(found), common_metrics(found)
     folders = {method: [run.folder for run in runs] for method, runs in finished.items()}
     logged = history(finished).dropna(subset=[metrics[0].name]) if finished else pd.DataFrame()
-    comparison = Comparison(table, metrics, folders, [], name, [], logged, kind=BACKBONE)
-    text, latex = markdown(table, metrics, name, [], kind=BACKBONE), latex_table(table, metrics, name, BACKBONE)
+    notes = not_tested(finished, DETECTIONS)
+    comparison = Comparison(table, metrics, folders, [], name, notes, logged, kind=BACKBONE)
+    text, latex = markdown(table, metrics, name, notes, kind=BACKBONE), latex_table(table, metrics, name, BACKBONE)
     tests, pictures = detection_page.tests(finished, metrics), {PICTURE: detection_page.overview(finished, comparison)}
     html = detection_page.render(found, comparison, tests)
     return _written(comparison, folder, text, latex, tests, pictures, html)

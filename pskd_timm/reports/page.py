@@ -400,7 +400,7 @@ def drawings(finished: dict[str, list[Run]], comparison: "Comparison", each: dic
                 f"{m.header} over the epochs",
             )
             for m in comparison.metrics
-            if m.in_brief
+            if m.in_brief and not m.only_at_end
         ],
         "confidence": [
             svg(plots.reliability(each, legend=False), "reliability diagram"),

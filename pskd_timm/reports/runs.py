@@ -382,16 +382,19 @@ def common_metrics(runs: list[Run]) -> list[Metric]:
 
 
 def rows(runs: list[Run], further: Sequence[Metric] = ()) -> pd.DataFrame:
-    """A row a run with `columns`: how it ended, the metrics of its last and best epoch; also of seeds that are missing.
+    """A row a run with `columns`: how it ended, the metrics of its last and best epoch.
 
-    A metric of `further` that a run's figures lack is NaN.
+    A seed that other methods have, with the same settings, is a row too, as missing. A metric of `further` that a run's
+    figures lack is NaN.
     """
-    seeds = sorted({run.seed for run in runs})
+    seeds = {run.different_settings: set() for run in runs}
+    for run in runs:
+        seeds[run.different_settings].add(run.seed)
     by_place = {(run.method, run.seed): run for run in runs}
     metrics = [*common_metrics(runs), *further]
     lines = []
-    for method in dict.fromkeys(run.method for run in runs):
-        for seed in seeds:
+    for method, settings in {run.method: run.different_settings for run in runs}.items():
+        for seed in sorted(seeds[settings]):
             run = by_place.get((method, seed))
             line = {"method": method, "seed": seed, "status": run.status if run else "missing"}
             lines.append(line | (_figures(run, metrics) if run and run.values else {}))

@@ -1,6 +1,7 @@
 """The table of a comparison, as text for the terminal, Markdown and LaTeX. `rows` have the columns of `runs.columns`."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from textwrap import wrap
@@ -16,7 +17,7 @@ MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always amon
 FURTHER = "Further figures, last epoch"
 IF_CALIBRATED = "if calibrated"
 LONGEST_UNBROKEN = 24  # letters of a method's name in the terminal; longer ones may wrap
-SHORTEST_NAME = 15  # letters below which a name is not narrowed
+SHORTEST_NAME = 10  # letters below which a name is not narrowed
 SHORTEST_LINE = 7  # letters below which no other column is: `error %`
 WIDE = 140  # columns of a terminal that has room for everything
 FLOOR_NOTE = (
@@ -164,44 +165,71 @@ def terminal_table(
 ):
     """A rich table; the best of each column in bold; below it the runs that did not finish.
 
-    In fewer columns than WIDE it has only the metrics that are `in_brief`, and without room no ECE as if calibrated.
+    In fewer columns than WIDE it has only the metrics that are `in_brief`, and without room no ECE as if calibrated and no
+    number of runs.
     """
     from rich.markup import escape
     from rich.table import Table
 
-    heads, *body = _text(rows, metrics if width >= WIDE else [m for m in metrics if m.in_brief], "**", kind)
+    shown = shown_metrics(rows, [metric for metric in metrics if metric.in_brief or width >= WIDE])
+    heads, *body = _text(rows, shown, "**", kind)
     lines = [[head.replace(IF_CALIBRATED, IF_CALIBRATED.replace(" ", "\n")) for head in heads]]
     lines += [line for line in body if line[-1]]
     if width < WIDE:
         lines = [line[:-1] for line in lines]  # without the seconds
     names, *columns = zip(*lines, strict=True)
-    if _table_width(names, columns, LONGEST_UNBROKEN) > width:
+    longest = _width(names)
+    if _table_width(min(longest, LONGEST_UNBROKEN), columns) > width:
         columns = list(map(_stacked, columns))
-    if _table_width(names, columns, SHORTEST_NAME) > width:
-        columns = [column for column in columns if not column[0].endswith("calibrated")]
-    stopped = [f"{line[0]} {line[1]}: {line[2]}" for line in body if not line[-1]]
-    words = "\n".join([footnote(rows, metrics, kind), *stopped])
-    table = Table(title=escape(heading), title_justify="left", caption=escape(words), caption_justify="left")
+    for least_needed in ("calibrated", "runs"):
+        if _table_width(min(longest, SHORTEST_NAME), columns) > width:
+            columns = [column for column in columns if not column[0].endswith(least_needed)]
+    room = max(SHORTEST_NAME, width - _table_width(0, columns))
+    words = [footnote(rows, shown, kind)]
+    if left_out := [metric.title for metric in shown_metrics(rows, metrics) if metric not in shown]:
+        words.append(f"In comparison.md, and in a terminal of {WIDE} columns: {', '.join(left_out)}.")
+    words += [f"{line[0]} {line[1]}: {line[2]}" for line in body if not line[-1]]
+    caption = escape("\n".join(words))
+    table = Table(title=escape(heading), title_justify="left", caption=caption, caption_justify="left")
     # Only a name may be broken, where settings make it long: a figure never is.
-    table.add_column(names[0], overflow="fold", min_width=min(_width(names), SHORTEST_NAME))
+    table.add_column(names[0], min_width=min(longest, SHORTEST_NAME))
     for head, *_ in columns:
         table.add_column(head, justify="right", no_wrap=True)
     for texts in zip(names[1:], *(column[1:] for column in columns), strict=True):
-        table.add_row(*(f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in texts))
+        cells = (f"[bold]{text[2:-2]}[/bold]" if text.startswith("**") else escape(text) for text in texts[1:])
+        table.add_row(escape(_broken(texts[0], room)), *cells)
     return table
 
 
-def _table_width(names: Iterable[str], columns: Iterable[Iterable[str]], longest_name: int) -> int:
-    """That of a table with a blank and a border beside each column, whose names may be broken after `longest_name` letters."""
-    widths = [min(_width(names), longest_name), *map(_width, columns)]
+def _broken(name: str, room: int) -> str:
+    """The name in lines of at most `room` letters, a word longer than that broken after a mark, as `pskd.teacher=` is."""
+    lines = [""]
+    for word in name.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) <= room:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for part in re.findall(r"[^=._/-]+[=._/-]*|[=._/-]+", word):
+            if lines[-1] and len(lines[-1] + part) > room:
+                lines.append("")
+            lines[-1] += part
+    return "\n".join(lines[1:])
+
+
+def _table_width(name: int, columns: Iterable[Iterable[str]]) -> int:
+    """That of a table with a blank and a border beside each column, the first of which has room for `name` letters."""
+    widths = [name, *map(_width, columns)]
     return sum(widths) + 3 * len(widths) + 1
 
 
-def _stacked(column: Iterable[str]) -> list[str]:
-    """The texts with line ends between their words, so that no line is longer than the longest of them."""
-    texts = [text.replace("± ", "±") for text in column]
-    room = max(SHORTEST_LINE, *(len(word.strip("*")) for text in texts for word in text.split()))
-    return ["\n".join(wrap(text, room, break_long_words=False, break_on_hyphens=False)) for text in texts]
+def _stacked(column: Sequence[str]) -> list[str]:
+    """A head and figures of which each part has a line of its own, `±0.57` below `115.56`; the head in as few as fit."""
+    head, *figures = column
+    figures = [figure.replace("± ", "±").replace(" ", "\n") for figure in figures]
+    room = max(
+        SHORTEST_LINE, *map(len, head.split()), *(len(line.strip("*")) for figure in figures for line in figure.split())
+    )
+    return ["\n".join(wrap(head, room, break_long_words=False, break_on_hyphens=False)), *figures]
 
 
 def _width(column: Iterable[str]) -> int:

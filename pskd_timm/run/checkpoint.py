@@ -336,7 +336,7 @@ def load(path: Path, train_state: TrainState) -> Progress:
     before = {kind: digest for kind, digest in state.get("fingerprint", {}).items() if kind != "test_contents"}
     if change := changed(before, train_state.fingerprint):
         raise InputError(
-            f"{path}: {change}: put them back as they were, or train on these with --resume never or another --output_dir"
+            f"{path}: {change}; put them back as they were, or train on these with --resume never or another --output_dir"
         )
     try:
         train_state.network.load_state_dict(load_file(path / "model.safetensors"))

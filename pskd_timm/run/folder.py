@@ -92,6 +92,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("[0-9]*-[0-9]*"))
 
 
+def own_checkpoint(recipe: Recipe, since: float) -> Path | None:
+    """The newest checkpoint of a run that was started at `since` (seconds as of time.time()); None where it has none yet.
+
+    Those that `resume: never` has not deleted so far are another run's.
+    """
+    written = recipe.run_dir / "recipe.yaml"  # by `prepare`, after it has deleted
+    if recipe.resume == "never" and not (written.is_file() and written.stat().st_mtime >= since):
+        return None
+    return next(iter(checkpoints(recipe.run_dir)[-1:]), None)
+
+
 def run_lock(run_dir: Path) -> FileLock:
     """The lock of the process that is at work on a run, which may take it more than once."""
     return FileLock(run_dir / LOCK, is_singleton=True)

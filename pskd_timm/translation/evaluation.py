@@ -21,7 +21,7 @@ from .sentences import Sentences
 
 METRICS = (
     *metrics.METRICS.values(),  # over target tokens
-    Metric("bleu", "BLEU", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
+    Metric("bleu", "BLEU", digits=1, higher_is_better=True, only_at_end=True),
     Metric("bleu_lowercase", "BLEU lower-cased", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
     Metric("chrf", "chrF", digits=1, higher_is_better=True, in_brief=False, only_at_end=True),
 )
