@@ -213,7 +213,13 @@ def test_the_report_has_the_runs_of_translation(finished, corpus, tmp_path):
     found = report([finished.run_dir.parents[1]], tmp_path)
     assert found.rows.status.tolist() == ["finished"], found.rows
     assert found.rows.bleu.tolist() == [finished.last["bleu"]]
-    assert "BLEU" in (tmp_path / "comparison.md").read_text()
+    said, of_other = (tmp_path / "comparison.md").read_text(), finished.values["test2017"]["last"]
+    assert "BLEU" in said.partition("## test2017 part, last epoch")[0]
+    assert f" | **{of_other['nll']:.2f}** | " in said.partition("## test2017 part, last epoch")[2].partition("##")[0]
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        "Last epoch, on the test2017 part" in page and f"{of_other['bleu']:.1f}" in page.partition("test2017-last")[2]
+    )
 
 
 def test_show_says_what_the_store_takes_and_refuses_a_full_one_that_is_too_large(corpus, capsys, monkeypatch):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -19,10 +20,22 @@ from .detection_runs import BACKBONE, DetectorRun, are_detectors, find_detectors
 from .further import add_further, further_metrics
 from .out_of_distribution import OUTSIDE, outside, outside_markdown
 from .plots import title
-from .runs import PREDICTIONS, Run, by_method, common_metrics, find_runs, history, predictions, rows, scored_part
+from .runs import (
+    PREDICTIONS,
+    Run,
+    by_method,
+    common_metrics,
+    find_runs,
+    history,
+    other_parts,
+    part_name,
+    predictions,
+    rows,
+    scored_part,
+)
 from .scaling import Scaling, scale, scaled_baselines, with_scaled, with_scaled_runs
 from .significance import in_a_row
-from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, summary
+from .tables import FURTHER, best_epoch, footnote, latex_table, markdown_table, signed, summary
 from .trials import Search, find_searches
 from .versus import Versus, as_frame, compare, still_better
 
@@ -122,13 +135,16 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     tables = predictions(with_scaled_runs(finished, scaled))
     of_guessing = majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
     of_teachers = [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
-    notes = [*gains, *further_gains, *of_guessing, *of_teachers, *absent, *not_tested(finished, PREDICTIONS)]
+    notes = [*gains, *further_gains, *overconfidence_notes(tables), *of_guessing, *of_teachers, *absent]
+    notes += not_tested(finished, PREDICTIONS)
     logged = history(finished) if finished else pd.DataFrame()
     of_setting = by_setting(finished, metrics)
     comparison = Comparison(
         table, metrics, folders, [], name, notes, logged, further, scaling, scaled, gains, further_gains, of_setting
     )
     text = markdown(table, metrics, name, notes, further)
+    for part in other_parts(finished):
+        text += f"\n## {part_name(part)}, last epoch\n\n{markdown_table(rows(found, part=part), metrics)}"
     if of_setting:
         text += f"\n## Difference to the baseline by {of_setting.key}\n\n{of_setting.markdown()}"
     if of_others := outside(finished):
@@ -212,6 +228,15 @@ def markdown(
         text += f"\n## Best epoch\n\n{markdown_table(best_epoch(table, metrics), metrics, kind)}"
         text += f"\n{markdown_table(best_epoch(table, further), further)}" if further else ""
     return text
+
+
+def overconfidence_notes(tables: dict[str, dict[int, pd.DataFrame]]) -> list[str]:
+    """How far each method's mean confidence lies above its accuracy, mean over its runs: PS-KD pays where a baseline's does."""
+    gaps = {
+        m: np.mean([100 * (of.confidence - of.correct).mean() for of in runs.values()]) for m, runs in tables.items()
+    }
+    words = ", ".join(f"{title(method)} {signed(gap, 1)}" for method, gap in gaps.items())
+    return [f"Mean confidence less accuracy, in points (above 0: too sure): {words}."] if gaps else []
 
 
 def majority_notes(tables: dict[str, dict[int, pd.DataFrame]], part: str) -> list[str]:

@@ -50,6 +50,7 @@ def render(found: list[DetectorRun], comparison: "Comparison", tests: list[Versu
         "scaled_baseline": False,
         "further": [],
         "further_tables": [],
+        "other_parts": [],
         "further_tests": [],
         "outside": {},
         "by_setting": None,

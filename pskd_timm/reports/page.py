@@ -28,7 +28,7 @@ from .kept import Kept
 from .mistakes import data_uri, is_small, shown_mistakes
 from .out_of_distribution import outside
 from .plots import title
-from .runs import Run, by_method, common_metrics, part_name, scored_part
+from .runs import Run, by_method, common_metrics, other_parts, part_name, rows, scored_part
 from .scaling import Scaling
 from .tables import (
     Cell,
@@ -83,6 +83,10 @@ def render(
         "further_verdicts": verdicts(tests, further),
         "further_gains": comparison.further_gains,
         "notes": [note for note in comparison.notes if note not in gains],
+        "other_parts": [
+            (part, figure_tables(found, rows(found, part=part), comparison.metrics, swatches, part=part)[:1])
+            for part in other_parts(finished)
+        ],
         "further_tables": figure_tables(found, comparison.rows, further, swatches) if further else [],
         "paper": paper_notes(finished),
         "paper_source": paper.SOURCE,
@@ -269,13 +273,18 @@ def run_lines(found: list[Run], metrics: Sequence[Metric]) -> list[dict]:
 
 
 def figure_tables(
-    found: list[Run], rows: pd.DataFrame, metrics: Sequence[Metric], swatches: dict[str, Markup], kind: str = "method"
+    found: list[Run],
+    rows: pd.DataFrame,
+    metrics: Sequence[Metric],
+    swatches: dict[str, Markup],
+    kind: str = "method",
+    part: str | None = None,
 ) -> list[dict]:
-    """The tables of the last and of the best epoch; each figure with the paper's beside it where it has one."""
+    """The tables of the last and of the best epoch, on `part` or the scored one; the paper's figures beside where it has some."""
     if not (rows.status == "finished").any():
         return []
     chosen = _distinct(part_name(run.values["best"]["chosen_on"]) for run in found if run.values)
-    scored = scored_part(by_method(found))
+    scored = part_name(part) if part else scored_part(by_method(found))
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
     what = over_seeds((len(runs) for runs in by_method(found).values()), kind)
     chooses = common_metrics(found)[0].title

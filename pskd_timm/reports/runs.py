@@ -381,11 +381,21 @@ def common_metrics(runs: list[Run]) -> list[Metric]:
     return next((read_metrics(run.values) for run in runs if run.values), list(METRICS.values()))
 
 
-def rows(runs: list[Run], further: Sequence[Metric] = ()) -> pd.DataFrame:
+def other_parts(finished: dict[str, list[Run]]) -> list[str]:
+    """The parts that all finished runs were scored on once they had ended, beside the one that their figures are of."""
+    of_runs = [
+        [name for name, value in run.values.items() if isinstance(value, dict) and {"last", "best"} <= value.keys()]
+        for runs in finished.values()
+        for run in runs
+    ]
+    return [name for name in (of_runs[0] if of_runs else ()) if all(name in names for names in of_runs)]
+
+
+def rows(runs: list[Run], further: Sequence[Metric] = (), part: str | None = None) -> pd.DataFrame:
     """A row a run with `columns`: how it ended, the metrics of its last and best epoch.
 
     A seed that other methods have, with the same settings, is a row too, as missing. A metric of `further` that a run's
-    figures lack is NaN.
+    figures lack is NaN. With a `part` of `other_parts` the figures are those of that part.
     """
     seeds = {run.different_settings: set() for run in runs}
     for run in runs:
@@ -397,16 +407,18 @@ def rows(runs: list[Run], further: Sequence[Metric] = ()) -> pd.DataFrame:
         for seed in sorted(seeds[settings]):
             run = by_place.get((method, seed))
             line = {"method": method, "seed": seed, "status": run.status if run else "missing"}
-            lines.append(line | (_figures(run, metrics) if run and run.values else {}))
+            lines.append(line | (_figures(run, metrics, part) if run and run.values else {}))
     return pd.DataFrame(lines, columns=columns(metrics))
 
 
-def _figures(run: Run, metrics: Sequence[Metric]) -> dict:
+def _figures(run: Run, metrics: Sequence[Metric], part: str | None) -> dict:
     line = {"seconds": run.values["seconds"], "num_classes": run.values["num_classes"]}
     line["best_epoch"] = run.values["best"]["epoch"]
+    of_part = run.values[part] if part else run.values
     for which, prefix in (("last", ""), ("best", "best_")):
-        line |= {prefix + metric.name: run.values[which].get(metric.name, np.nan) for metric in metrics}
-        floors = run.kept[which].floors(metric.name for metric in metrics) if which in run.kept else {}
+        line |= {prefix + metric.name: of_part[which].get(metric.name, np.nan) for metric in metrics}
+        has_floors = which in run.kept and not part
+        floors = run.kept[which].floors(metric.name for metric in metrics) if has_floors else {}
         for name, floor in floors.items():
             line |= dict(zip((prefix + column for column in floor_columns(name)), floor, strict=True))
     return line
