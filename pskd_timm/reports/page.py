@@ -103,6 +103,7 @@ def render(
         "temperatures": scaled_lines,
         "temperature_of": over_seeds(fitted) if (fitted := [line["n"] for line in scaled_lines if line["n"]]) else "",
         "unscaled": comparison.scaling.unreadable,
+        "translated": any(run.recipe.task == "translation" for runs in finished.values() for run in runs),
         "scaled_baseline": bool(scaled),
         "mistakes": mistakes(finished) if each else {},
         "searches": [search_section(search) for search in searches],

@@ -44,7 +44,7 @@ def at_temperature(run: Run, which: str) -> tuple[Temperature, Kept] | None:
     """The temperature of the `last` or `best` epoch of a run, and its predictions at it; None where nothing can be fitted."""
     folder = run.folder if which == "last" else run.folder / "best"
     held_out, scored = folder / HOLDOUT, folder / PREDICTIONS
-    if run.values["evaluated_on"] != "test" or not {"nll", "ece"} <= run.values[which].keys():
+    if run.values["evaluated_on"] == "holdout" or not {"nll", "ece"} <= run.values[which].keys():
         return None
     if not (held_out.is_file() and scored.is_file() and kept_probabilities(held_out) and kept_probabilities(scored)):
         return None
