@@ -113,7 +113,7 @@ def cost_lines(recipe: Recipe) -> list[str]:
         dtype, topk = section.store_settings
         per_rank = {n: store_bytes(size.num_train, size.num_classes, dtype, n, topk) for n in (1, 2, 8)}
         parts = [f"{n} rank{'s' * (n > 1)} {readable(count)}" for n, count in per_rank.items()]
-        lines.append(f"prediction store per rank: {', '.join(parts)}")
+        lines.append(f"prediction store per rank: {', '.join(parts)} (of several: its share and the rows it visits)")
     mixes = recipe.augment.mixup or recipe.augment.cutmix
     unmixed = 1.0 - recipe.augment.mix_prob if mixes else 1.0
     scale = Scale(size.num_train, size.num_classes, recipe.epochs, unmixed, lambda: network_size(recipe, size))
