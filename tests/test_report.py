@@ -31,7 +31,7 @@ from pskd_timm.progress import Display
 from pskd_timm.recipe import METHOD_SECTIONS
 from pskd_timm.recipe_files import load_recipe
 from pskd_timm.reports import plots
-from pskd_timm.reports.page import figure_tables, paper_notes, svg, table_html, untested
+from pskd_timm.reports.page import figure_tables, paper_notes, table_html, untested
 from pskd_timm.reports.paper import departures, paper_figures
 from pskd_timm.reports.plots import (
     COLOURS,
@@ -48,6 +48,7 @@ from pskd_timm.reports.plots import (
 )
 from pskd_timm.reports.runs import by_method, find_runs, history, predictions, rows
 from pskd_timm.reports.scaling import scale, scaled_baselines
+from pskd_timm.reports.svg import svg
 from pskd_timm.reports.tables import _broken, latex_table, markdown_table, summary, terminal_table
 from pskd_timm.reports.versus import against_baseline, predicted
 from pskd_timm.run.folder import read_result

@@ -15,9 +15,10 @@ from .detection_plots import SMALL, ap_by_class, class_curves, mean_over_classes
 from .detection_plots import overview as draw_overview
 from .detection_runs import BACKBONE, DetectorRun
 from .mistakes import SHOWN, data_uri
-from .page import environment, fields_of_runs, svg, swatch, verdicts
+from .page import environment, fields_of_runs, verdicts
 from .plots import title
 from .runs import by_method
+from .svg import svg, swatch
 from .tables import has_floors
 from .versus import Versus
 

@@ -1,35 +1,30 @@
 """A comparison as one HTML page that needs nothing but itself: what report.html (the template) shows, made ready."""
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from pyarrow import ArrowException
 
 from .. import __version__
 from ..errors import first_line
-from ..methods import METHOD_SECTIONS
 from ..metrics import EceFloor, Metric
-from ..recipe import data_name, flatten
 from . import paper, plots, significance
 from .by_setting import BySetting
+from .facts import distinct, facts, losses, run_lines, settings_lines, versions_and_hardware
 from .further import MEANINGS
 from .kept import Kept
 from .mistakes import data_uri, is_small, shown_mistakes
 from .out_of_distribution import outside
 from .plots import title
-from .runs import Run, by_method, common_metrics, other_parts, part_name, rows, scored_part
+from .runs import Run, by_method, common_metrics, other_parts, part_name, scored_part
+from .runs import rows as rows_of
 from .scaling import Scaling
+from .svg import svg, swatch
 from .tables import (
     Cell,
     best_epoch,
@@ -47,13 +42,6 @@ from .versus import Versus
 
 if TYPE_CHECKING:
     from .build import Comparison
-
-CSS_COLOURS = {
-    plots.INK: "var(--ink)",
-    plots.MUTED: "var(--muted)",
-    plots.GRID: "var(--grid)",
-    "#000000": "var(--baseline)",
-}
 
 
 def render(
@@ -84,7 +72,7 @@ def render(
         "further_gains": comparison.further_gains,
         "notes": [note for note in comparison.notes if note not in gains],
         "other_parts": [
-            (part, figure_tables(found, rows(found, part=part), comparison.metrics, swatches, part=part)[:1])
+            (part, figure_tables(found, rows_of(found, part=part), comparison.metrics, swatches, part=part)[:1])
             for part in other_parts(finished)
         ],
         "further_tables": figure_tables(found, comparison.rows, further, swatches) if further else [],
@@ -175,101 +163,6 @@ def table_html(heading: str, rows: pd.DataFrame, metrics: Sequence[Metric], kind
     return f"<table><caption>{Markup.escape(heading)}</caption><tr>{header}</tr>{lines}{failed}</table>"
 
 
-# What was run.
-
-
-def facts(found: list[Run]) -> list[tuple[str, str]]:
-    """The head of the page: name and value."""
-    recipes = [run.recipe for run in found if run.recipe]
-    values = [run.values for run in found if run.values]
-    lines = [
-        ("data", _distinct(data_name(r.data) for r in recipes)),
-        ("network", _distinct(r.model.name for r in recipes)),
-        ("parameters", _distinct(f"{v['num_parameters']:,}" for v in values)),
-        ("trained on", _distinct(f"{v['num_train']:,} {counted(v)}" for v in values)),
-        ("tested on", _distinct(tested_on(v) for v in values)),
-        ("epochs", _distinct(str(r.epochs) for r in recipes)),
-        ("seeds", _distinct(str(seed) for seed in sorted({run.seed for run in found}))),
-        ("runs", f"{len(values)} of {len(found)} finished"),
-        ("training time", str(timedelta(seconds=round(sum(v["seconds"] for v in values)))) + " in all"),
-    ]
-    return [(name, value) for name, value in lines if value]
-
-
-def tested_on(values: dict) -> str:
-    """What the figures of a run's result.json are of."""
-    what = counted(values)
-    part = values["evaluated_on"]
-    samples = f"{values['num_test']:,} {what}{'' if part == 'test' else f' of {part}'}"
-    if part == "holdout":
-        samples = f"{values['num_holdout']:,} held-out training {what}"
-    # Of a detector's classes those without an object to find are in no figure.
-    occurring = sum(count > 0 for count in values.get("num_objects", {}).values())
-    only = f"{occurring:,} of " if 0 < occurring < values["num_classes"] else ""
-    return f"{samples}, {only}{values['num_classes']:,} classes{' with objects' if only else ''}"
-
-
-def counted(values: dict) -> str:
-    """What a run's samples are called."""
-    return {"images": "images", "translation": "tokens", "detection": "pictures"}.get(values["task"], "samples")
-
-
-def _distinct(words) -> str:
-    return ", ".join(dict.fromkeys(words))
-
-
-def versions_and_hardware(found: list[Run]) -> list[tuple[str, str]]:
-    """Versions and hardware, as the runs recorded them."""
-    values = [run.values for run in found if run.values]
-    names = dict.fromkeys(name for v in values for name in v["versions"])
-    lines = [(name, _distinct(v["versions"].get(name, "?") for v in values)) for name in names]
-    hardware = _distinct(
-        f"{v['hardware']['name']} ({v['hardware']['device']}, {v['num_processes']} "
-        f"{'process' if v['num_processes'] == 1 else 'processes'}, threads: {v['hardware']['threads']}, "
-        f"{v['hardware']['cpu_count']} cores)"
-        for v in values
-    )
-    return [("hardware", hardware), *lines] if values else []
-
-
-def settings_lines(found: list[Run]) -> list[tuple[str, str, bool]]:
-    """Every setting with its values over all runs, and whether they differ; a method's own settings from its own runs."""
-    seen: dict[str, dict[str, None]] = {}
-    decisive = {key for run in found if run.recipe for key in run.recipe.identity()}
-    for run in found:
-        for key, value in flatten(run.recipe.model_dump()).items() if run.recipe else ():
-            section = key.partition(".")[0]
-            if key not in ("method", "seed") and (section not in METHOD_SECTIONS or section == run.name):
-                seen.setdefault(key, {})[str(value)] = None
-    return [(key, " | ".join(values), len(values) > 1 and key in decisive) for key, values in seen.items()]
-
-
-def losses(finished: dict[str, list[Run]]) -> list[tuple[str, list[str]]]:
-    """What the loss of each method's runs amounts to, warnings included: title and lines."""
-    return [
-        (title(method), runs[0].recipe.effective_loss(runs[0].values["num_classes"]).lines(runs[0].recipe.optim.lr))
-        for method, runs in finished.items()
-    ]
-
-
-def run_lines(found: list[Run], metrics: Sequence[Metric]) -> list[dict]:
-    """A line a run: how it ended and its figures."""
-    return [
-        {
-            "method": title(run.method),
-            "seed": run.seed,
-            "status": run.status,
-            "folder": str(run.folder),
-            "last": [(value := run.values["last"][m.name], f"{value:.{m.digits}f}") for m in metrics]
-            if run.values
-            else [],
-            "seconds": run.values["seconds"] if run.values else math.nan,
-            "best": run.values["best"]["epoch"] if run.values else "",
-        }
-        for run in found
-    ]
-
-
 # The tables.
 
 
@@ -284,7 +177,7 @@ def figure_tables(
     """The tables of the last and of the best epoch, on `part` or the scored one; the paper's figures beside where it has some."""
     if not (rows.status == "finished").any():
         return []
-    chosen = _distinct(part_name(run.values["best"]["chosen_on"]) for run in found if run.values)
+    chosen = distinct(part_name(run.values["best"]["chosen_on"]) for run in found if run.values)
     scored = part_name(part) if part else scored_part(by_method(found))
     figures = {method: paper.paper_figures(runs[0].recipe) for method, runs in by_method(found).items()}
     what = over_seeds((len(runs) for runs in by_method(found).values()), kind)
@@ -445,47 +338,6 @@ def by_setting_section(found: BySetting | None) -> dict | None:
     }
 
 
-def svg(figure: Figure, label: str) -> Markup:
-    """A figure as inline SVG that takes the page's font and colours; `label` is what a screen reader says."""
-    file = io.StringIO()
-    # The salt keeps the ids of one drawing apart from another's. The page's font has letters that matplotlib's lacks.
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
-    # Inside tags only, where there are coordinates, colours and names of things; words and their numbers stay as they are.
-    text = re.sub(r"<[^>]*>", _slim_tag, text)
-    head = re.search(r"<svg [^>]*>", text)
-    view = re.search(r'viewBox="[^"]*"', head[0])[0]
-    link = 'xmlns:xlink="http://www.w3.org/1999/xlink"'
-    body = text[head.end() :].replace("\n\n", "\n")
-    return Markup(f'<svg class="plot" {view} {link} role="img" aria-label="{Markup.escape(label)}">{body}')
-
-
-def _slim_tag(tag: re.Match) -> str:
-    """A tag with coordinates to a hundredth of a point, the page's colours and font, and no ids that nothing refers to."""
-    text = re.sub(r" id=\"(?![phm][0-9a-f]{10})[^\"]*\"", "", tag[0])
-    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
-    text = re.sub(r"(\.\d\d)\d+", r"\1", text)
-    for colour, variable in CSS_COLOURS.items():
-        text = text.replace(colour, variable)
-    return text
-
-
-def swatch(look: plots.Look) -> Markup:
-    """A method's line and marker, for the page's legend."""
-    figure = Figure(figsize=(0.5, 0.17))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.plot(
-        [0, 1, 2], [0, 0, 0], color=look.colour, linestyle=look.dash, marker=look.marker, markevery=[1], linewidth=1.8
-    )
-    axes.set_xlim(0.05, 1.95)
-    figure.patch.set_alpha(0)
-    return svg(figure, f"{look.title}: line and marker")
-
-
 def search_section(search: Search) -> dict:
     """What a search tried and found: its curves, and a line a trial."""
     keys, best, metrics = searched(search.trials, search.metrics), search.best, shown_in_search(search.metrics)
@@ -536,7 +388,7 @@ def temperatures(finished: dict[str, list[Run]], scaling: Scaling, further: Sequ
         line = {
             "title": title(method),
             "n": len(sound),
-            "samples": _distinct(f"{temperature.num_samples:,}" for _, temperature, _ in fitted.values()),
+            "samples": distinct(f"{temperature.num_samples:,}" for _, temperature, _ in fitted.values()),
             "none": [f"seed {seed}: {t.reason}" for seed, (_, t, _) in fitted.items() if t.reason],
             "mean": dict(table.mean()),
             "std": dict(table.std()),
