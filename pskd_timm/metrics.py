@@ -60,16 +60,12 @@ FURTHER_METRICS = {  # computed where they are asked for, from what a finished r
 ALL_METRICS = METRICS | FURTHER_METRICS
 ALL = "all"  # what stands for every one of them
 OF_ROWS = ("brier", "classwise_ece")  # need each sample's probabilities of all classes
-FLOORED = ("ece", "ece15", "adaptive_ece", "classwise_ece", "smooth_ece")  # are above 0 for perfect calibration too
 ECE_BINS = 10
 FURTHER_BINS = 15  # of the other errors with bins
 NARROWEST = 0.001  # bandwidth of smooth ECE, as in relplot
 GRID = 2048  # intervals of [0, 1] on which smooth ECE is computed
 DRAWS_AT_ONCE = 64  # of smooth ECE, whose grids then stay in a processor's cache
 NARROWINGS = 5  # of the interval of bandwidths, before a secant ends the search: to 0.4 % and, on average, 0.01 %
-FLOOR_DRAWS = (200, 1000)  # of outcomes for the ECE of perfect calibration: more where samples are few
-NUMBERS_DRAWN = 10_000_000  # for these, about, which bounds time
-NUMBERS_AT_ONCE = 1_000_000  # and at once, which bounds memory
 ROW_SUM_TOLERANCE = 0.02  # what rows of float16 or bfloat16 may be off
 ROWS_AT_ONCE = 1024  # looked at together: they and what is made of them fit into a processor's cache
 
@@ -100,13 +96,6 @@ class Bins(NamedTuple):
     confidence: np.ndarray
     accuracy: np.ndarray
     fraction: np.ndarray
-
-
-class EceFloor(NamedTuple):
-    """What perfect calibration would measure on so few samples, in %: its mean, and what 95 % of draws stay below."""
-
-    mean: float
-    high: float
 
 
 def true_rank(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -197,7 +186,7 @@ def smooth_ece(confidence: np.ndarray, correct: np.ndarray) -> float:
     that is narrower).
     """
     gap = correct.astype(np.float64) - confidence.astype(np.float64)
-    return float(smooth_errors(_on_grid(gap[None], grid_places(confidence)), len(gap))[0])
+    return float(smooth_errors(on_grid(gap[None], grid_places(confidence)), len(gap))[0])
 
 
 def grid_places(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,7 +196,7 @@ def grid_places(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, place - low
 
 
-def _on_grid(gaps: np.ndarray, places: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def on_grid(gaps: np.ndarray, places: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """The sums [R, GRID + 1] of each row of `gaps` [R, N] at the grid's points, each gap shared by the two beside it."""
     low, beyond = places
     rows = [
@@ -244,75 +233,6 @@ def _smooth_errors(sums: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
     excess, lack = error(narrow) - narrow, wide - error(wide)
     share = excess / np.maximum(excess + lack, np.finfo(sums.dtype).tiny)  # both are 0 where the ends have met
     return np.where(at_narrowest > NARROWEST, narrow + (wide - narrow) * share.clip(0, 1), at_narrowest)
-
-
-def ece_floor(confidence: np.ndarray, name: str = "ece", seed: int = 0) -> EceFloor:
-    """What the metric `name` (of FLOORED, without `classwise_ece`) would be in % if each `confidence` [N] were the probability
-    of being right.
-
-    Consistency resampling (Bröcker and Smith, 2007): outcomes are drawn from the confidences, which stay as they are.
-    """
-    confidence = np.sort(np.asarray(confidence))
-    errors, generator = _errors_of_draws(confidence, name), np.random.default_rng(seed)
-    draws = (
-        FLOOR_DRAWS[0] if name == "smooth_ece" else _num_draws(len(confidence))
-    )  # each costs as much with few samples
-    rows, found = max(1, NUMBERS_AT_ONCE // len(confidence)), []
-    for start in range(0, draws, rows):
-        drawn = generator.random((min(rows, draws - start), len(confidence)), dtype=np.float32)
-        found.append(100 * errors(drawn < confidence))
-    return _floor(np.concatenate(found))
-
-
-def _errors_of_draws(rising: np.ndarray, name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """What gives the metric `name` in [0, 1] of outcomes [R, N] that were drawn for the `rising` confidences [N]: [R]."""
-    wide = rising.astype(np.float64)
-    if name == "smooth_ece":
-        places = grid_places(rising)
-        return lambda right: smooth_errors(_on_grid(right - wide, places).astype(np.float32), len(rising))
-    if name == "adaptive_ece":
-        shares = equal_mass_shares(rising)
-    else:
-        bins = {"ece": ECE_BINS, "ece15": FURTHER_BINS}[name]
-        shares = (bin_of(rising, bins)[:, None] == np.arange(bins)).astype(np.float64)
-    expected, narrow = wide @ shares, shares.astype(np.float32)  # in which whole numbers are exact
-    return lambda right: np.abs(right.astype(np.float32) @ narrow - expected).sum(axis=1) / len(rising)
-
-
-def classwise_floor(parts: Iterable[np.ndarray], num_samples: int, seed: int = 0) -> EceFloor:
-    """What `classwise_ece` would be in % if the rows of probabilities, in `parts` [n, K] of `num_samples` in all, were right.
-
-    Labels are drawn from the rows, as `ece_floor` draws outcomes.
-    """
-    draws, generator, gaps = _num_draws(num_samples), np.random.default_rng(seed), 0.0
-    rows = max(1, NUMBERS_AT_ONCE // draws)
-    for part in parts:
-        for start in range(0, len(part), rows):
-            gaps = gaps + _drawn_class_gaps(part[start : start + rows], draws, generator)
-    return _floor(100 * np.abs(gaps).sum(axis=(1, 2)) / (num_samples * part.shape[1]))
-
-
-def _drawn_class_gaps(probabilities: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """`class_gaps` of `probabilities` [n, K] for labels drawn from them: [draws, K, bins]."""
-    num_samples, num_classes = probabilities.shape
-    cells = num_classes * FURTHER_BINS
-    upto = probabilities.cumsum(axis=1, dtype=np.float64)
-    upto = upto / upto[:, -1:] + np.arange(num_samples)[:, None]  # row after row: one rising sequence
-    drawn = generator.random((draws, num_samples)) + np.arange(num_samples)
-    last = num_classes * np.arange(1, num_samples + 1) - 1
-    place = np.minimum(np.searchsorted(upto.ravel(), drawn, side="right"), last)
-    cell = bin_of(probabilities.ravel(), FURTHER_BINS) + FURTHER_BINS * np.tile(np.arange(num_classes), num_samples)
-    counts = np.bincount((cell[place] + cells * np.arange(draws)[:, None]).ravel(), minlength=draws * cells)
-    expected = np.bincount(cell, probabilities.ravel().astype(np.float64), cells)
-    return (counts.reshape(draws, cells) - expected).reshape(draws, num_classes, FURTHER_BINS)
-
-
-def _num_draws(num_samples: int) -> int:
-    return int(np.clip(NUMBERS_DRAWN // num_samples, *FLOOR_DRAWS))
-
-
-def _floor(drawn: np.ndarray) -> EceFloor:
-    return EceFloor(float(drawn.mean()), float(np.quantile(drawn, 0.95)))
 
 
 def _ties(ordered: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ from pyarrow import parquet
 from pskd_timm import InputError, load_recipe, report, train
 from pskd_timm.calibration import fit_temperature, with_temperature
 from pskd_timm.cli import main
-from pskd_timm.metrics import FLOORED, FURTHER_METRICS, METRICS, classwise_floor, ece_floor, score
+from pskd_timm.floors import FLOORED, classwise_floor, ece_floor
+from pskd_timm.metrics import FURTHER_METRICS, METRICS, score
 from pskd_timm.progress import Display
 from pskd_timm.reports.plots import SCALED
 from pskd_timm.reports.versus import Versus, still_better

@@ -8,6 +8,7 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score, roc_curve
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from pskd_timm import InputError, score
+from pskd_timm.floors import classwise_floor, ece_floor
 from pskd_timm.metrics import (
     ALL_METRICS,
     METRICS,
@@ -15,10 +16,8 @@ from pskd_timm.metrics import (
     augrc,
     auroc,
     classwise_ece,
-    classwise_floor,
     coverage_at_risk,
     ece,
-    ece_floor,
     fpr_at_recall,
     further_of_outcomes,
     outcomes,

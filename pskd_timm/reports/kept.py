@@ -10,13 +10,10 @@ import pandas as pd
 from pyarrow import ArrowException
 
 from ..calibration import kept_probabilities, probability_parts, scaled_outcomes, with_temperature
+from ..floors import FLOORED, EceFloor, classwise_floor, ece_floor
 from ..metrics import (
-    FLOORED,
     OF_ROWS,
-    EceFloor,
     Outcomes,
-    classwise_floor,
-    ece_floor,
     further_of_outcomes,
     further_of_rows,
     squared_errors,

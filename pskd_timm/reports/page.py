@@ -12,7 +12,8 @@ from pyarrow import ArrowException
 
 from .. import __version__
 from ..errors import first_line
-from ..metrics import EceFloor, Metric
+from ..floors import EceFloor
+from ..metrics import Metric
 from . import paper, plots, significance
 from .by_setting import BySetting
 from .facts import distinct, facts, losses, run_lines, settings_lines, versions_and_hardware

@@ -17,8 +17,9 @@ from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError, creat
 from ..calibration import kept_probabilities
 from ..errors import InputError, reason
 from ..files import warn
+from ..floors import FLOORED
 from ..methods import METHOD_SECTIONS
-from ..metrics import FLOORED, METRICS, Metric
+from ..metrics import METRICS, Metric
 from ..recipe import Recipe
 from ..recipe_files import load_recipe
 from ..run.folder import EARLIER, read_metrics

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ..metrics import FLOORED, EceFloor, Metric
+from ..floors import FLOORED, EceFloor
+from ..metrics import Metric
 from .plots import title
 from .runs import floor_columns
 

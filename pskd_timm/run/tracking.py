@@ -11,7 +11,8 @@ from accelerate import Accelerator
 
 from ..errors import InputError, first_line
 from ..files import Lines, without_nan, write_atomic
-from ..metrics import Outcomes, ece_floor, reliability_bins, risk_curve, thinned
+from ..floors import ece_floor
+from ..metrics import Outcomes, reliability_bins, risk_curve, thinned
 from ..outcomes import Predictions
 from ..recipe import Recipe, data_name
 from ..tasks.base import Task
