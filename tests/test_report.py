@@ -25,8 +25,9 @@ import browser
 from pskd_timm import InputError, Result, report, train
 from pskd_timm.calibration import fit_temperature, with_temperature
 from pskd_timm.cli import main
+from pskd_timm.floors import ece_floor
 from pskd_timm.methods import PAPER
-from pskd_timm.metrics import METRICS, Metric, ece_floor, score
+from pskd_timm.metrics import METRICS, Metric, score
 from pskd_timm.progress import Display
 from pskd_timm.recipe import METHOD_SECTIONS
 from pskd_timm.recipe_files import load_recipe

@@ -21,7 +21,8 @@ from commands import LIMIT, cli
 from pskd_timm import METHODS, load_recipe, train
 from pskd_timm.cli import main
 from pskd_timm.data import load_data
-from pskd_timm.metrics import ECE_BINS, METRICS, ece_floor
+from pskd_timm.floors import ece_floor
+from pskd_timm.metrics import ECE_BINS, METRICS
 from pskd_timm.options import make_parser
 from pskd_timm.recipe_files import SHIPPED
 from pskd_timm.reports.plots import COLOURS
