@@ -50,7 +50,7 @@ from pskd_timm.reports.plots import (
 from pskd_timm.reports.runs import by_method, find_runs, history, predictions, rows
 from pskd_timm.reports.scaling import scale, scaled_baselines
 from pskd_timm.reports.svg import svg
-from pskd_timm.reports.tables import _broken, latex_table, markdown_table, summary, terminal_table
+from pskd_timm.reports.tables import _broken, latex_table, markdown_table, signed, summary, terminal_table
 from pskd_timm.reports.versus import against_baseline, predicted
 from pskd_timm.run.folder import read_result
 
@@ -355,6 +355,10 @@ def test_in_a_narrow_terminal_the_table_has_its_right_border_and_no_word_is_brok
     assert "In comparison.md, and in a terminal of 140 columns: top-5 error, E-AURC." in " ".join(
         " ".join(lines).split()
     )
+
+
+def test_a_small_difference_is_not_shown_as_none():
+    assert [signed(value) for value in (-1.234, 0.0042, -0.0042, 0.0)] == ["−1.23", "+0.0042", "−0.0042", "+0.00"]
 
 
 def test_a_setting_in_a_narrow_name_is_broken_after_its_marks_alone():

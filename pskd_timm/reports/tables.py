@@ -48,8 +48,9 @@ class Cell(NamedTuple):
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """With its sign, and a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """With its sign, and a true minus; with two digits more where it would round to 0, beside a p that tells it from 0."""
+    text = f"{value:+.{digits}f}"
+    return (f"{value:+.{digits + 2}f}" if value and float(text) == 0 else text).replace("-", "−")
 
 
 def summary(rows: pd.DataFrame, metrics: Sequence[Metric]) -> dict[str, dict[str, Cell]]:
