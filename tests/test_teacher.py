@@ -44,7 +44,9 @@ def test_compare_trains_each_seeds_baseline_before_its_student_and_records_it_be
         assert {name: student["teacher"][name] for name in METRICS} == {n: baseline["last"][n] for n in METRICS}
     assert "teacher" not in result(recipe, "baseline")
     told = (Path(recipe.output_dir) / "comparison.md").read_text()
-    for seed, note in enumerate(found.notes[1:]):  # after the line about the most frequent class
+    notes = [note for note in found.notes if "was taught by" in note]
+    assert len(notes) == 2
+    for seed, note in enumerate(notes):
         assert f"- {note}" in told and f"baseline/seed{seed} (epoch 1): top-1 error" in note
         assert f"NLL {result(recipe, 'baseline', seed)['last']['nll']:.3f}" in note
 
