@@ -26,7 +26,7 @@ from .metrics import format_metrics
 from .progress import Display, Row, duration
 from .recipe import Recipe
 from .recipe_files import as_recipe
-from .run.folder import is_finished, is_locked, own_checkpoint, read_metrics, read_result, run_lock
+from .run.folder import is_finished, is_locked, is_renewed, own_checkpoint, read_metrics, read_result, run_lock
 from .run.result import last_line
 from .tasks import TASKS, check_read, task_class
 from .teacher import BASELINE, teacher_place
@@ -211,20 +211,38 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
     except (KeyboardInterrupt, SystemExit):
         display.say("stopping: each run that trains saves where it stands")
         _stop(running)
-        display.say(_after_stop([job.recipe for job in running if own_checkpoint(job.recipe, began)]))
+        display.say(_after_stop(waiting, total, began))
         raise
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _after_stop(saved: list[Recipe]) -> str:
-    """What the same command will do after a stop at which the runs of `saved` had a checkpoint."""
-    if not saved:
-        return "no run has a checkpoint yet; the same command starts them"
-    never = " (without --resume never)" if saved[0].resume == "never" else ""
-    names = ", ".join(f"{recipe.method} seed {recipe.seed}" for recipe in saved)
-    return f"the same command{never} resumes {names} from there"
+def _after_stop(waiting: list[Job], total: int, began: float) -> str:
+    """How far the `total` runs are, of which those of `waiting` were to be trained, and what the same command will do.
+
+    With `resume: never` it would delete what has been trained since the comparison `began`. Without that it would take the
+    former runs, of those that had not begun, for its own.
+    """
+    never = any(job.recipe.resume == "never" for job in waiting)
+    renewed = [job for job in waiting if is_renewed(job.recipe, began)]
+    finished = [job for job in renewed if (job.recipe.run_dir / "result.json").is_file()]
+    saved = [job for job in waiting if job not in finished and own_checkpoint(job.recipe, began)]
+    former = [job for job in waiting if never and job not in renewed and (job.recipe.run_dir / "recipe.yaml").is_file()]
+    done = total - len(waiting) + len(finished)
+    does = [f"resumes {_names(saved)}"] if saved else []
+    if done:
+        does = ["keeps them", *does]
+    if done + len(saved) + len(former) < total:
+        does.append("starts the others" if does else "starts them")
+    if former and (finished or saved):
+        does.append(f"takes the former runs of {_names(former)} as they are")
+    command = "the same command" + (" without --resume never" if never and (finished or saved) else "")
+    return f"{done} of {total} runs are finished; {command} {', '.join(does) or 'starts them'}"
+
+
+def _names(jobs: list[Job]) -> str:
+    return ", ".join(job.name for job in jobs)
 
 
 def _start_server(task: str):
@@ -238,24 +256,25 @@ def _start_server(task: str):
 def _apart():
     """What starts in here a Ctrl-C at the terminal does not reach: the parent passes it on, once, as SIGTERM.
 
-    Nor does it run the parent's script again, which need not say `if __name__ == "__main__"`. A Ctrl-C that comes meanwhile
-    is obeyed at the end.
+    Nor does it run the parent's script again, which need not say `if __name__ == "__main__"`. A Ctrl-C or SIGTERM that comes
+    meanwhile is obeyed at the end: half a start would leave the server without what it was promised.
     """
     came = []
     resource_tracker.ensure_running()  # which otherwise unblocks the signal when it is first needed
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # what starts inherits that
     # Another thread may get it nevertheless.
-    previous = signal.signal(signal.SIGINT, lambda *_: came.append(True)) if _in_main_thread() else None
+    numbers = (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ()
+    previous = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = script
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
-    if came:
-        signal.raise_signal(signal.SIGINT)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def _in_main_thread() -> bool:

@@ -18,7 +18,7 @@ from PIL import Image
 from commands import LIMIT, Command, cli, here, wait_until, writers
 from pskd_timm import InputError, compare, report, train
 from pskd_timm.cli import main
-from pskd_timm.comparison import BUSY, _after_stop, _apart, _run, gpu_of
+from pskd_timm.comparison import BUSY, Job, _after_stop, _apart, _run, gpu_of
 from pskd_timm.evaluation import evaluate
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS
@@ -332,18 +332,48 @@ def test_runs_of_an_interrupted_compare_go_on_in_another_one_that_has_waited_for
     os.kill(run, signal.SIGCONT)
     interrupted = one.wait()
     assert interrupted.returncode == 130 and "Traceback" not in interrupted.stdout
-    assert "the same command resumes baseline seed 0 from there" in interrupted.stdout
+    assert "0 of 1 runs are finished; the same command resumes baseline seed 0" in interrupted.stdout
     assert other.wait().returncode == 0
     assert "resuming after epoch" in Path(tmp_path / "baseline" / "seed0" / "run.log").read_text()
     assert lines.read_text().count("\n") == 12
 
 
-def test_a_stopped_comparison_names_the_runs_that_the_same_command_resumes(tiny):
-    recipe = tiny(method="pskd")
-    assert _after_stop([]) == "no run has a checkpoint yet; the same command starts them"
-    assert _after_stop([recipe]) == "the same command resumes pskd seed 0 from there"
-    never = recipe.model_copy(update={"resume": "never"})
-    assert _after_stop([never]) == "the same command (without --resume never) resumes pskd seed 0 from there"
+def test_a_stopped_comparison_says_what_the_same_command_keeps_resumes_and_starts(tiny):
+    def left(resume, recipe_age, *contents):
+        """What is said of a run that the comparison began a second ago, in whose folder there is this."""
+        for path in [*job.recipe.run_dir.glob("*"), *job.recipe.run_dir.glob("checkpoints/*")][::-1]:
+            path.rmdir() if path.is_dir() else path.unlink()
+        job.recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        if recipe_age is not None:
+            (job.recipe.run_dir / "recipe.yaml").touch()
+            os.utime(job.recipe.run_dir / "recipe.yaml", (now - recipe_age, now - recipe_age))
+        for name in contents:
+            (job.recipe.run_dir / name).mkdir(parents=True) if "/" in name else (job.recipe.run_dir / name).touch()
+        job.recipe = job.recipe.model_copy(update={"resume": resume})
+        return _after_stop([job, waits], 3, now - 1)
+
+    job, waits, now = Job(tiny(method="pskd")), Job(tiny(method="pskd", seed=7)), time.time()
+    saved = "checkpoints/0003-0000"
+    assert left("auto", None) == "1 of 3 runs are finished; the same command keeps them, starts the others"
+    assert left("auto", 0, saved) == (
+        "1 of 3 runs are finished; the same command keeps them, resumes pskd seed 0, starts the others"
+    )
+    assert left("auto", 0, saved, "result.json") == (
+        "2 of 3 runs are finished; the same command keeps them, starts the others"
+    )
+    assert left("never", 0, saved) == (
+        "1 of 3 runs are finished; the same command without --resume never keeps them, resumes pskd seed 0, starts the others"
+    )
+    assert left("never", 9, saved, "result.json") == (
+        "1 of 3 runs are finished; the same command keeps them, starts the others"
+    )
+    waits.recipe.run_dir.mkdir(parents=True)
+    (waits.recipe.run_dir / "recipe.yaml").touch()
+    os.utime(waits.recipe.run_dir / "recipe.yaml", (now - 9, now - 9))
+    assert left("never", 0, saved, "result.json") == (
+        "2 of 3 runs are finished; the same command without --resume never keeps them, takes the former runs of pskd seed 7 as "
+        "they are"
+    )
 
 
 def test_a_ctrl_c_while_a_run_starts_is_obeyed_afterwards_and_does_not_reach_what_started():

@@ -56,8 +56,9 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
     display = (display or Display()) if is_main else Display(quiet=True)
     run_dir = recipe.run_dir
     if ranks.on_main(lambda: folder.is_finished(recipe)):
+        finished = Result(run_dir, folder.read_result(run_dir))
         display.say(f"{run_dir}: already finished; --resume never deletes the run and trains it from scratch")
-        return Result(run_dir, folder.read_result(run_dir))
+        return finished
 
     # Build. Nothing is written before all of it stands; the backbone comes first, for data take minutes to be read.
     torch.manual_seed(recipe.seed)

@@ -57,9 +57,14 @@ def read_result(run_dir: Path) -> RunResult:
     try:
         return EARLIER | json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{path}: damaged: {error}; --resume never deletes the run and trains it from scratch"
-        ) from None
+        raise InputError(f"{path}: damaged: {error}; {how_to_mend(run_dir)}") from None
+
+
+def how_to_mend(run_dir: Path) -> str:
+    """What brings back a finished run's damaged files."""
+    if checkpoints(run_dir):
+        return "without result.json the same train command writes the run's files again from its last checkpoint"
+    return "--resume never deletes the run and trains it from scratch"
 
 
 def read_metrics(result: RunResult) -> list[Metric]:
@@ -97,10 +102,15 @@ def own_checkpoint(recipe: Recipe, since: float) -> Path | None:
 
     Those that `resume: never` has not deleted so far are another run's.
     """
-    written = recipe.run_dir / "recipe.yaml"  # by `prepare`, after it has deleted
-    if recipe.resume == "never" and not (written.is_file() and written.stat().st_mtime >= since):
+    if recipe.resume == "never" and not is_renewed(recipe, since):
         return None
     return next(iter(checkpoints(recipe.run_dir)[-1:]), None)
+
+
+def is_renewed(recipe: Recipe, since: float) -> bool:
+    """Whether a run that was started at `since` has begun its folder; before that, another run's lies there or nothing."""
+    written = recipe.run_dir / "recipe.yaml"  # by `prepare`, after it has deleted
+    return written.is_file() and written.stat().st_mtime >= since
 
 
 def run_lock(run_dir: Path) -> FileLock:
