@@ -150,8 +150,13 @@ def run_search(arguments, rest):
     from .tasks import task_class
 
     options = (arguments.trials, arguments.seeds, arguments.metric, arguments.prune, arguments.search_seed)
-    with Display(arguments.quiet) as display:
-        found = search(recipe, arguments.over, *options, display)
+    try:
+        with Display(arguments.quiet) as display:
+            found = search(recipe, arguments.over, *options, display)
+    except KeyboardInterrupt as stopped:
+        never = " without --resume never" if recipe.resume == "never" else ""
+        stopped.args = (f"interrupted; the same command{never} goes on from what was trained",)
+        raise
     chosen = ", ".join(f"{key} {value}" for key, value in found.best.settings.items())
     print(f"chosen: trial {found.best.number} of {len(found.trials)}: {chosen}")
     print(f"on the held-out part: {format_metrics(found.best.figures, task_class(recipe.task).metrics)}")
@@ -314,7 +319,8 @@ def run_translate(arguments, rest):
     if arguments.file == "-" and len(rest) == 1 and not rest[0].startswith("-"):
         arguments.file = rest.pop()  # which stands after an option
     refuse(rest, arguments)
-    check_file("--json", arguments.json)
+    if arguments.json != "-":
+        check_file("--json", arguments.json)
     from .files import write_atomic
     from .progress import Display
     from .translation.text import read_lines, split_lines
@@ -372,6 +378,8 @@ def run_export(arguments, rest):
 
 def check_file(option: str, name: str | None):
     """Raise InputError, before any work, where a file `name` cannot be written."""
+    if name == "-":
+        raise InputError(f"{option}: - is no file, and stdout is for people here: name one")
     if name and not Path(name).absolute().parent.is_dir():
         raise InputError(f"{option}: there is no folder {Path(name).absolute().parent}")
     if name and Path(name).is_dir():

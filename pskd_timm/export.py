@@ -29,7 +29,7 @@ from .recipe import METHOD_SECTIONS, Recipe
 from .recipe_files import differing
 from .reports.plots import reliability_and_risk, title
 from .reports.tables import telling_metrics
-from .run.folder import read_metrics, read_result
+from .run.folder import how_to_mend, read_metrics, read_result
 from .run.result import Result, RunResult
 from .teacher import BASELINE
 
@@ -80,9 +80,14 @@ def write_folder(run: Path, folder: Path, classifier: Classifier, best: bool, ti
     (folder / "recipe.yaml").write_text(recipe_for_others(classifier.recipe))
     result = Result(run, read_result(run))
     (folder / "result.json").write_text(json.dumps(result_for_others(result.values), indent=1, ensure_ascii=False))
-    table = pd.read_parquet(source / "predictions.parquet", columns=["confidence", "correct"])
+    predictions = source / "predictions.parquet"
+    try:
+        table = pd.read_parquet(predictions, columns=["confidence", "correct"])
+        card = model_card(result, classifier, best, timm_name)  # which reads them once more
+    except (OSError, ValueError) as error:  # pyarrow's are among them
+        raise InputError(f"{predictions}: damaged: {first_line(error)}; {how_to_mend(run)}") from None
     reliability_and_risk({classifier.recipe.method: [table]}).savefig(folder / "reliability.png", dpi=150)
-    (folder / "README.md").write_text(model_card(result, classifier, best, timm_name))
+    (folder / "README.md").write_text(card)
 
 
 def recipe_for_others(recipe: Recipe) -> str:

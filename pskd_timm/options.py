@@ -13,7 +13,7 @@ from .methods import METHOD_SECTIONS
 from .recipe import Recipe, settings
 from .recipe_files import FORMER_NAMES, shipped_recipes
 
-EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input; saved and stopped by a signal: 130 INT, 143 TERM, 138 USR1
+EPILOG = """exit codes: 0 done, 1 a run failed, 2 bad input; stopped by a signal, training saved: 130 INT, 143 TERM, 138 USR1
 several processes: accelerate launch --multi_gpu --num_processes N -m pskd_timm train RECIPE (also without a GPU)"""
 
 

@@ -17,12 +17,12 @@ from .cpus import num_cpus
 from .data.augmentation import normalize
 from .data.decode import fit, open_image
 from .data.sources import PICTURE_SUFFIXES, image_files
-from .errors import InputError
+from .errors import InputError, first_line
 from .losses import at_least_float32
 from .models.build import load_model, normalisation
 from .progress import Display
 from .recipe import Recipe
-from .run.folder import read_recipe, read_result, task_of
+from .run.folder import how_to_mend, read_recipe, read_result, task_of
 from .run.launch import autocast, prepare_scoring
 
 
@@ -101,7 +101,8 @@ def held_out_temperature(folder: Path) -> Temperature:
             return Temperature(1.0, 0, "the run kept no probabilities (keep_probabilities)")
         return fit_to_parts(part[:2] for part in probability_parts(path))
     except (OSError, ValueError) as error:  # pyarrow's are among them
-        raise InputError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+        run_dir = folder.parent if folder.name == "best" else folder
+        raise InputError(f"{path}: damaged: {first_line(error)}; {how_to_mend(run_dir)}") from None
 
 
 def find_images(names: list[str]) -> list[Path]:

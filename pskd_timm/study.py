@@ -101,7 +101,6 @@ def search(
         >>> search("digits", over=["pskd.alpha=0.3:0.9"], trials=8).best.settings
     """
     recipe = as_recipe(recipe, over=over, seeds=seeds)
-    _optuna()
     if "WORLD_SIZE" in os.environ:
         raise InputError("search trains its runs one by one in this process: call it without accelerate launch")
     metrics = {known.name: known for known in task_class(recipe.task).metrics}
@@ -113,6 +112,7 @@ def search(
     if trials < 1 or not seeds or min(seeds) < 0:
         raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
     display, ranges = display or Display(), parse_over(over, recipe)
+    _optuna()
     folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
     base = _on_holdout(recipe)
     if recipe.method_section.trained_teacher == BASELINE:

@@ -228,6 +228,7 @@ _DIGITS = ["--data.source", "digits", "--model.name", "cifar_preact_resnet_tiny"
         (["compare", "digits", "--method", "pskd"], "did you mean --methods?"),
         (["compare", "digits", "--seed", "3"], "did you mean --seeds or --data.seed?"),
         (["show", "digits", "--data.holdout_fraction", "1"], "less than 1"),
+        (["predict", "run", "image.png", "--json", "-"], "--json: - is no file"),
         (["train", "custom"], "name a data set"),
         (["train", "digits", "--output_dir", "/proc/no"], "cannot be written"),
     ],

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from scipy.optimize import minimize_scalar
 
-from pskd_timm import InputError, Result, load_recipe, train
+from pskd_timm import InputError, Result, load_recipe, report, train
 from pskd_timm.cli import main
 from pskd_timm.data.sources import _image_folders
 from pskd_timm.export import export_onnx, model_card
@@ -100,6 +100,25 @@ def test_a_temperature_from_too_few_images_is_none_and_everything_that_leaves_sa
     assert f"confidences are not calibrated: {why}\n" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map["calibrated"] == "false"
+
+
+def test_the_report_says_why_a_baseline_that_held_images_out_has_no_temperature(folder, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    train(recipe_for(folder, tmp_path, method="baseline", epochs=1))
+    (note,) = [note for note in report(tmp_path).notes if "with a temperature has no line" in note]
+    assert note.startswith("Baseline seed 0") and "10 are needed to fit one" in note
+
+
+@pytest.mark.parametrize("name", ["result.json", "predictions.parquet", "holdout.parquet", "model.safetensors"])
+def test_a_damaged_file_of_a_run_is_named_with_what_mends_it_and_nothing_is_pushed(run, tmp_path, capsys, name):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    whole = (copied / name).read_bytes()
+    (copied / name).write_bytes(b'{"a": 1}' if name == "result.json" else whole[: len(whole) // 2])
+    assert main(["push", str(copied), str(tmp_path / "pushed")]) == 2
+    error = capsys.readouterr().err
+    assert f"{copied / name}: damaged: " in error and error.count("\n") == 1 and not (tmp_path / "pushed").exists()
+    if name != "model.safetensors":
+        assert "without result.json the same train command writes the run's files again" in error
 
 
 def test_what_is_pushed_says_nothing_of_this_machine_and_shows_class_names_as_they_are(run, tmp_path):

@@ -352,7 +352,7 @@ def test_in_a_narrow_terminal_the_table_has_its_right_border_and_no_word_is_brok
     assert "calibrated" in "".join(table) and "seconds" not in "".join(table)
     words = next(line for line in table if "│ Baseline  " in line).replace("│", " ").split()
     assert words[:2] == ["Baseline", "2"] and all(re.fullmatch(r"\d+\.\d\d", word) for word in words[2:])
-    assert "In comparison.md, and in a terminal of 140 columns: top-5 error, E-AURC." in " ".join(
+    assert "In comparison.md, and in a terminal of 140 columns: top-5 error, E-AURC, seconds." in " ".join(
         " ".join(lines).split()
     )
 

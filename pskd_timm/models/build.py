@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
@@ -274,8 +275,12 @@ def load_model(folder: str | Path) -> nn.Module:
     folder = Path(folder).expanduser()
     config = read_config(folder)
     try:
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / 'model.safetensors'}: damaged: {first_line(error)}") from None
+    try:
         model = from_config(config)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(weights)
     except Exception as error:  # each model raises what it likes
         raise InputError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
     return model

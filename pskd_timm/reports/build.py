@@ -136,7 +136,7 @@ def write(found: list[Run], searches: list[Search], folder: Path, further: Seque
     of_guessing = majority_notes(tables, scored_part(finished)) if "top1_error" in table else []
     of_teachers = [note for runs in finished.values() for run in runs if (note := teacher_note(run, metrics))]
     notes = [*gains, *further_gains, *overconfidence_notes(tables), *of_guessing, *of_teachers, *absent]
-    notes += not_tested(finished, PREDICTIONS)
+    notes += [*unscaled_notes(finished, scaling), *not_tested(finished, PREDICTIONS)]
     logged = history(finished) if finished else pd.DataFrame()
     of_setting = by_setting(finished, metrics)
     comparison = Comparison(
@@ -237,6 +237,21 @@ def overconfidence_notes(tables: dict[str, dict[int, pd.DataFrame]]) -> list[str
     }
     words = ", ".join(f"{title(method)} {signed(gap, 1)}" for method, gap in gaps.items())
     return [f"Mean confidence less accuracy, in points (above 0: too sure): {words}."] if gaps else []
+
+
+def unscaled_notes(finished: dict[str, list[Run]], scaling: Scaling) -> list[str]:
+    """Why a baseline that held images out has no row with a temperature."""
+    fitted = [
+        (run, scaling.fitted[run.folder][0])
+        for runs in finished.values()
+        for run in runs
+        if run.folder in scaling.fitted
+    ]
+    return [
+        f"{title(run.method)} seed {run.seed} with a temperature has no line: {temperature.reason}."
+        for run, temperature in fitted
+        if run.name == "baseline" and temperature.reason
+    ]
 
 
 def majority_notes(tables: dict[str, dict[int, pd.DataFrame]], part: str) -> list[str]:

@@ -188,8 +188,12 @@ def terminal_table(
             columns = [column for column in columns if not column[0].endswith(least_needed)]
     room = max(SHORTEST_NAME, width - _table_width(0, columns))
     words = [footnote(rows, shown, kind)]
-    if left_out := [metric.title for metric in shown_metrics(rows, metrics) if metric not in shown]:
-        words.append(f"In comparison.md, and in a terminal of {WIDE} columns: {', '.join(left_out)}.")
+    left_out = [metric.title for metric in shown_metrics(rows, metrics) if metric not in shown]
+    if IF_CALIBRATED in " ".join(heads) and not any(column[0].endswith("calibrated") for column in columns):
+        words = [words[0].removesuffix(f" {FLOOR_NOTE}.")]
+        left_out.append(f"ECE {IF_CALIBRATED}")
+    if width < WIDE:
+        words.append(f"In comparison.md, and in a terminal of {WIDE} columns: {', '.join([*left_out, 'seconds'])}.")
     words += [f"{line[0]} {line[1]}: {line[2]}" for line in body if not line[-1]]
     caption = escape("\n".join(words))
     table = Table(title=escape(heading), title_justify="left", caption=caption, caption_justify="left")

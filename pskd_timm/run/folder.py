@@ -55,7 +55,11 @@ def read_result(run_dir: Path) -> RunResult:
     if not path.is_file():
         raise InputError(f"{run_dir}: the run is not finished (no result.json); the same train command resumes it")
     try:
-        return EARLIER | json.loads(path.read_text(encoding="utf-8"))
+        values = EARLIER | json.loads(path.read_text(encoding="utf-8"))
+        values["last"], values["best"]  # noqa: B018 (what a result is for)
+        return values
+    except KeyError as error:
+        raise InputError(f"{path}: damaged: it has no {error}; {how_to_mend(run_dir)}") from None
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged: {error}; {how_to_mend(run_dir)}") from None
 
