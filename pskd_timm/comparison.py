@@ -209,6 +209,8 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                     failed.add(job.recipe.run_dir)
                 _print_outcome(job, display)
     except (KeyboardInterrupt, SystemExit):
+        if _in_main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the saving short either
         display.say("stopping: each run that trains saves where it stands")
         _stop(running)
         display.say(_after_stop(waiting, total, began))
@@ -282,6 +284,7 @@ def _in_main_thread() -> bool:
 
 
 def _end(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice; the second must not cut the saving short
     raise SystemExit(128 + number)
 
 
@@ -340,8 +343,6 @@ def _fail(job: Job, why: str, display: Display):
 
 
 def _stop(running: list[Job]):
-    if _in_main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the saving short
     running = [job for job in running if job.process.is_alive()]
     for job in running:
         os.kill(job.process.pid, signal.SIGTERM)
