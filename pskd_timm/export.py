@@ -150,7 +150,7 @@ model = {loading}.eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 with torch.no_grad():
     logits = model(transform(Image.open("image.jpg").convert("RGB"))[None])
-confidences = (logits / {temperature:.4f}).softmax(dim=1)
+confidences = {scaled}.softmax(dim=1)
 ```
 
 {calibration}
@@ -186,7 +186,7 @@ def model_card(result: Result, classifier: Classifier, best: bool, timm_name: st
         split=scored_images(result),
         imports=imports,
         loading=loading,
-        temperature=classifier.temperature.value,
+        scaled="logits" if classifier.temperature.reason else f"(logits / {classifier.temperature.value:.4f})",
         calibration=calibration_line(classifier),
         classes=", ".join(map(plain, classifier.class_names)),
         recipe=recipe_for_others(recipe),

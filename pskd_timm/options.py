@@ -256,7 +256,8 @@ def overrides(arguments: argparse.Namespace, rest: list[str]) -> dict[str, str]:
     for word in rest:
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
-            raise InputError(f"unexpected argument {word!r}: settings are given as --section.name value")
+            what = "" if word.startswith("-") else "one recipe is taken, and "
+            raise InputError(f"unexpected argument {word!r}: {what}settings are given as --section.name value")
         if not _is_inside_mapping(name):
             raise InputError(f"unknown option --{name}{nearest(name, arguments.options, '--')}")
         if not equals:
