@@ -86,10 +86,11 @@ def run_to_end(recipe: Recipe | DetectionRecipe, run, quiet: bool) -> int:
         )
         return FAILED
     if is_main_process():
-        from .metrics import format_metrics
+        from .metrics import format_metrics, telling_metrics
         from .run.folder import read_metrics
 
-        last, best, metrics = result.last, result.best, read_metrics(result.values)
+        metrics = telling_metrics(read_metrics(result.values), result.values["num_classes"])
+        last, best = result.last, result.best
         print(f"last epoch {last['epoch']}: {format_metrics(last, metrics)}")
         print(f"best epoch {best['epoch']} (best on {best['chosen_on']}): {format_metrics(best, metrics)}")
         print(f"wrote {result.run_dir}")
@@ -177,7 +178,7 @@ def run_show(arguments, rest):
 
 
 def run_evaluate(arguments, rest):
-    from .metrics import format_metrics
+    from .metrics import format_metrics, telling_metrics
     from .progress import Display
 
     given = overrides(arguments, rest)
@@ -198,7 +199,8 @@ def run_evaluate(arguments, rest):
 
     with Display() as display:
         scores = evaluate(arguments.run_or_recipe, given, display.advance)
-    metrics = read_metrics(read_result(Path(arguments.run_or_recipe)))
+    values = read_result(Path(arguments.run_or_recipe))
+    metrics = telling_metrics(read_metrics(values), values["num_classes"])
     for which, found in scores.items():
         recorded = found.pop("recorded")
         agrees = (

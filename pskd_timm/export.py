@@ -21,14 +21,13 @@ from .calibration import Temperature, probability_parts, with_temperature
 from .data.augmentation import normalize
 from .errors import InputError, first_line, reason
 from .files import write_atomic
-from .metrics import Outcomes, outcomes, summarize
+from .metrics import Outcomes, outcomes, summarize, telling_metrics
 from .models.base import CifarNet
 from .models.build import LOCAL, normalisation
 from .prediction import Classifier, describe_calibration
 from .recipe import METHOD_SECTIONS, Recipe
 from .recipe_files import differing
 from .reports.plots import reliability_and_risk, title
-from .reports.tables import telling_metrics
 from .run.folder import how_to_mend, read_metrics, read_result
 from .run.result import Result, RunResult
 from .teacher import BASELINE

@@ -61,6 +61,7 @@ ALL_METRICS = METRICS | FURTHER_METRICS
 ALL = "all"  # what stands for every one of them
 OF_ROWS = ("brier", "classwise_ece")  # need each sample's probabilities of all classes
 ECE_BINS = 10
+MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
 FURTHER_BINS = 15  # of the other errors with bins
 NARROWEST = 0.001  # bandwidth of smooth ECE, as in relplot
 GRID = 2048  # intervals of [0, 1] on which smooth ECE is computed
@@ -78,6 +79,11 @@ def format_metrics(values: dict[str, float], metrics: Iterable[Metric], brief: b
     shown = [metric for metric in metrics if metric.in_brief or not brief]
     shown = [metric for metric in shown if not metric.only_at_end or metric.name in values]
     return "  ".join(f"{metric.title} {metric.format(values[metric.name])} {metric.unit}".rstrip() for metric in shown)
+
+
+def telling_metrics(metrics: Iterable[Metric], num_classes: float) -> list[Metric]:
+    """`metrics`, without the top-5 error where there are so few classes that it is always 0."""
+    return [metric for metric in metrics if metric.name != "top5_error" or not num_classes <= MOST_FOR_TOP5]
 
 
 class Outcomes(NamedTuple):

@@ -102,6 +102,12 @@ def test_a_temperature_from_too_few_images_is_none_and_everything_that_leaves_sa
     assert session.get_modelmeta().custom_metadata_map["calibrated"] == "false"
 
 
+def test_with_so_few_classes_no_top5_error_is_printed(run, capsys):
+    assert main(["evaluate", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("top-1 error") == 2 and "top-5" not in said
+
+
 def test_the_report_says_why_a_baseline_that_held_images_out_has_no_temperature(folder, tmp_path, monkeypatch):
     monkeypatch.undo()
     train(recipe_for(folder, tmp_path, method="baseline", epochs=1))

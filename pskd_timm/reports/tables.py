@@ -10,11 +10,10 @@ from typing import NamedTuple
 import pandas as pd
 
 from ..floors import FLOORED, EceFloor
-from ..metrics import Metric
+from ..metrics import Metric, telling_metrics
 from .plots import title
 from .runs import floor_columns
 
-MOST_FOR_TOP5 = 5  # classes: with so many or fewer the right one is always among the first five
 FURTHER = "Further figures, last epoch"
 IF_CALIBRATED = "if calibrated"
 LONGEST_UNBROKEN = 24  # letters of a method's name in the terminal; longer ones may wrap
@@ -104,11 +103,6 @@ def floor_text(floor: EceFloor, digits: int = 2) -> str:
 def shown_metrics(rows: pd.DataFrame, metrics: Sequence[Metric]) -> list[Metric]:
     """What the tables show of runs, whose number of classes is NaN where none has finished."""
     return telling_metrics(metrics, rows.num_classes.max())
-
-
-def telling_metrics(metrics: Iterable[Metric], num_classes: float) -> list[Metric]:
-    """`metrics`, without the top-5 error where there are so few classes that it is always 0."""
-    return [metric for metric in metrics if metric.name != "top5_error" or not num_classes <= MOST_FOR_TOP5]
 
 
 def over_seeds(counts: Iterable[int], kind: str = "method") -> str:
