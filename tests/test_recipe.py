@@ -248,6 +248,7 @@ LAYERS = [
         "cpus",
         "progress",
         "metrics",
+        "floors",
     },
     {"methods.__init__", "methods.sections", "tasks.__init__", "translation.__init__", "translation.section"}
     | {"recipe", "recipe_files"},
