@@ -298,7 +298,7 @@ def _show(jobs: list[Job], running: list[Job], left: list[Job], total: int, disp
     rows += [Row(name, epoch, of, f"epoch {epoch}/{of}  {facts}") for name, (epoch, facts, of) in where.items()]
     waiting = _waiting(left)
     now = ", ".join(f"{name} epoch {epoch}/{of}" for name, (epoch, _, of) in where.items())
-    display.show(rows, f"{count}: {now}; {waiting}".removesuffix("; "), waiting)
+    display.show(rows, f"{count}: {'; '.join(filter(None, (now, waiting)))}", waiting)
 
 
 def _waiting(left: list[Job]) -> str:
