@@ -156,7 +156,7 @@ def run_search(arguments, rest):
             found = search(recipe, arguments.over, *options, display)
     except KeyboardInterrupt as stopped:
         never = " without --resume never" if recipe.resume == "never" else ""
-        stopped.args = (f"interrupted; the same command{never} goes on from what was trained",)
+        stopped.args = (f"interrupted; the same command{never} goes on from what is there",)
         raise
     chosen = ", ".join(f"{key} {value}" for key, value in found.best.settings.items())
     print(f"chosen: trial {found.best.number} of {len(found.trials)}: {chosen}")

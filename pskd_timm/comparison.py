@@ -175,7 +175,9 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
     failed: set[Path] = set()
     left, began = list(waiting), time.time()
     # A scheduler's SIGTERM must not leave runs behind that nobody watches.
-    previous = signal.signal(signal.SIGTERM, _end) if _in_main_thread() else None
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if _in_main_thread()}
+    if previous:
+        signal.signal(signal.SIGTERM, _end)
     try:
         while left or running:
             _show(waiting, running, left, total, display)
@@ -209,15 +211,15 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                     failed.add(job.recipe.run_dir)
                 _print_outcome(job, display)
     except (KeyboardInterrupt, SystemExit):
-        if _in_main_thread():
+        if previous:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the saving short either
         display.say("stopping: each run that trains saves where it stands")
         _stop(running)
         display.say(_after_stop(waiting, total, began))
         raise
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():  # a notebook goes on after a Ctrl-C
+            signal.signal(number, handler)
 
 
 def _after_stop(waiting: list[Job], total: int, began: float) -> str:
