@@ -50,7 +50,7 @@ from pskd_timm.reports.plots import (
 from pskd_timm.reports.runs import by_method, find_runs, history, predictions, rows
 from pskd_timm.reports.scaling import scale, scaled_baselines
 from pskd_timm.reports.svg import svg
-from pskd_timm.reports.tables import _broken, latex_table, markdown_table, signed, summary, terminal_table
+from pskd_timm.reports.tables import WIDE, _broken, latex_table, markdown_table, signed, summary, terminal_table
 from pskd_timm.reports.versus import against_baseline, predicted
 from pskd_timm.run.folder import read_result
 
@@ -352,9 +352,21 @@ def test_in_a_narrow_terminal_the_table_has_its_right_border_and_no_word_is_brok
     assert "calibrated" in "".join(table) and "seconds" not in "".join(table)
     words = next(line for line in table if "│ Baseline  " in line).replace("│", " ").split()
     assert words[:2] == ["Baseline", "2"] and all(re.fullmatch(r"\d+\.\d\d", word) for word in words[2:])
-    assert "In comparison.md, and in a terminal of 140 columns: top-5 error, E-AURC, seconds." in " ".join(
-        " ".join(lines).split()
-    )
+    left_out = "In comparison.md, and in a terminal of 140 columns: top-5 error %, E-AURC ×10³, seconds."
+    assert left_out in " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize("width", [36, 44, 60, 80, 140])
+def test_every_column_is_shown_or_named_among_those_left_out(compared, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    table = terminal_table(compared.rows, compared.metrics, compared.heading, width)
+    console.print(table)
+    shown = {" ".join(str(column.header).split()) for column in table.columns}
+    everything = markdown_table(compared.rows, compared.metrics).splitlines()[0].strip("| ").split(" | ")
+    (_, *left_out) = " ".join(console.export_text().split()).split(f"in a terminal of {WIDE} columns: ")
+    named = left_out[0].split(".")[0].split(", ") if left_out else []
+    assert sorted([*shown, *named]) == sorted(everything)
+    assert ("If calibrated:" in str(table.caption)) == ("ECE % if calibrated" in shown)
 
 
 def test_a_small_difference_is_not_shown_as_none():

@@ -123,11 +123,11 @@ def direction(metrics: Sequence[Metric]) -> str:
     return f"Higher is better for {', '.join(higher)}, lower for the others"
 
 
-def footnote(rows: pd.DataFrame, metrics: Sequence[Metric], kind: str = "method") -> str:
-    """The lines below the table, whose lines are of a `kind` each."""
+def footnote(rows: pd.DataFrame, metrics: Sequence[Metric], kind: str = "method", with_floors: bool = True) -> str:
+    """The lines below the table, whose lines are of a `kind` each, and which says what an ECE would be if calibrated."""
     counts = rows[rows.status == "finished"].groupby("method").size()
     words = direction(shown_metrics(rows, metrics)) + (f"; {over_seeds(counts, kind)}." if len(counts) else ".")
-    return f"{words} {FLOOR_NOTE}." if has_floors(rows, metrics) else words
+    return f"{words} {FLOOR_NOTE}." if with_floors and has_floors(rows, metrics) else words
 
 
 def best_epoch(rows: pd.DataFrame, metrics: Sequence[Metric]) -> pd.DataFrame:
@@ -167,13 +167,13 @@ def terminal_table(
     from rich.markup import escape
     from rich.table import Table
 
-    shown = shown_metrics(rows, [metric for metric in metrics if metric.in_brief or width >= WIDE])
+    shown = [metric for metric in metrics if metric.in_brief or width >= WIDE]
     heads, *body = _text(rows, shown, "**", kind)
-    lines = [[head.replace(IF_CALIBRATED, IF_CALIBRATED.replace(" ", "\n")) for head in heads]]
-    lines += [line for line in body if line[-1]]
+    everything = _text(rows, metrics, "**", kind)[0]
+    in_lines = [head.replace(IF_CALIBRATED, IF_CALIBRATED.replace(" ", "\n")) for head in heads]
+    names, *columns = zip(in_lines, *(line for line in body if line[-1]), strict=True)
     if width < WIDE:
-        lines = [line[:-1] for line in lines]  # without the seconds
-    names, *columns = zip(*lines, strict=True)
+        columns.pop()  # the seconds
     longest = _width(names)
     if _table_width(min(longest, LONGEST_UNBROKEN), columns) > width:
         columns = list(map(_stacked, columns))
@@ -181,13 +181,10 @@ def terminal_table(
         if _table_width(min(longest, SHORTEST_NAME), columns) > width:
             columns = [column for column in columns if not column[0].endswith(least_needed)]
     room = max(SHORTEST_NAME, width - _table_width(0, columns))
-    words = [footnote(rows, shown, kind)]
-    left_out = [metric.title for metric in shown_metrics(rows, metrics) if metric not in shown]
-    if IF_CALIBRATED in " ".join(heads) and not any(column[0].endswith("calibrated") for column in columns):
-        words = [words[0].removesuffix(f" {FLOOR_NOTE}.")]
-        left_out.append(f"ECE {IF_CALIBRATED}")
-    if width < WIDE:
-        words.append(f"In comparison.md, and in a terminal of {WIDE} columns: {', '.join([*left_out, 'seconds'])}.")
+    kept = [" ".join(head.split()) for head, *_ in (names, *columns)]
+    words = [footnote(rows, shown, kind, with_floors=any(head.endswith(IF_CALIBRATED) for head in kept))]
+    if left_out := [head for head in everything if head not in kept]:
+        words.append(f"In comparison.md, and in a terminal of {WIDE} columns: {', '.join(left_out)}.")
     words += [f"{line[0]} {line[1]}: {line[2]}" for line in body if not line[-1]]
     caption = escape("\n".join(words))
     table = Table(title=escape(heading), title_justify="left", caption=caption, caption_justify="left")
