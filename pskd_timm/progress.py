@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, TextIO
 
@@ -36,12 +37,17 @@ class Display:
         self.last_line = time.monotonic()
         self.began = {}  # when each work was first heard of, and how much of it was done then
         self.training = None
+        self.to_say = deque()
 
     def say(self, text: str):
         """A line that stays."""
         if not self.quiet:
             self.console.print(text, markup=False)
             self.last_line = time.monotonic()
+
+    def later(self, text: str):
+        """A line said before what is shown next: a signal's handler must not write, whatever was being written meanwhile."""
+        self.to_say.append(text)
 
     def advance(self, what: str, done: int, total: int):
         """`done` of `total` of `what`: a bar, or without a terminal a line every ten seconds."""
@@ -82,6 +88,8 @@ class Display:
 
     def show(self, rows: list[Row], line: str, below: str = ""):
         """`rows` as bars with `below` under them, or without a terminal `line` every ten seconds."""
+        while self.to_say:
+            self.say(self.to_say.popleft())
         if self.live:
             self._draw(rows, below)
         elif not self.quiet and time.monotonic() - self.last_line > LINE_EVERY:

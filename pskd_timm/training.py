@@ -130,7 +130,7 @@ def train(
             display.say(description)
 
         profile_steps = recipe.tracking.profile_steps if is_main else 0
-        with StopSignals() as stop, profiled(run_dir, profile_steps, display.say) as profile:
+        with StopSignals(display.later) as stop, profiled(run_dir, profile_steps, display.say) as profile:
             for epoch in range(progress.epoch, recipe.epochs):
                 batches = loader.rank_batches(epoch)[progress.step :]
                 method.begin_epoch(epoch, loader.rows(batches))

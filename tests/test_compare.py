@@ -381,17 +381,18 @@ def test_a_stopped_comparison_says_what_the_same_command_keeps_resumes_and_start
     )
 
 
-def test_a_ctrl_c_while_a_run_starts_is_obeyed_afterwards_and_does_not_reach_what_started():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_run_starts_is_obeyed_afterwards_and_a_ctrl_c_does_not_reach_what_started(number):
     started = []
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests' runner may ignore it
+    previous = signal.signal(number, signal.default_int_handler)  # the tests' runner may ignore it
     try:
         with pytest.raises(KeyboardInterrupt), _apart():
             started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"]))
             started[0].send_signal(signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             started.append("went on")
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)
     assert started[1:] == ["went on"] and started[0].wait() == 0
 
 

@@ -147,6 +147,19 @@ def test_a_search_stopped_in_mid_trial_and_continued_equals_the_uninterrupted_on
         search(elsewhere.model_copy(update={"epochs": 4}), **options)
 
 
+def test_an_interrupted_search_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pskd_timm.study.search", interrupted)
+    command = ["search", "digits", "--over", "pskd.alpha=0.1,0.8", "--output_dir", str(tmp_path)]
+    assert main(command) == main([*command, "--resume", "never"]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "pskd-timm: interrupted; the same command goes on from what is there",
+        "pskd-timm: interrupted; the same command without --resume never goes on from what is there",
+    ]
+
+
 def test_a_poor_trial_stops_early_and_one_that_diverges_does_not_end_the_search(tiny, tmp_path):
     rates = "optim.lr=0.02,0.05,0.08,1e-5,1e30"
     recipe = tiny(epochs=4, method="baseline")

@@ -27,6 +27,7 @@ from pskd_timm.errors import Diverged
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS
 from pskd_timm.optim import lr_at, make_optimizer
+from pskd_timm.progress import Display
 from pskd_timm.recipe import Optim
 from pskd_timm.run.folder import checkpoints
 from pskd_timm.run.result import read_lines
@@ -570,6 +571,33 @@ def test_an_interruption_says_what_the_same_command_will_do(tmp_path, monkeypatc
         "pskd-timm: interrupted; the same command starts from scratch: there is no checkpoint yet",
         "pskd-timm: interrupted; the same command (without --resume never) resumes from 0003-0000",
     ]
+
+
+def test_a_signal_while_an_epoch_is_scored_is_answered_at_once_and_obeyed_after_it(tiny, monkeypatch, capsys):
+    advance = Display.advance
+
+    def interrupted(self, what, done, total):
+        if what == "evaluating":
+            monkeypatch.setattr(Display, "advance", advance)
+            signal.raise_signal(signal.SIGINT)
+        advance(self, what, done, total)
+
+    monkeypatch.setattr(Display, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny())
+    answer, _, stopped = capsys.readouterr().out.splitlines()[-3:]
+    assert answer == "stopping once this step or evaluation is done and saved; another Ctrl-C ends the run at once"
+    assert "stopped after epoch 1; the same command resumes it from there" in stopped
+
+
+def test_a_finished_run_whose_result_is_damaged_is_not_called_finished_first(tiny, capsys):
+    recipe = tiny(epochs=1)
+    path = train(recipe).run_dir / "result.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    capsys.readouterr()
+    with pytest.raises(InputError, match="damaged: "):
+        train(recipe)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_interrupted_deletion_leaves_no_half_checkpoint(tiny, monkeypatch):

@@ -103,7 +103,14 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
     lock = folder.run_lock(run_dir)
     ranks.on_main(lambda: folder.prepare(recipe, lock))
     tracker = Tracker(accelerator, recipe, Tracked(), steps, display.quiet)
-    with folder.released(lock), ranks.named_errors(), advice(recipe), tracker, display, StopSignals() as stop:
+    with (
+        folder.released(lock),
+        ranks.named_errors(),
+        advice(recipe),
+        tracker,
+        display,
+        StopSignals(display.later) as stop,
+    ):
         # Resume.
         if newest := checkpoint.newest_whole(run_dir):
             progress = checkpoint.load(newest, state)

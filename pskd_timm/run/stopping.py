@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import ranks
@@ -46,9 +47,12 @@ class SaveSchedule:
 
 
 class StopSignals:
-    """While active, SIGINT, SIGTERM and SIGUSR1 are noted, not obeyed; a second SIGINT is obeyed."""
+    """While active, SIGINT, SIGTERM and SIGUSR1 are noted, which `say` is told of, not obeyed; a second SIGINT is obeyed."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
 
     def __enter__(self):
         self.received = 0
@@ -61,6 +65,8 @@ class StopSignals:
         # A launcher may pass on a Ctrl-C that the terminal has sent already: the second one counts a moment later.
         if self.received and number == signal.SIGINT and time.monotonic() - self.at > 2:
             raise KeyboardInterrupt
+        if not self.received:  # where it comes while the test images are scored, the end of that may be far
+            self.say("stopping once this step or evaluation is done and saved; another Ctrl-C ends the run at once")
         self.received, self.at = number, time.monotonic()
 
     def __exit__(self, *_):
