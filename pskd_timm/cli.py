@@ -13,6 +13,7 @@ from .errors import Diverged, InputError, RankError, nearest, reason
 from .options import make_parser, overrides, with_values_joined
 from .recipe import Recipe, settings
 from .recipe_files import load_recipe, with_overrides
+from .section import COMMAND_LINE
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # and 143 or 138 after SIGTERM or SIGUSR1
 
@@ -184,7 +185,7 @@ def run_evaluate(arguments, rest):
     given = overrides(arguments, rest)
     if arguments.checkpoint:
         name = arguments.run_or_recipe
-        recipe = load_recipe(name, given) if name else with_overrides({"epochs": 1}, given, "command line", "evaluate")
+        recipe = load_recipe(name, given) if name else with_overrides({"epochs": 1}, given, COMMAND_LINE, "evaluate")
         from .evaluation import evaluate_checkpoint
         from .tasks import task_class
 

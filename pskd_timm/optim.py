@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, nearest
 from .recipe import Optim as OptimSection
+from .section import COMMAND_LINE, SourcedSection
 
 
 def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optimizer:
@@ -78,6 +79,34 @@ def slow_warmup(section: OptimSection, steps_per_epoch: int, epochs: int) -> str
         f"the run has {steps:,} steps and warms up for {warmup:,}, so the learning rate ends at {steps / warmup:.0%} of "
         "optim.lr: choose fewer optim.warmup_steps (warmup_epochs) or more epochs"
     )
+
+
+def unread(section: OptimSection) -> dict[str, str]:
+    """The settings, by dotted name, that nothing reads beside the others, and which of those is why."""
+    by_name = {"nesterov": section.name == "sgd", "momentum": True, "betas": section.name != "sgd"}
+    if section.name != "sgd":
+        from timm.optim import get_optimizer_info, list_optimizers
+
+        if section.name in list_optimizers():  # else what makes it says so
+            taken = get_optimizer_info(section.name)
+            by_name |= {"momentum": taken.has_momentum, "betas": taken.has_betas}
+    by_schedule = {
+        "min_lr": section.schedule == "cosine",
+        "milestones": section.schedule == "step",
+        "decay_rate": section.schedule == "step",
+    }
+    found = {name: f"optim.name {section.name}" for name, is_read in by_name.items() if not is_read}
+    found |= {name: f"optim.schedule {section.schedule}" for name, is_read in by_schedule.items() if not is_read}
+    return {f"optim.{name}": why for name, why in found.items()}
+
+
+def given_in_vain(recipe: SourcedSection) -> list[str]:
+    """A line for each setting of the optimizer that the command line gives and nothing reads."""
+    return [
+        f"{key} is given, but {why} does not read it"
+        for key, why in unread(recipe.optim).items()
+        if recipe.source_of(key) == COMMAND_LINE
+    ]
 
 
 def lr_at(step: int, steps_per_epoch: int, epochs: int, section: OptimSection) -> float:

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    PrivateAttr,
     create_model,
     model_validator,
 )
@@ -15,7 +14,7 @@ from . import presets
 from .effective import EffectiveLoss
 from .errors import InputError, nearest
 from .methods import METHOD_SECTIONS, MethodSection
-from .section import Area, Count, Fraction, NonNegative, Positive, Section
+from .section import Area, Count, Fraction, NonNegative, Positive, Section, SourcedSection
 from .tasks import TASKS
 from .translation.section import Translation
 
@@ -222,7 +221,7 @@ class Tracking(Section):
     """Steps, after the first 23, whose time torch's profiler takes apart in profile.txt and profile.json.gz."""
 
 
-class RecipeBase(Section):
+class RecipeBase(SourcedSection):
     name: Annotated[str, Field(pattern=r"^(\w[\w .+-]*)?$")] = ""
     """Name of the runs' folder; by default the recipe file's name."""
     task: str = "images"
@@ -265,8 +264,6 @@ class RecipeBase(Section):
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
-    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
-
     @model_validator(mode="after")
     def _fits_together(self):
         late = [epoch for epoch in self.optim.milestones if epoch >= self.epochs and epoch >= 1]
@@ -303,10 +300,6 @@ class RecipeBase(Section):
     def run_dir(self) -> Path:
         """Where this run's files go."""
         return Path(self.output_dir or f"runs/{self.name}") / self.method / f"seed{self.seed}"
-
-    def source_of(self, key: str) -> str:
-        """Where the dotted `key`'s value comes from: `default`, a preset, the recipe's file, or `command line`."""
-        return self._sources.get(key, "default")
 
     def published(self, method: str, name: str | None = None) -> presets.Preset | None:
         """The published constants of `method` under preset `name` (by default the recipe's) that fit this recipe."""

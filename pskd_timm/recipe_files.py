@@ -12,7 +12,7 @@ from . import presets
 from .errors import InputError, nearest, reason
 from .methods import METHOD_SECTIONS
 from .recipe import Recipe, flatten, sections, settings
-from .section import Section
+from .section import COMMAND_LINE, Section
 
 # In a wheel the recipes lie inside the package, in a checkout beside it.
 SHIPPED = Path(__file__).parent / "recipes"
@@ -168,10 +168,10 @@ def with_overrides(
     """
     flat = _current_names(flatten(written, kind), origin)
     sources = dict.fromkeys(flat, origin)
-    for key, value in _current_names(flatten(overrides or {}, kind), "command line").items():
+    for key, value in _current_names(flatten(overrides or {}, kind), COMMAND_LINE).items():
         _override(flat, key, _value(value), kind)
         parent = key.rpartition(".")[0]
-        sources[parent if key not in settings(kind) and parent in settings(kind) else key] = "command line"
+        sources[parent if key not in settings(kind) and parent in settings(kind) else key] = COMMAND_LINE
     tree: dict[str, Any] = {key: {} for key, value in written.items() if value == {} and key in sections(kind)}
     for key, value in flat.items():
         section, _, setting = key.rpartition(".")

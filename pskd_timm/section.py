@@ -2,7 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+
+COMMAND_LINE = "command line"  # the source of a value that is laid over those of a file
 
 
 class Section(BaseModel):
@@ -20,6 +22,16 @@ class Section(BaseModel):
         ):
             raise ValueError(f"should be a number, not {str(value).lower()}")
         return value
+
+
+class SourcedSection(Section):
+    """A whole recipe, which knows where its values come from."""
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def source_of(self, key: str) -> str:
+        """Where the dotted `key`'s value comes from: `default`, a preset, the recipe's file, or COMMAND_LINE."""
+        return self._sources.get(key, "default")
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -5,6 +5,7 @@ from .data.sources import Sizes, known_sizes, open_tables
 from .errors import InputError
 from .methods import METHOD_SECTIONS
 from .methods.sections import Scale
+from .optim import unread
 from .progress import readable
 from .recipe import Recipe, flatten
 from .recipe_files import find_recipe, read_yaml, shipped_recipes
@@ -16,13 +17,14 @@ def sources_table(recipe: Recipe):
     from rich.markup import escape
     from rich.table import Table
 
+    vain = unread(recipe.optim)
     table = Table(title=f"recipe {recipe.name}", title_justify="left")
     for header in ("setting", "value", "source"):
         table.add_column(header, overflow="fold")
     for key, value in flatten(recipe.model_dump()).items():
         section = key.split(".")[0]
         if is_read(key, recipe.task) and (section not in METHOD_SECTIONS or section == recipe.method):
-            source = source_line(recipe, key, value)
+            source = source_line(recipe, key, value) + (f"; {vain[key]} does not read it" if key in vain else "")
             quiet = recipe.source_of(key) == "default"
             table.add_row(key, escape(str(value)), escape(source), style="dim" if quiet else None)
     return table

@@ -12,7 +12,7 @@ from . import ranks, rng
 from .batch import Batch
 from .errors import InputError
 from .methods.build import build_method
-from .optim import grad_norm, lr_at, make_optimizer, slow_warmup
+from .optim import given_in_vain, grad_norm, lr_at, make_optimizer, slow_warmup
 from .progress import Display
 from .recipe import Recipe
 from .recipe_files import as_recipe
@@ -112,6 +112,8 @@ def train(
     with folder.released(lock), ranks.named_errors(), tracker, display, closing(loader):
         if late := slow_warmup(recipe.optim, loader.steps, recipe.epochs):
             display.say(late)
+        for line in given_in_vain(recipe):
+            display.say(line)
         # Resume.
         if newest := checkpoint.newest_whole(run_dir):
             progress = checkpoint.load(newest, state)

@@ -7,7 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from pskd_timm.optim import grad_norm, lr_at, make_optimizer, slow_warmup
+import pskd_timm.models  # noqa: F401 (which registers its networks)
+from pskd_timm import InputError, load_recipe
+from pskd_timm.optim import given_in_vain, grad_norm, lr_at, make_optimizer, slow_warmup, unread
 from pskd_timm.recipe import Optim
 
 SMALL = {
@@ -101,3 +103,37 @@ def test_a_run_that_ends_in_its_warm_up_is_told_where_its_learning_rate_ends(war
         said = slow_warmup(section, 20, epochs)
         assert (said is None) is reached, (epochs, said)
     assert "the run has 60 steps and warms up for 500, so the learning rate ends at 12%" in slow_warmup(section, 20, 3)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop", "lion", "muon"])
+@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+def test_a_setting_is_called_unread_where_another_value_changes_nothing(name, schedule):
+    """The optimizer's groups, defaults and the learning rates of a run, with each setting in turn at another value."""
+
+    def read(**given):
+        section = Optim(name=name, schedule=schedule, **given)
+        optimizer = make_optimizer(nn.Linear(2, 2), section)
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        return groups, [lr_at(step, 5, 4, section) for step in range(20)]
+
+    others = {"momentum": 0.5, "nesterov": False, "betas": [0.5, 0.6]}
+    others |= {"min_lr": 0.01, "milestones": [0.2], "decay_rate": 0.7}
+
+    def changes(key):
+        try:
+            return read(**{key: others[key]}) != read()
+        except InputError:
+            return True
+
+    assert {key.removeprefix("optim.") for key in unread(Optim(name=name, schedule=schedule))} == {
+        key for key in others if not changes(key)
+    }
+
+
+def test_what_is_given_on_the_command_line_and_not_read_is_told():
+    recipe = load_recipe("digits", {"optim.min_lr": 0.001, "optim.schedule": "step", "optim.betas": [0.9, 0.98]})
+    assert given_in_vain(recipe) == [
+        "optim.betas is given, but optim.name sgd does not read it",
+        "optim.min_lr is given, but optim.schedule step does not read it",
+    ]
+    assert given_in_vain(load_recipe("digits", {"optim.schedule": "cosine", "optim.min_lr": 0.001})) == []

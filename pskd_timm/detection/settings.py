@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from ..recipe import Checkpoint, Precision, flatten
 from ..recipe import Optim as ImageOptim
 from ..recipe import Tracking as ImageTracking
-from ..section import Count, Fraction, NonNegative, Positive, Section
+from ..section import Count, Fraction, NonNegative, Positive, Section, SourcedSection
 
 VOC_CLASSES = [
     "aeroplane",
@@ -134,7 +134,7 @@ class Tracking(ImageTracking):
     """Steps between two reads of the running losses and the gradient's norm."""
 
 
-class DetectionRecipe(Section):
+class DetectionRecipe(SourcedSection):
     name: Annotated[str, Field(pattern=r"^(\w[\w .+-]*)?$")] = ""
     """What the runs are filed under; by default the recipe file's name."""
     task: Literal["detection"] = "detection"
@@ -164,8 +164,6 @@ class DetectionRecipe(Section):
     optim: Optim = Optim()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
-
-    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self):

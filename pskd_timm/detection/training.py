@@ -13,7 +13,7 @@ from ..errors import Diverged, InputError
 from ..files import write_atomic
 from ..metrics import Metric
 from ..models.build import contiguous_state
-from ..optim import grad_norm, lr_at, make_optimizer
+from ..optim import given_in_vain, grad_norm, lr_at, make_optimizer
 from ..order import epoch_order, even_slice, num_batches, rank_batches
 from ..progress import Display
 from ..run import checkpoint, folder
@@ -111,6 +111,8 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
         display,
         StopSignals(display.later) as stop,
     ):
+        for line in given_in_vain(recipe):
+            display.say(line)
         # Resume.
         if newest := checkpoint.newest_whole(run_dir):
             progress = checkpoint.load(newest, state)
