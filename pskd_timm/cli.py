@@ -311,7 +311,8 @@ def run_against(arguments):
             f"AUROC {found['calibrated_auroc']:.2f} %  FPR95 {found['calibrated_fpr95']:.2f} %: calibrated, "
             f"temperature {found['temperature']:.3g}"
         )
-    print(f"against {found['images']:,} images of {found['name']}, {found['weights']} epoch's network")
+    images = "image" if found["images"] == 1 else "images"
+    print(f"against {found['images']:,} {images} of {found['name']}, {found['weights']} epoch's network")
     if arguments.json:
         write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
         print(f"wrote {arguments.json}")

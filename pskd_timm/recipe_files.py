@@ -214,7 +214,7 @@ def _explain(error: dict, sources: dict[str, str], origin: str, kind: type[Secti
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown setting {key!r}{nearest(key, [*sections(kind), *settings(kind)])}"
     if error["type"] == "missing":
-        return f"{where}: {key} is missing: {_description(key, kind)}"
+        return f"{where}: {key} is missing ({_description(key, kind).rstrip('.')})"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if error["type"] == "string_pattern_mismatch":
         message = "should be a plain name of letters, digits, spaces and . _ + -"

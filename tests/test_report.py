@@ -458,6 +458,12 @@ def test_the_report_shows_damaged_runs_and_leaves_out_what_nothing_tells_the_met
     assert re.search(r"left out: .*strange.*not valid YAML", capsys.readouterr().err)
 
 
+def test_a_report_of_runs_none_of_whose_recipes_can_be_read_has_a_heading(copied):
+    for path in copied.rglob("recipe.yaml"):
+        path.write_text("epochs: [2")
+    assert report(copied / "pskd").heading == "runs, last epoch"
+
+
 def test_other_numbers_of_classes_under_one_recipe_are_refused(copied):
     path = copied / "pskd" / "seed1" / "result.json"
     values = json.loads(path.read_text())

@@ -113,10 +113,10 @@ def report(runs: Iterable[str | Path], output: str | Path | None = None, metrics
 
 
 def heading(runs: list[Run]) -> str:
-    """What a comparison is called: its recipes and networks."""
+    """What a comparison is called: its recipes and networks, where one can be read."""
     recipes = [run.recipe for run in runs if run.recipe]
     names = [dict.fromkeys(recipe.name for recipe in recipes), dict.fromkeys(recipe.model.name for recipe in recipes)]
-    return ": ".join(", ".join(each) for each in names if each) + ", last epoch"
+    return (": ".join(", ".join(each) for each in names if each) or "runs") + ", last epoch"
 
 
 def write(found: list[Run], searches: list[Search], folder: Path, further: Sequence[Metric] = ()) -> Comparison:
@@ -241,16 +241,12 @@ def overconfidence_notes(tables: dict[str, dict[int, pd.DataFrame]]) -> list[str
 
 def unscaled_notes(finished: dict[str, list[Run]], scaling: Scaling) -> list[str]:
     """Why a baseline that held images out has no row with a temperature."""
-    fitted = [
-        (run, scaling.fitted[run.folder][0])
-        for runs in finished.values()
-        for run in runs
-        if run.folder in scaling.fitted
-    ]
+    baselines = [run for runs in finished.values() for run in runs if run.name == "baseline"]
+    fitted = [(run, scaling.fitted[run.folder][0]) for run in baselines if run.folder in scaling.fitted]
     return [
         f"{title(run.method)} seed {run.seed} with a temperature has no line: {temperature.reason}."
         for run, temperature in fitted
-        if run.name == "baseline" and temperature.reason
+        if temperature.reason
     ]
 
 
