@@ -141,7 +141,11 @@ def tell(comparison):
     )
     if comparison.further:
         console.print(further_table(comparison.rows, comparison.further))
-    print("\n".join([*comparison.notes, "wrote " + ", ".join(map(str, comparison.paths))]))
+    for note in [
+        *comparison.notes,
+        "wrote " + ", ".join(map(str, comparison.paths)),
+    ]:  # a line each where there is no terminal
+        console.print(note, markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def run_search(arguments, rest):

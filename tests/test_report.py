@@ -24,7 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import browser
 from pskd_timm import InputError, Result, report, train
 from pskd_timm.calibration import fit_temperature, with_temperature
-from pskd_timm.cli import main
+from pskd_timm.cli import main, tell
 from pskd_timm.floors import ece_floor
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS, Metric, score
@@ -367,6 +367,22 @@ def test_every_column_is_shown_or_named_among_those_left_out(compared, width):
     named = left_out[0].split(".")[0].split(", ") if left_out else []
     assert sorted([*shown, *named]) == sorted(everything)
     assert ("If calibrated:" in str(table.caption)) == ("ECE % if calibrated" in shown)
+
+
+def test_in_a_terminal_the_notes_are_broken_between_words_and_elsewhere_each_is_a_line(compared, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "60")
+    said = {}
+    for kind in (Terminal, io.StringIO):
+        monkeypatch.setattr(sys, "stdout", kind())
+        tell(compared)
+        said[kind] = re.sub(r"\x1b\[[0-9;]*m", "", sys.stdout.getvalue()).splitlines()
+    note = compared.notes[0]
+    assert len(note) > 60 and note in said[io.StringIO] and max(map(len, said[Terminal])) <= 60
+    assert note in " ".join(line.rstrip() for line in said[Terminal])
 
 
 def test_a_small_difference_is_not_shown_as_none():
