@@ -414,15 +414,18 @@ def run_bench(arguments, rest):
         raise InputError("--processes must be from 1 to 64")
     check_file("--json", arguments.json)
     sizes = [parse_size(text) for text in arguments.sizes] if arguments.sizes else None
-    found = bench(
+
+    def keep(found):
+        write_atomic(Path(arguments.json), json.dumps(found, indent=1))
+
+    bench(
         dict.fromkeys(arguments.parts or QUICK_PARTS),
+        keep=keep if arguments.json else None,
         sizes=sizes,
         processes=arguments.processes,
         images=arguments.images,
         text=arguments.text,
     )
-    if arguments.json:
-        write_atomic(Path(arguments.json), json.dumps(found, indent=1))
     return DONE
 
 

@@ -1,7 +1,7 @@
 """Reading recipes: files and shipped names, with values of the command line over them, checked with an error of a line."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ if not SHIPPED.is_dir():
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package, as `show` and `compare` take them."""
     paths = (path.relative_to(SHIPPED).with_suffix("") for path in SHIPPED.rglob("*.yaml"))
-    # The sweep is wandb's, those of detection/ are read by `pskd-timm detect`, and what lies in results/ is of finished runs.
-    return sorted(path.as_posix() for path in paths if path.parts[0] not in ("sweep", "detection", "results"))
+    # The sweep is wandb's, those of detection/ are read by `pskd-timm detect`; what lies deeper is of runs (results/, runs/).
+    shipped = (path for path in paths if len(path.parts) <= 2 and path.parts[0] not in ("sweep", "detection"))
+    return sorted(path.as_posix() for path in shipped)
 
 
 def find_recipe(name: str) -> Path:
@@ -121,6 +122,8 @@ def as_recipe(recipe: Recipe | str | Path, overrides: dict[str, Any] | None = No
     """
     if not isinstance(recipe, Recipe | str | Path):
         raise InputError(f"a recipe, a recipe's file or name is wanted, got {recipe!r:.60}")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise InputError(f"overrides should be settings by dotted name, {{'optim.lr': 0.05}}, got {overrides!r:.60}")
     for name, value in lists.items():
         if isinstance(value, str) or not isinstance(value, Iterable):
             raise InputError(f"{name} should be a list: {name}=[{value!r}]")

@@ -28,6 +28,7 @@ from .recipe_files import FORMER_NAMES, as_recipe, differing, with_overrides
 from .reports import plots
 from .reports.trials import DIVERGED, DONE, REFUSED, STOPPED, TOO_LARGE, Trial, ranged, read_trials, trials_table
 from .run.result import Result
+from .section import COMMAND_LINE
 from .tasks import task_class
 from .teacher import BASELINE
 from .training import train
@@ -250,6 +251,8 @@ def _is_whole(annotation) -> bool:
 def _on_holdout(recipe: Recipe) -> Recipe:
     """The recipe as its trials train it: part of the training data held out, the test part left unread."""
     fraction = recipe.data.holdout_fraction or HOLDOUT_FRACTION
+    if recipe.data.holdout_fraction == 0 and recipe.source_of("data.holdout_fraction") == COMMAND_LINE:
+        raise InputError("data.holdout_fraction 0: a search chooses on a held-out part: give one, or none for a tenth")
     given = {"data.test": False, "data.holdout_fraction": fraction}
     if recipe.source_of("tracking.wandb") == "default":
         given["tracking.wandb"] = "disabled"  # trials are many, and trials.csv holds them together

@@ -66,6 +66,24 @@ def test_a_ratio_is_the_median_of_each_rounds_own():
     assert rounds.ratio(found, "a", "b") == {"seconds": 2.0, "ratio": 1.0, "low": 0.5, "high": 2.0, "rounds": 3}
 
 
+def test_a_whole_run_is_measured_against_the_bare_step_of_its_network(monkeypatch):
+    monkeypatch.setattr(step, "_repeat", lambda work, times: work)
+    said = []
+    found = step._whole_run(said.append, 2, step.BATCH, "off")
+    assert found["images_per_second"] > 0 and found["bare_images_per_second"] > 0 and len(said) == 1
+
+
+def test_what_has_been_measured_is_kept_where_a_later_part_fails(tmp_path, monkeypatch):
+    def fails(say):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(store, "measure", lambda say, **options: [{"seconds": 2.0}])
+    monkeypatch.setattr(metrics, "measure", fails)
+    with pytest.raises(RuntimeError):
+        main(["bench", "store", "metrics", "--json", str(tmp_path / "bench.json")])
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"store": [{"seconds": 2.0}]}
+
+
 def test_every_method_and_teacher_is_measured_as_a_step_that_trains():
     model, steps = step._steps(width=2)
     assert set(steps) == {"bare", *step.TAUGHT}

@@ -22,6 +22,7 @@ from pskd_timm.comparison import BUSY, Job, _after_stop, _apart, _run, gpu_of
 from pskd_timm.evaluation import evaluate
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS
+from pskd_timm.progress import Display
 from pskd_timm.reports.runs import columns, floor_columns
 from pskd_timm.reports.tables import markdown_table, summary
 from pskd_timm.run.folder import is_locked
@@ -100,6 +101,7 @@ def test_what_python_hands_over_wrongly_is_told_in_a_line(tiny):
         (lambda: compare(tiny(), ["pskd"], [-1]), "no seed below 0"),
         (lambda: compare(tiny(), ["pskd"], [0], jobs=0), "--jobs must be at least 1"),
         (lambda: train(tiny(), callbacks=print), "callbacks should be a list"),
+        (lambda: train(tiny(), Display(quiet=True)), "overrides should be settings by dotted name"),
         (lambda: train(tiny(), callbacks=["print"]), "callbacks should be functions"),
         (lambda: report([]), "name run folders"),
     ):

@@ -168,6 +168,13 @@ def test_timm_is_not_heard_about_a_trained_networks_classifier_which_a_backbone_
     assert torch.equal(ours["conv_stem.weight"], weights["conv_stem.weight"]) and "conv_head.weight" in weights
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_the_weights_of_a_classifier_which_no_backbone_has_are_not_said_to_be_lacking(tmp_path, capsys, name):
+    save_for_hf(timm.create_model(name, num_classes=7), tmp_path, safe_serialization=True)
+    make_detector(Model(backbone=str(tmp_path), **SMALL), 3)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_weights_that_no_part_of_a_backbone_has_are_still_named(tmp_path, caplog):
     make_detector(Model(backbone=str(saved_mobilenet(tmp_path, lambda w: w.update(stray=torch.ones(1)))), **SMALL), 3)
     assert "stray" in caplog.text

@@ -20,6 +20,14 @@ def shipped(name):
     return load_recipe(name, {"data.path": "my_images"} if name == "custom" else None)
 
 
+def test_runs_that_lie_among_the_recipes_are_none(tmp_path, monkeypatch):
+    for name in ("digits", "cifar100/resnext29", "runs/notebook/pskd/seed0/recipe", "results/digits/pskd/seed0/recipe"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.yaml").touch()
+    monkeypatch.setattr("pskd_timm.recipe_files.SHIPPED", tmp_path)
+    assert shipped_recipes() == ["cifar100/resnext29", "digits"]
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_loads_and_its_header_says_how_to_run_it(name):
     assert shipped(name).epochs >= 1

@@ -147,6 +147,12 @@ def test_a_search_stopped_in_mid_trial_and_continued_equals_the_uninterrupted_on
         search(elsewhere.model_copy(update={"epochs": 4}), **options)
 
 
+def test_a_search_without_a_held_out_part_is_refused_where_it_is_asked_for(tmp_path, capsys):
+    words = ["search", "digits", "--over", "pskd.alpha=0.1,0.8", "--output_dir", str(tmp_path / "runs")]
+    assert main([*words, "--data.holdout_fraction", "0"]) == 2
+    assert "a search chooses on a held-out part" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_search_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -184,7 +184,7 @@ def _whole_run(say, width: int, samples: int, compile: str) -> dict:
             "tracking.log_every": 1000,
         }
         before = bare_seconds()
-        result = train(load_recipe("cifar100/preact_resnet18", overrides), Display(quiet=True))
+        result = train(load_recipe("cifar100/preact_resnet18", overrides), display=Display(quiet=True))
         after = bare_seconds()
         rates = [line["images_per_second"] for line in read_lines(result.run_dir / "metrics.jsonl")][1:]
     found = {"images_per_second": median(rates), "bare_images_per_second": BATCH / median([before, after])}

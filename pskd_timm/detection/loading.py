@@ -26,6 +26,9 @@ def features_of(source: str, pretrained: bool) -> nn.Module:
         return timm.create_model(source, features_only=True)
     with _watched_log(source) as missing:
         features = timm.create_model(source, pretrained=True, features_only=True)
+    # timm looks for the classifier's weights too, and writes the names of parts that it flattens with _.
+    held = [name.replace(".", "_") for name in features.state_dict()]
+    missing = [name for name in missing if any(each.endswith(name.replace(".", "_")) for each in held)]
     if missing:
         of = f"{missing[0]} and {len(missing) - 1} more" if len(missing) > 1 else missing[0]
         warn_on_main(f"model.backbone: {source.removeprefix('local-dir:')} has no weights {of}: these start at random")
