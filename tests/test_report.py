@@ -855,6 +855,22 @@ def drawings_of(runs):
     ]
 
 
+def test_the_hardest_of_many_classes_are_chosen_among_those_with_enough_samples(monkeypatch):
+    """Of 30 classes the odd ones have 10 samples, k // 3 of them wrong, and the even ones 3, all of them wrong."""
+    drawn = []
+    monkeypatch.setattr(plots, "by_class", lambda shown, heading, *_: drawn.append((set(shown.index), heading)))
+    labels = np.repeat(np.arange(30), [3 if k % 2 == 0 else 10 for k in range(30)])
+    place = np.concatenate([np.arange(3 if k % 2 == 0 else 10) for k in range(30)])
+    table = pd.DataFrame({"label": labels, "correct": (place >= labels // 3) & (labels % 2 == 1)})
+    names = [f"class {k}" for k in range(30)]
+    per_class_error({"baseline": [table]}, names, most=5)
+    per_class_error({"baseline": [table]}, names, most=20)
+    per_class_error({"baseline": [table[table.label % 2 == 1]]}, names, most=20)
+    hardest = {f"class {k}" for k in (21, 23, 25, 27, 29)}
+    assert drawn[0] == (hardest, "Error by class: the hardest 5 of 15 with at least 10 samples")
+    assert drawn[1][1] == "Error by class: the hardest 20 of 30" and drawn[2][1] == "Error by class"
+
+
 def test_the_baseline_with_a_temperature_is_drawn_where_confidences_are_with_a_look_of_its_own(runs, compared):
     text = page(compared)
     sections = {name: text.split(f'id="{name}"')[1].split("<h2")[0] for name in ("curves", "confidence", "classes")}

@@ -237,6 +237,17 @@ def test_methods_that_need_a_second_input_of_a_class_are_refused_and_not_among_t
 # Pieces
 
 
+def test_the_names_of_a_sentences_pieces_read_as_the_sentence():
+    text = "Zwei Männer gehen über die Straße."
+    tokenizer = train_tokenizer([text] * 4, 400, 100)
+    raw = room.piece_names(tokenizer, len(tokenizer) + 2)
+    names = room.readable_names(tokenizer, raw)
+    read = "".join(names[piece] for piece in encode(tokenizer, [text])[0][:-1])
+    assert read == "␣" + text.replace(" ", "␣")
+    assert names[-2:] == raw[-2:] and names[tokenizer.eos_token_id] == "</s>"
+    assert names[raw.index("Ã")] == "Ã"  # half of a letter
+
+
 def test_pieces_join_to_the_sentence_whatever_is_in_it_and_depend_on_the_training_text_alone():
     texts = [text for pair in pairs(200) for text in pair]
     first, second = (train_tokenizer(texts, 320, 100) for _ in range(2))

@@ -36,6 +36,7 @@ DASHES = [
 MARKERS = ["o", "s", "^", "D", "P", "X", "v", "*", "<", ">"]
 INK, MUTED, GRID = "#1a1a1b", "#6b6b6c", "#e4e4e5"  # a page with a dark side puts its own in their place
 MOST_POINTS = 300  # of a curve
+FEW = 10  # samples below which an error of a class is mostly chance
 SMALL_BIN = 0.01  # part of the samples below which a bin's accuracy is mostly chance
 MOST_NAMES, LONGEST_NAME = 12, 20  # lines and letters that find room beside a plot
 NAME_HEIGHT = 0.075  # of the plot's height
@@ -283,12 +284,19 @@ def confidence_histogram(
 def per_class_error(
     tables: dict[str, list[pd.DataFrame]], class_names: list[str], most: int = 20, legend: bool = True
 ) -> Figure:
-    """Error of each class, mean over a method's runs; of many classes the `most` with the largest mean over methods."""
+    """Error of each class, mean over a method's runs; of many classes the `most` with the largest mean over methods.
+
+    Classes with fewer than FEW samples are not among these where there are enough others: their errors are chance.
+    """
     errors = pd.DataFrame({method: class_errors(each) for method, each in tables.items()})
-    shown = errors.loc[errors.mean(axis=1).sort_values(ascending=False).index[:most]][::-1]
-    heading = (
-        "Error by class" if len(shown) == len(errors) else f"Error by class: the hardest {len(shown)} of {len(errors)}"
-    )
+    counts = next(iter(tables.values()))[0].label.value_counts()
+    frequent = errors[counts.reindex(errors.index) >= FEW]
+    chosen = frequent if len(frequent) >= most else errors
+    shown = chosen.loc[chosen.mean(axis=1).sort_values(ascending=False).index[:most]][::-1]
+    heading = "Error by class"
+    if len(shown) < len(errors):
+        heading += f": the hardest {len(shown)} of {len(chosen)}"
+        heading += f" with at least {FEW} samples" if len(chosen) < len(errors) else ""
     return by_class(shown.rename(index=dict(enumerate(class_names))), heading, "error, %", legend)
 
 

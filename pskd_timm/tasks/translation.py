@@ -168,7 +168,7 @@ class TranslationTask:
             "num_pairs": {"train": len(self.train.targets)}
             | {name: len(p.targets) for name, p in self.evaluated.items()},
             "num_classes": self.num_classes,
-            "class_names": self.class_names,
+            "class_names": readable_names(self.tokenizer, self.class_names),
             "data_fingerprint": self.fingerprint,
             "sacrebleu": signatures(),
         }
@@ -214,6 +214,16 @@ def piece_names(tokenizer, num_classes: int) -> list[str]:
     """What the pieces are called, and those that a network has beyond its tokenizer's."""
     names = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), num_classes)))
     return names + [f"unused {i}" for i in range(len(names), num_classes)]
+
+
+def readable_names(tokenizer, names: list[str]) -> list[str]:
+    """The pieces called `names` as they read, a blank before one as ␣; a part of a letter stays what it is called."""
+    found = []
+    for i, name in enumerate(names):
+        text = tokenizer.decode([i]).strip() if i < len(tokenizer) else ""
+        blank = "␣" if name[:1] in ("Ġ", "▁") else ""  # as byte-level tokenizers and SentencePiece write it
+        found.append(blank + text if blank + text and "\N{REPLACEMENT CHARACTER}" not in text else name)
+    return found
 
 
 def check_settings(recipe: Recipe):
