@@ -5,7 +5,7 @@ import sys
 
 
 def main() -> int:
-    """Run the command line; until it stands, Ctrl-C ends the program without the traceback of an import."""
+    """Run the command line; until it stands, and once it has ended, Ctrl-C ends the program without a traceback."""
     wanted = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a parent may have it ignored
     if wanted:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -13,7 +13,10 @@ def main() -> int:
 
     if wanted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return main()
+    code = main()
+    if wanted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 if __name__ == "__main__":

@@ -445,6 +445,7 @@ COMMANDS = {
     "export": run_export,
     "bench": run_bench,
 }
+LAUNCHED = ("train", "detect", "compare", "search")  # the last two say what to do instead
 
 
 def is_main_process() -> bool:
@@ -456,6 +457,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         words = with_values_joined(sys.argv[1:] if argv is None else argv)
         arguments, rest = make_parser().parse_known_args(words)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.command not in LAUNCHED:
+            raise InputError(f"{arguments.command} is the work of one process: call it without accelerate launch")
         return COMMANDS[arguments.command](arguments, rest)
     except InputError as error:
         if is_main_process() or isinstance(error, RankError):

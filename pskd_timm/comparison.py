@@ -295,12 +295,19 @@ def _show(jobs: list[Job], running: list[Job], left: list[Job], total: int, disp
     where = {job.name: (*job.where(), job.recipe.epochs) for job in running}
     epochs = sum(job.recipe.epochs for job in jobs)
     done = epochs - sum(job.recipe.epochs for job in left) - sum(of - epoch for epoch, _, of in where.values())
-    count = f"{total - len(left) - len(running)} of {total} runs {display.left('all', done, epochs)}".rstrip()
+    count = f"{total - len(left) - len(running)} of {total} runs"
+    if done < epochs:  # else the last runs are scored, which may take long
+        count = f"{count} {display.left('all', done, epochs)}".rstrip()
     rows = [Row("all", done, epochs, count)]
-    rows += [Row(name, epoch, of, f"epoch {epoch}/{of}  {facts}") for name, (epoch, facts, of) in where.items()]
+    rows += [Row(name, epoch, of, f"{_epoch(epoch, of)}  {facts}") for name, (epoch, facts, of) in where.items()]
     waiting = _waiting(left)
-    now = ", ".join(f"{name} epoch {epoch}/{of}" for name, (epoch, _, of) in where.items())
+    now = ", ".join(f"{name} {_epoch(epoch, of)}" for name, (epoch, _, of) in where.items())
     display.show(rows, f"{count}: {'; '.join(filter(None, (now, waiting)))}", waiting)
+
+
+def _epoch(epoch: int, of: int) -> str:
+    """Where a run that goes on is; after its last epoch its weights are scored once more, translations searched for."""
+    return f"epoch {epoch}/{of}" if epoch < of else "trained, being scored"
 
 
 def _waiting(left: list[Job]) -> str:

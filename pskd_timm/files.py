@@ -18,7 +18,7 @@ def warn(text: str):
 
 def write_atomic(path: Path, content: str | bytes):
     """Replace the file `path` by one with `content`; where it cannot be written, `path` stays as it was."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         flush_to_disk(partial)

@@ -61,7 +61,7 @@ class Data(Section):
     limit_train: Count | None = None
     """Train on so many samples only, taken evenly from all classes."""
     limit_test: Count | None = None
-    """Test on so many samples only, taken evenly from all classes."""
+    """Test on so many samples only, taken evenly from all classes; of translations on so many pairs of each test part."""
     holdout_fraction: Fraction = 0.0
     """Part of each class of the training samples to hold out and choose the best epoch on."""
     label_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0

@@ -109,6 +109,16 @@ def test_what_python_hands_over_wrongly_is_told_in_a_line(tiny):
             call()
 
 
+def test_what_one_process_does_is_refused_in_several_once(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, says in (
+        ("0", "pskd-timm: report is the work of one process: call it without accelerate launch\n"),
+        ("1", ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["report", "nowhere"]) == 2 and capsys.readouterr().err == says
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -120,3 +120,12 @@ def test_compare_shows_every_run_and_what_is_left(tiny, tmp_path):
     ]
     waiting = "waiting: cskd 1, pskd 0 1"
     assert shown == [(expected, f"4 of 9 runs: baseline seed 1 epoch 3/4, cskd seed 0 epoch 0/4; {waiting}", waiting)]
+
+    (jobs[1].recipe.run_dir / "metrics.jsonl").write_text('{"epoch": 4, "top1_error": 33.33, "nll": 1.5}\n')
+    shown.clear()
+    _show(jobs[:2], jobs[1:2], [], 2, display)
+    assert shown[0][1:] == ("1 of 2 runs: baseline seed 1 trained, being scored", "")
+    assert [row.count for row in shown[0][0]] == [
+        "1 of 2 runs",
+        "trained, being scored  top-1 error 33.33 %  NLL 1.500",
+    ]

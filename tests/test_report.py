@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rich.console import Console
 from torchmetrics.classification import MulticlassAccuracy
 
 import browser
+from commands import cli
 from pskd_timm import InputError, Result, report, train
 from pskd_timm.calibration import fit_temperature, with_temperature
 from pskd_timm.cli import main, tell
@@ -410,6 +412,13 @@ def test_a_seed_is_missing_where_other_methods_of_the_same_settings_have_it(copi
     recipe = copied / "baseline" / "seed0" / "recipe.yaml"
     recipe.write_text(re.sub(r"\blr: .*", "lr: 0.01", recipe.read_text()))
     assert list(report(copied).rows.status) == ["finished"] * 3
+
+
+def test_reports_of_the_same_runs_may_be_written_at_once(copied):
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda _: cli("report", copied), range(6)))
+    assert [each.returncode for each in done] == [0] * 6, [each.stderr for each in done]
+    assert not list(copied.glob("*.partial"))
 
 
 def test_a_report_of_runs_none_of_which_finished_says_so(copied):

@@ -546,6 +546,19 @@ def test_a_signal_ends_the_program_with_a_checkpoint_a_line_and_its_code(tmp_pat
     assert newest(run_dir)
 
 
+def test_a_ctrl_c_after_the_end_ends_the_program_without_a_traceback(monkeypatch):
+    from pskd_timm.__main__ import main as program
+
+    monkeypatch.setattr("pskd_timm.cli.main", lambda: 130)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert program() == 130 and signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a parent may have it
+        assert program() == 130 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_an_interruption_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys):
     deletes = False
 
