@@ -232,7 +232,7 @@ def _range(text: str, values: str, annotation) -> Range:
     if more not in ([], ["log"]):
         raise InputError(f"--over {text}: write low:high or low:high:log")
     if not all(map(math.isfinite, numbers)) or numbers[0] >= numbers[1]:
-        raise InputError(f"--over {text}: {low} should be below {high}")
+        raise InputError(f"--over {text}: the low end {low} should be below the high end {high}")
     if more and numbers[0] <= 0:
         raise InputError(f"--over {text}: a logarithmic range starts above 0")
     whole = _is_whole(annotation) if annotation is not None else all(number.is_integer() for number in numbers)

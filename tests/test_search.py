@@ -206,7 +206,7 @@ def test_whole_numbers_are_drawn_for_whole_settings_and_logarithmic_ranges_evenl
     [
         ("pskd.alfa=0.1:0.5", "unknown setting 'pskd.alfa': did you mean pskd.alpha"),
         ("pskd.alpha=0.3:1.5", r"pskd.alpha should be less than or equal to 1"),
-        ("pskd.alpha=0.9:0.3", "0.9 should be below 0.3"),
+        ("pskd.alpha=0.9:0.3", "the low end 0.9 should be below the high end 0.3"),
         ("pskd.alpha=0:1:log", "logarithmic range starts above 0"),
         ("pskd.alpha=0.1:0.5:lin", "low:high:log"),
         ("pskd.alpha=a:b", "'a' and 'b' should be numbers"),

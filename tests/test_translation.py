@@ -145,12 +145,14 @@ def test_damaged_corpora_are_told_in_a_line(tmp_path):
     (folder / "train.parquet").write_bytes(b"PAR1 not really")
     (folder / "train.de").unlink()
     (folder / "train.en").unlink()
-    assert "cannot be read" in refused(folder, data__test=False, data__holdout_fraction=0.5)
+    assert f"data.path: {folder / 'train.parquet'}: cannot be read" in refused(
+        folder, data__test=False, data__holdout_fraction=0.5
+    )
 
 
 def test_missing_splits_are_told_with_what_there_is(tmp_path, corpus):
     folder = write_plain(tmp_path / "a", train=5, test=2)
-    assert "no validation split" in refused(folder)
+    assert "no validation split among test, train to choose" in refused(folder)
     folder = write_plain(tmp_path / "b", train=5, valid=2)
     assert "no test split among train, valid" in refused(folder)
     assert "no split 'test2018'" in refused(corpus, translation__test_splits=["test2018"])
@@ -187,7 +189,7 @@ def test_empty_pairs_of_the_scored_parts_are_scored_and_named(tmp_path, capsys):
     (folder / "test.en").write_text("\n".join(lines) + "\n")
     task = open_task(small_recipe(folder))
     said = [line for line in capsys.readouterr().err.splitlines() if "scored" in line]
-    assert said == ["pskd-timm: data: scored as they are, 2 pairs of test with an empty side: 3, 6"]
+    assert said == ["pskd-timm: data: scored as they are, 2 of 6 pairs of test with an empty side: 3, 6"]
     assert len(task.evaluated["test"].targets) == 6
 
 

@@ -103,14 +103,17 @@ def _check_same_test(finished: list[DetectorRun]):
     """Raise InputError where runs were tested on different pictures or objects, or scored by different metrics."""
     for run in finished[1:]:
         first = finished[0]
-        different = [
-            key for key in ("num_test", "class_names", "num_objects") if first.values.get(key) != run.values.get(key)
-        ]
+        words = {
+            "num_test": "the number of test pictures",
+            "class_names": "classes",
+            "num_objects": "the number of objects",
+        }
+        different = [said for key, said in words.items() if first.values.get(key) != run.values.get(key)]
         if metric_names(first.values) != metric_names(run.values):
             different.append("metrics")
         if different:
             raise InputError(
-                f"{first.folder} and {run.folder} differ in {different[0].replace('_', ' ')}: "
+                f"{first.folder} and {run.folder} differ in {different[0]}: "
                 "runs of different test pictures or figures need reports of their own"
             )
     kept = [run for run in finished if run.found]

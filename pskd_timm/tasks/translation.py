@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -267,11 +268,11 @@ def divide(corpus: Corpus, recipe: Recipe) -> tuple[Corpus, Pairs | None]:
         )
     elif corpus.validation is None:
         raise InputError(
-            "data: no validation split to choose the best epoch on: name one with translation.validation_split, "
-            "or hold part of the training pairs out with data.holdout_fraction 0.03"
+            f"data: no validation split among {', '.join(corpus.splits)} to choose the best epoch on: name one with "
+            "translation.validation_split, or hold part of the training pairs out with data.holdout_fraction 0.03"
         )
     tests = {name: limited(pairs, data.limit_test, data.seed) for name, pairs in corpus.tests.items()}
-    return Corpus(train, corpus.validation, tests), held_out
+    return replace(corpus, train=train, tests=tests), held_out
 
 
 def name_shared(corpus: Corpus):
@@ -287,7 +288,7 @@ def name_empty(parts: Iterable[Part]):
     for part in parts:
         rows = (part.sources.lengths.minimum(part.targets.lengths) <= 1).nonzero().squeeze(1).tolist()
         if rows:
-            count, named = f"{len(rows):,}", first_of(part.pairs, rows)
+            count, named = f"{len(rows):,} of {len(part.pairs):,}", first_of(part.pairs, rows)
             warn_on_main(f"data: scored as they are, {count} pairs of {part.pairs.name} with an empty side: {named}")
 
 

@@ -38,11 +38,12 @@ class Pairs:
 
 @dataclass
 class Corpus:
-    """The parts of a corpus: training, validation (None where there is none) and the test splits by name."""
+    """The parts of a corpus: training, validation (None where there is none) and the test splits by name; what splits it has."""
 
     train: Pairs
     validation: Pairs | None
     tests: dict[str, Pairs]
+    splits: tuple[str, ...]
 
 
 def clean(text: str, lowercase: bool = False) -> str:
@@ -67,6 +68,7 @@ def read_corpus(recipe: Recipe) -> Corpus:
         train,
         _part(splits, validation, "translation.validation_split", recipe) if validation else None,
         {name: _part(splits, name, "translation.test_splits", recipe) for name in tests},
+        tuple(splits),
     )
 
 
@@ -127,13 +129,14 @@ def _plain_files(files: list[Path], section) -> dict:
 
 
 def _lazy_table(paths: list[Path]):
-    def read():
+    def load():
         import datasets
 
         reader = TABLE_READERS[paths[0].suffix]
         return datasets.load_dataset(reader, data_files={"train": [str(path) for path in paths]}, split="train")
 
-    return read
+    named = ", ".join(map(str, paths[:MOST_NAMED])) + ("" if len(paths) <= MOST_NAMED else ", …")
+    return lambda: _guarded(load, f"data.path: {named}")
 
 
 def _load_from_disk(folder: Path):
@@ -168,6 +171,8 @@ def _guarded(read, where: str):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read is raised as well
     try:
         return read()
+    except InputError:
+        raise
     except Exception as error:  # the library raises whatever its readers raise
         cause = error
         while cause.__cause__ is not None:  # the outermost one says only that a data set could not be made
