@@ -413,6 +413,8 @@ def run_bench(arguments, rest):
     if arguments.processes and not 1 <= min(arguments.processes) <= max(arguments.processes) <= 64:
         raise InputError("--processes must be from 1 to 64")
     check_file("--json", arguments.json)
+    if arguments.text and not Path(arguments.text).is_dir():
+        raise InputError(f"--text: there is no folder {arguments.text}")
     sizes = [parse_size(text) for text in arguments.sizes] if arguments.sizes else None
 
     def keep(found):

@@ -53,6 +53,7 @@ def test_bench_measures_the_parts_that_are_named_with_the_options_they_know(tmp_
         (["store", "--processes", "3000"], "--processes must be from 1 to 64"),
         (["metrics", "--json", "."], ". is a folder"),
         (["store", "--sizes", "99999999999x99999"], "GB, this machine has"),
+        (["translation", "--text", "nowhere"], "--text: there is no folder nowhere"),
         (["data", "--images", "/nowhere"], "/nowhere holds 0 JPEG files"),
     ],
 )

@@ -183,8 +183,9 @@ def test_the_dashboard_shows_what_runs_log_with_mean_and_deviation_over_seeds_in
 def test_a_dashboard_without_its_extra_or_without_runs_is_a_line(tmp_path, monkeypatch, capsys):
     assert main(["dashboard", str(tmp_path)]) == 2
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
-    assert main(["dashboard", "digits"]) == 2
-    no_runs, no_extra = capsys.readouterr().err.splitlines()
+    assert main(["dashboard", "nowhere/runs"]) == main(["dashboard", "digits"]) == 2
+    no_runs, no_folder, no_extra = capsys.readouterr().err.splitlines()
+    assert "there is no folder nowhere/runs of runs, and no recipe 'nowhere/runs'" in no_folder
     assert "no runs here" in no_runs and "pip install wandb-workspaces" in no_extra
 
 

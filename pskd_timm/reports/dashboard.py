@@ -7,7 +7,7 @@ from ..errors import InputError, first_line
 from ..files import write_atomic
 from ..metrics import METRICS, Metric
 from ..recipe import Recipe
-from ..recipe_files import load_recipe
+from ..recipe_files import find_recipe, load_recipe
 from ..run.folder import read_metrics, read_result
 from .plots import COLOURS
 
@@ -35,6 +35,10 @@ def find_runs(name: str) -> tuple[Path, Recipe]:
         if not recipes:
             raise InputError(f"{name}: no runs here (they are folders <method>/seed<seed> with a recipe.yaml)")
         return Path(name), load_recipe(str(recipes[0]))
+    try:
+        find_recipe(name)
+    except InputError as error:
+        raise InputError(f"there is no folder {name} of runs, and {error}") from None
     recipe = load_recipe(name)
     return Path(recipe.output_dir or f"runs/{recipe.name}"), recipe
 
