@@ -141,11 +141,9 @@ def tell(comparison):
     )
     if comparison.further:
         console.print(further_table(comparison.rows, comparison.further))
-    for note in [
-        *comparison.notes,
-        "wrote " + ", ".join(map(str, comparison.paths)),
-    ]:  # a line each where there is no terminal
-        console.print(note, markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+    for note in comparison.notes:  # each a line where there is no terminal
+        console.print(note, markup=False, emoji=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+    print("wrote " + ", ".join(map(str, comparison.paths)))  # paths stay whole
 
 
 def run_search(arguments, rest):
@@ -454,12 +452,17 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_one_of_several() -> bool:
+    """Whether a launcher started this process among others; a cluster may set WORLD_SIZE alone for whatever runs there."""
+    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         words = with_values_joined(sys.argv[1:] if argv is None else argv)
         arguments, rest = make_parser().parse_known_args(words)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and arguments.command not in LAUNCHED:
+        if is_one_of_several() and arguments.command not in LAUNCHED:
             raise InputError(f"{arguments.command} is the work of one process: call it without accelerate launch")
         return COMMANDS[arguments.command](arguments, rest)
     except InputError as error:

@@ -49,6 +49,7 @@ class Job:
     process: multiprocessing.Process | None = None
     seat: int = 0  # which share of the machine it has
     awaited: bool = False  # whether another process was seen at work on it
+    started: float = 0.0  # when its process was
 
     @property
     def teacher(self) -> Path | None:
@@ -66,6 +67,8 @@ class Job:
 
     def where(self) -> tuple[int, str]:
         """How many epochs the run has done, and what it logged last."""
+        if self.recipe.resume == "never" and not is_renewed(self.recipe, self.started):
+            return 0, ""  # what lies there is a former run's
         step, epoch = (last_line(self.recipe.run_dir / name) for name in ("steps.jsonl", "metrics.jsonl"))
         if epoch:
             return epoch["epoch"], format_metrics(epoch, task_class(self.recipe.task).metrics[:3], brief=True)
@@ -115,7 +118,10 @@ def compare(
         _start_server(recipe.task)
 
         from .checks import check_recipe
+        from .optim import given_in_vain
 
+        for line in given_in_vain(recipe):
+            display.say(line)
         fingerprint = check_recipe(recipe, tuple(dict.fromkeys(job.recipe.method for job in waiting)), display)
         _check_finished([job.recipe.run_dir for job in all_jobs if job not in waiting], fingerprint)
     try:
@@ -194,6 +200,7 @@ def _run_all(waiting: list[Job], total: int, jobs: int, display: Display):
                     continue
                 job.seat = min(set(range(jobs)) - {other.seat for other in running})
                 job.process = FORKED.Process(target=_run, args=(job.recipe, job.seat, jobs, str(job.log)))
+                job.started = time.time()
                 running.append(job)  # before it starts: a Ctrl-C that comes meanwhile must end it too
                 with _apart():
                     job.process.start()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -18,12 +19,12 @@ def warn(text: str):
 
 def write_atomic(path: Path, content: str | bytes):
     """Replace the file `path` by one with `content`; where it cannot be written, `path` stays as it was."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # another process may write the same file
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         flush_to_disk(partial)
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # a Ctrl-C too
         partial.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)

@@ -83,6 +83,7 @@ def slow_warmup(section: OptimSection, steps_per_epoch: int, epochs: int) -> str
 
 def unread(section: OptimSection) -> dict[str, str]:
     """The settings, by dotted name, that nothing reads beside the others, and which of those is why."""
+    is_step = section.schedule == "step"
     by_name = {"nesterov": section.name == "sgd", "momentum": True, "betas": section.name != "sgd"}
     if section.name != "sgd":
         from timm.optim import get_optimizer_info, list_optimizers
@@ -92,11 +93,15 @@ def unread(section: OptimSection) -> dict[str, str]:
             by_name |= {"momentum": taken.has_momentum, "betas": taken.has_betas}
     by_schedule = {
         "min_lr": section.schedule == "cosine",
-        "milestones": section.schedule == "step",
-        "decay_rate": section.schedule == "step",
+        "milestones": is_step,
+        "decay_rate": is_step,
     }
     found = {name: f"optim.name {section.name}" for name, is_read in by_name.items() if not is_read}
     found |= {name: f"optim.schedule {section.schedule}" for name, is_read in by_schedule.items() if not is_read}
+    if section.name == "sgd" and not section.momentum:
+        found["nesterov"] = "optim.momentum 0"
+    if is_step and not section.milestones:
+        found["decay_rate"] = "optim.milestones []"
     return {f"optim.{name}": why for name, why in found.items()}
 
 

@@ -42,11 +42,16 @@ class Display:
     def say(self, text: str):
         """A line that stays."""
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self._say_waiting()
+            self.console.print(text, markup=False, emoji=False)
             self.last_line = time.monotonic()
 
+    def _say_waiting(self):
+        while self.to_say:
+            self.console.print(self.to_say.popleft(), markup=False, emoji=False)
+
     def later(self, text: str):
-        """A line said before what is shown next: a signal's handler must not write, whatever was being written meanwhile."""
+        """A line before what is said or shown next: a signal's handler must not write while something else is written."""
         self.to_say.append(text)
 
     def advance(self, what: str, done: int, total: int):
@@ -88,8 +93,8 @@ class Display:
 
     def show(self, rows: list[Row], line: str, below: str = ""):
         """`rows` as bars with `below` under them, or without a terminal `line` every ten seconds."""
-        while self.to_say:
-            self.say(self.to_say.popleft())
+        if not self.quiet:
+            self._say_waiting()
         if self.live:
             self._draw(rows, below)
         elif not self.quiet and time.monotonic() - self.last_line > LINE_EVERY:

@@ -59,11 +59,11 @@ class Data(Section):
     damaged: Literal["fail", "skip"] = "fail"
     """A training image that cannot be decoded ends the run or is left out by name; one tested on or streamed held out ends it."""
     limit_train: Count | None = None
-    """Train on so many samples only, taken evenly from all classes."""
+    """Train on so many samples only, taken evenly from all classes; of translations on so many pairs."""
     limit_test: Count | None = None
     """Test on so many samples only, taken evenly from all classes; of translations on so many pairs of each test part."""
     holdout_fraction: Fraction = 0.0
-    """Part of each class of the training samples to hold out and choose the best epoch on."""
+    """Part of each class of the training samples, or of the pairs, to hold out and choose the best epoch on."""
     label_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Part of the training labels to replace by another class."""
     gaussian_noise: NonNegative = 0.0

@@ -22,6 +22,7 @@ from .checks import check_recipe
 from .errors import Diverged, InputError, nearest, reason
 from .files import write_atomic
 from .metrics import Metric
+from .optim import given_in_vain, unread
 from .progress import Display
 from .recipe import Recipe, settings
 from .recipe_files import FORMER_NAMES, as_recipe, differing, with_overrides
@@ -121,6 +122,8 @@ def search(
         raise InputError(
             f"tfkd.teacher baseline: a trial has none beside it: train it with {held_out} and name its folder"
         )
+    for line in given_in_vain(recipe):
+        display.say(line)
     _check(base, ranges, folder, display)
     with _locked(folder):
         done = _trials_of_before(folder, base, ranges, seeds, metric, search_seed)
@@ -213,6 +216,10 @@ def parse_over(over: list[str], recipe: Recipe) -> dict[str, Range]:
         if key in ranges:
             raise InputError(f"--over {text}: {key} is given twice")
         ranges[key] = _range(text, values, known[key].annotation if key in known else None)
+    if not {"optim.name", "optim.schedule"} & ranges.keys():
+        for key, why in unread(recipe.optim).items():
+            if key in ranges:
+                raise InputError(f"--over {key}: cannot be searched: {why} does not read it")
     if not ranges:
         raise InputError("--over names no setting: write --over pskd.alpha=0.3:0.9")
     return ranges
@@ -252,7 +259,9 @@ def _on_holdout(recipe: Recipe) -> Recipe:
     """The recipe as its trials train it: part of the training data held out, the test part left unread."""
     fraction = recipe.data.holdout_fraction or HOLDOUT_FRACTION
     if recipe.data.holdout_fraction == 0 and recipe.source_of("data.holdout_fraction") == COMMAND_LINE:
-        raise InputError("data.holdout_fraction 0: a search chooses on a held-out part: give one, or none for a tenth")
+        raise InputError(
+            "data.holdout_fraction 0: a search chooses on a held-out part: give one above 0, or leave the setting out for a tenth"
+        )
     given = {"data.test": False, "data.holdout_fraction": fraction}
     if recipe.source_of("tracking.wandb") == "default":
         given["tracking.wandb"] = "disabled"  # trials are many, and trials.csv holds them together

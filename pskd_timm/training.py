@@ -217,7 +217,7 @@ def train(
                     saved = save()
                 for callback in callbacks:
                     callback(line)
-                if due.signal and not is_last:
+                if due.signal:
                     display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {resumes(recipe.resume, saved)}")
                     stop.obey(due.signal)
 

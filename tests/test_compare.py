@@ -111,6 +111,9 @@ def test_what_python_hands_over_wrongly_is_told_in_a_line(tiny):
 
 def test_what_one_process_does_is_refused_in_several_once(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["report", "nowhere"]) == 2  # as a cluster may set it for any shell
+    assert "call it without accelerate launch" not in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
     for rank, says in (
         ("0", "pskd-timm: report is the work of one process: call it without accelerate launch\n"),
         ("1", ""),

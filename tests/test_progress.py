@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import time
 
 from pskd_timm import train
 from pskd_timm.progress import Display, Row, duration
@@ -72,6 +73,16 @@ def test_quiet_says_nothing_at_all_and_neither_does_wandb(tiny, monkeypatch, cap
     assert list(result.run_dir.glob("wandb/offline-run-*"))
 
 
+def test_what_is_to_be_said_later_is_said_before_the_next_line_or_bar(capsys):
+    display = Display()
+    display.later("one")
+    assert capsys.readouterr().out == ""
+    display.say("two")
+    display.later("three")
+    display.advance("reading", 1, 2)
+    assert capsys.readouterr().out.splitlines() == ["one", "two", "three"]
+
+
 def test_the_time_left_is_that_of_the_pace_so_far(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("pskd_timm.progress.time.monotonic", lambda: now[0])
@@ -122,6 +133,12 @@ def test_compare_shows_every_run_and_what_is_left(tiny, tmp_path):
     assert shown == [(expected, f"4 of 9 runs: baseline seed 1 epoch 3/4, cskd seed 0 epoch 0/4; {waiting}", waiting)]
 
     (jobs[1].recipe.run_dir / "metrics.jsonl").write_text('{"epoch": 4, "top1_error": 33.33, "nll": 1.5}\n')
+    jobs[0].recipe = jobs[1].recipe.model_copy(update={"resume": "never"})
+    (jobs[0].recipe.run_dir / "recipe.yaml").touch()
+    jobs[0].started = time.time() + 60  # what lies there is a former run's
+    assert jobs[0].where() == (0, "")
+    jobs[0].started = 0.0
+    assert jobs[0].where()[0] == 4
     shown.clear()
     _show(jobs[:2], jobs[1:2], [], 2, display)
     assert shown[0][1:] == ("1 of 2 runs: baseline seed 1 trained, being scored", "")

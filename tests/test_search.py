@@ -153,6 +153,11 @@ def test_a_search_without_a_held_out_part_is_refused_where_it_is_asked_for(tmp_p
     assert "a search chooses on a held-out part" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_setting_that_no_trial_reads_is_told(tiny, capsys):
+    search(with_overrides(tiny(epochs=1).model_dump(), {"optim.min_lr": 0.01}, "a file", "tiny"), over=OVER, trials=1)
+    assert "optim.min_lr is given, but optim.schedule step does not read it" in capsys.readouterr().out
+
+
 def test_an_interrupted_search_says_what_the_same_command_will_do(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -206,6 +211,7 @@ def test_whole_numbers_are_drawn_for_whole_settings_and_logarithmic_ranges_evenl
     [
         ("pskd.alfa=0.1:0.5", "unknown setting 'pskd.alfa': did you mean pskd.alpha"),
         ("pskd.alpha=0.3:1.5", r"pskd.alpha should be less than or equal to 1"),
+        ("optim.min_lr=0.001:0.01", "optim.schedule step does not read it"),
         ("pskd.alpha=0.9:0.3", "the low end 0.9 should be below the high end 0.3"),
         ("pskd.alpha=0:1:log", "logarithmic range starts above 0"),
         ("pskd.alpha=0.1:0.5:lin", "low:high:log"),

@@ -586,7 +586,8 @@ def test_an_interruption_says_what_the_same_command_will_do(tmp_path, monkeypatc
     ]
 
 
-def test_a_signal_while_an_epoch_is_scored_is_answered_at_once_and_obeyed_after_it(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("epochs", [1, 2])  # also in the last epoch
+def test_a_signal_while_an_epoch_is_scored_is_answered_at_once_and_obeyed_after_it(tiny, monkeypatch, capsys, epochs):
     advance = Display.advance
 
     def interrupted(self, what, done, total):
@@ -597,10 +598,11 @@ def test_a_signal_while_an_epoch_is_scored_is_answered_at_once_and_obeyed_after_
 
     monkeypatch.setattr(Display, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny())
+        train(tiny(epochs=epochs))
     answer, _, stopped = capsys.readouterr().out.splitlines()[-3:]
-    assert answer == "stopping once this step or evaluation is done and saved; another Ctrl-C ends the run at once"
+    assert answer == "stopping once this step or evaluation is done and saved; Ctrl-C (once more) ends the run at once"
     assert "stopped after epoch 1; the same command resumes it from there" in stopped
+    assert train(tiny(epochs=epochs)).last == train(tiny(epochs=epochs, seed=0, resume="never")).last
 
 
 def test_a_finished_run_whose_result_is_damaged_is_not_called_finished_first(tiny, capsys):

@@ -190,7 +190,7 @@ def train_detector(recipe: DetectionRecipe, *, display: Display | None = None) -
             due = schedule.after((epoch + 1) * steps, stop.received, epoch_end=True)
             if is_last or due.save or due.signal or progress.epoch % recipe.checkpoint.every_epochs == 0:
                 saved = save()
-            if due.signal and not is_last:
+            if due.signal:
                 display.say(f"{run_dir}: stopped after epoch {progress.epoch}; {resumes(recipe.resume, saved)}")
                 stop.obey(due.signal)
 

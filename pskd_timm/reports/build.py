@@ -193,14 +193,14 @@ def _written(
     html: str,
 ) -> Comparison:
     """The comparison with the paths of its files; of an earlier one no file stays that this one does not have."""
-    comparison.rows.to_csv(folder / "comparison.csv", index=False)
+    write_atomic(folder / "comparison.csv", comparison.rows.to_csv(index=False))
     write_atomic(folder / "comparison.md", text)
     write_atomic(folder / "comparison.tex", latex)
     comparison.paths += [folder / f"comparison.{kind}" for kind in ("csv", "md", "tex")]
     for name in (SIGNIFICANCE, *pictures):
         (folder / name).unlink(missing_ok=True)
     if tests:
-        as_frame(tests).to_csv(folder / SIGNIFICANCE, index=False)
+        write_atomic(folder / SIGNIFICANCE, as_frame(tests).to_csv(index=False))
         comparison.paths.append(folder / SIGNIFICANCE)
     for name, figure in pictures.items():
         if figure:

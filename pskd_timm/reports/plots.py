@@ -295,7 +295,7 @@ def per_class_error(
     shown = chosen.loc[chosen.mean(axis=1).sort_values(ascending=False).index[:most]][::-1]
     heading = "Error by class"
     if len(shown) < len(errors):
-        heading += f": the hardest {len(shown)} of {len(chosen)}"
+        heading += f": the hardest {len(shown)} of {len(chosen)}" if len(shown) < len(chosen) else f": the {len(shown)}"
         heading += f" with at least {FEW} samples" if len(chosen) < len(errors) else ""
     return by_class(shown.rename(index=dict(enumerate(class_names))), heading, "error, %", legend)
 

@@ -124,7 +124,7 @@ def direction(metrics: Sequence[Metric]) -> str:
 
 
 def footnote(rows: pd.DataFrame, metrics: Sequence[Metric], kind: str = "method", with_floors: bool = True) -> str:
-    """The lines below the table, whose lines are of a `kind` each, and which says what an ECE would be if calibrated."""
+    """The lines below the table, whose lines are of a `kind` each; `with_floors`: also what an ECE if calibrated is."""
     counts = rows[rows.status == "finished"].groupby("method").size()
     words = direction(shown_metrics(rows, metrics)) + (f"; {over_seeds(counts, kind)}." if len(counts) else ".")
     return f"{words} {FLOOR_NOTE}." if with_floors and has_floors(rows, metrics) else words

@@ -156,6 +156,8 @@ def prepare(recipe: Recipe, lock: FileLock):
         shutil.rmtree(run_dir / DELETED, ignore_errors=True)  # of a deletion that was interrupted
         if recipe.resume == "never" and (run_dir / "recipe.yaml").is_file():
             delete(run_dir)
+        for left in [*run_dir.glob("*.partial"), *run_dir.glob("best/*.partial")]:  # by a process that was killed
+            left.unlink()
         write_atomic(run_dir / "recipe.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
     except Timeout:
         raise InputError(

@@ -66,7 +66,7 @@ class StopSignals:
         if self.received and number == signal.SIGINT and time.monotonic() - self.at > 2:
             raise KeyboardInterrupt
         if not self.received:  # where it comes while the test images are scored, the end of that may be far
-            self.say("stopping once this step or evaluation is done and saved; another Ctrl-C ends the run at once")
+            self.say("stopping once this step or evaluation is done and saved; Ctrl-C (once more) ends the run at once")
         self.received, self.at = number, time.monotonic()
 
     def __exit__(self, *_):

@@ -223,7 +223,8 @@ def readable_names(tokenizer, names: list[str]) -> list[str]:
     for i, name in enumerate(names):
         text = tokenizer.decode([i]).strip() if i < len(tokenizer) else ""
         blank = "␣" if name[:1] in ("Ġ", "▁") else ""  # as byte-level tokenizers and SentencePiece write it
-        found.append(blank + text if blank + text and "\N{REPLACEMENT CHARACTER}" not in text else name)
+        is_whole = text.isprintable() and "\N{REPLACEMENT CHARACTER}" not in text
+        found.append(blank + text if blank + text and is_whole else name)
     return found
 
 
