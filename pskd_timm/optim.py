@@ -1,7 +1,7 @@
 """Optimizer, its parameter groups, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from fractions import Fraction
 from functools import cache
 
@@ -84,7 +84,7 @@ def slow_warmup(section: OptimSection, steps_per_epoch: int, epochs: int) -> str
 def unread(section: OptimSection) -> dict[str, str]:
     """The settings, by dotted name, that nothing reads beside the others, and which of those is why."""
     is_step = section.schedule == "step"
-    by_name = {"nesterov": section.name == "sgd", "momentum": True, "betas": section.name != "sgd"}
+    by_name = {"nesterov": section.name == "sgd", "betas": section.name != "sgd"}
     if section.name != "sgd":
         from timm.optim import get_optimizer_info, list_optimizers
 
@@ -105,12 +105,12 @@ def unread(section: OptimSection) -> dict[str, str]:
     return {f"optim.{name}": why for name, why in found.items()}
 
 
-def given_in_vain(recipe: SourcedSection) -> list[str]:
-    """A line for each setting of the optimizer that the command line gives and nothing reads."""
+def given_in_vain(recipe: SourcedSection, searched: Container[str] = ()) -> list[str]:
+    """A line for each setting of the optimizer that the command line gives and nothing reads, whatever is `searched`."""
     return [
         f"{key} is given, but {why} does not read it"
         for key, why in unread(recipe.optim).items()
-        if recipe.source_of(key) == COMMAND_LINE
+        if recipe.source_of(key) == COMMAND_LINE and why.split()[0] not in searched
     ]
 
 

@@ -122,7 +122,7 @@ def search(
         raise InputError(
             f"tfkd.teacher baseline: a trial has none beside it: train it with {held_out} and name its folder"
         )
-    for line in given_in_vain(recipe):
+    for line in given_in_vain(recipe, ranges):
         display.say(line)
     _check(base, ranges, folder, display)
     with _locked(folder):
@@ -216,10 +216,9 @@ def parse_over(over: list[str], recipe: Recipe) -> dict[str, Range]:
         if key in ranges:
             raise InputError(f"--over {text}: {key} is given twice")
         ranges[key] = _range(text, values, known[key].annotation if key in known else None)
-    if not {"optim.name", "optim.schedule"} & ranges.keys():
-        for key, why in unread(recipe.optim).items():
-            if key in ranges:
-                raise InputError(f"--over {key}: cannot be searched: {why} does not read it")
+    for key, why in unread(recipe.optim).items():
+        if key in ranges and why.split()[0] not in ranges:
+            raise InputError(f"--over {key}: cannot be searched: {why} does not read it")
     if not ranges:
         raise InputError("--over names no setting: write --over pskd.alpha=0.3:0.9")
     return ranges

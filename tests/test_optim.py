@@ -129,6 +129,7 @@ def test_what_is_given_on_the_command_line_and_not_read_is_told():
         "optim.betas is given, but optim.name sgd does not read it",
         "optim.min_lr is given, but optim.schedule step does not read it",
     ]
+    assert given_in_vain(recipe, ["optim.name"]) == ["optim.min_lr is given, but optim.schedule step does not read it"]
     without = {"optim.momentum": 0.0, "optim.nesterov": True, "optim.milestones": [], "optim.decay_rate": 0.5}
     assert given_in_vain(load_recipe("digits", without)) == [
         "optim.nesterov is given, but optim.momentum 0 does not read it",
