@@ -140,6 +140,15 @@ def test_compare_refuses_what_no_run_could_do_before_it_starts_any(options, says
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_compare_says_once_which_settings_nothing_reads(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pskd_timm.comparison._run_all", interrupted)
+    assert main(["compare", "digits", *QUICK, "--optim.min_lr", "0.001", "--output_dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().out.count("optim.min_lr is given, but optim.schedule step does not read it") == 1
+
+
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"

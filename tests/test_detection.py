@@ -24,6 +24,7 @@ from pskd_timm.detection.recipes import load_detection_recipe, shipped
 from pskd_timm.detection.settings import Model
 from pskd_timm.detection.training import split, train_detector
 from pskd_timm.errors import Diverged
+from pskd_timm.progress import Display
 from pskd_timm.run.result import read_lines
 
 SMALL = {"fpn_channels": 16, "head_width": 32, "short_side": [64], "max_side": 96, "anchor_scale": 4}
@@ -239,6 +240,27 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(finished, devkit, tmp_pa
             for folder in (finished.run_dir, run_dir)
         ]
         assert lines[0] == lines[1]
+
+
+def test_a_signal_while_the_last_epoch_is_scored_stops_the_run_and_another_finishes_it(
+    finished, devkit, tmp_path, monkeypatch, capsys
+):
+    settings = small_settings(devkit, tmp_path, grad_accum_steps=2)
+    advance, scored = Display.advance, []
+
+    def interrupted(self, what, done, total):
+        if what == "evaluating" and done == total:
+            scored.append(done)
+            if len(scored) == settings["epochs"]:
+                signal.raise_signal(signal.SIGINT)
+        advance(self, what, done, total)
+
+    monkeypatch.setattr(Display, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(load_detection_recipe("detection/voc_small", settings))
+    assert "stopped after epoch 2; the same command resumes it from there" in capsys.readouterr().out
+    again = train_detector(load_detection_recipe("detection/voc_small", settings))
+    assert again.last == finished.last
 
 
 def test_two_processes_train_and_evaluate_every_picture_once(finished, devkit, tmp_path):

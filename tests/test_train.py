@@ -632,6 +632,18 @@ def test_an_interrupted_deletion_leaves_no_half_checkpoint(tiny, monkeypatch):
     assert checkpoints(run_dir) and not (run_dir / "deleted").exists()
 
 
+def test_parts_of_files_that_a_kill_has_left_go_when_the_run_goes_on(tiny):
+    train(tiny())
+    run_dir = tiny().run_dir
+    parts = [run_dir / "metrics.jsonl.0a1b2c3d.partial", run_dir / "best" / "model.safetensors.0a1b2c3d.partial"]
+    for path in (run_dir / "result.json", *parts):
+        path.unlink(missing_ok=True)
+    for part in parts:
+        part.write_bytes(b"half")
+    train(tiny())
+    assert (run_dir / "result.json").is_file() and not any(part.exists() for part in parts)
+
+
 def test_predictions_name_the_rows_and_files_of_the_source(tiny, tmp_path):
     folder = tmp_path / "images"
     for i in range(12):
