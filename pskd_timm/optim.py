@@ -19,7 +19,7 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
 
     if section.name == "sgd":
         fused = next(model.parameters()).is_cuda  # one kernel for all weights
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             param_groups(model, section),
             section.lr,
             section.momentum,
@@ -27,6 +27,11 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
             weight_decay=section.weight_decay,
             fused=fused,
         )
+        if section.momentum > 0:
+            # The first step would make these, and a fused one leaves in them what the memory held where fp16 overflows in it.
+            for parameter in model.parameters():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if section.name not in list_optimizers():
         raise InputError(
             f"optim.name: timm has no optimizer {section.name!r}{nearest(section.name, list_optimizers())}"

@@ -1,14 +1,21 @@
-"""Tests run offline, on one thread, with every cache in a temporary folder."""
+"""Tests run offline, on one thread and without a GPU, with every cache in a temporary folder.
+
+What the suite claims to the bit or of several processes is of the CPU. The claims of a GPU stand in test_gpu.py, which runs where
+PSKD_TIMM_TEST_GPU is set.
+"""
 
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
+
+os.environ.update({} if "PSKD_TIMM_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""})
 
 import pytest
 import torch
 
 from commands import forkserver
 
+collect_ignore = [] if "PSKD_TIMM_TEST_GPU" in os.environ else ["test_gpu.py"]
 torch.set_num_threads(1)
 forkserver()  # what the first test to start it would leave out, all processes after it would import anew
 

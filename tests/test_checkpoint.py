@@ -310,6 +310,22 @@ def test_a_checkpoint_is_written_without_a_second_copy_of_optimizer_store_or_wei
     assert needed < 20e6
 
 
+def test_a_checkpoint_of_another_device_leaves_the_optimizer_the_kernels_of_this_one(tmp_path):
+    network = torch.nn.Linear(2, 2)
+
+    def state(fused):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        network(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        return checkpoint.TrainState(network, None, optimizer, None, None, torch.zeros(3), {})
+
+    assert checkpoint.save(tmp_path, checkpoint.Progress(step=1), state(False), keep=1)
+    here = state(True)
+    checkpoint.load(checkpoint.newest_whole(tmp_path), here)
+    (group,) = here.optimizer.param_groups
+    assert group["fused"] is True and group["momentum"] == 0.9
+
+
 def test_each_rank_looks_at_its_own_shard_and_all_of_them_at_every_file(finished, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint"
     shutil.copytree(finished[1] / "checkpoints" / "000003-00000000", folder)

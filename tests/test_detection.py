@@ -138,6 +138,19 @@ def test_a_detector_is_rebuilt_from_its_run_once_the_backbones_folder_is_gone(tm
     )
 
 
+def test_boxes_are_not_rounded_where_the_heads_speak_bf16():
+    detector = make_detector(Model(backbone="resnet10t", **SMALL), 3).eval()
+    detector.roi_heads.score_thresh = 0.0
+    anchors = [torch.tensor([[701.3, 402.7, 851.9, 533.1], [0.5, 0.25, 9.75, 8.5]])]
+    for head, width in ((detector.rpn, 1), (detector.roi_heads, 4)):
+        boxes = head.box_coder.decode(torch.zeros(2, 4 * width, dtype=torch.bfloat16), anchors)
+        torch.testing.assert_close(boxes, anchors[0][:, None].expand(2, width, 4))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (found,) = detector([torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))])
+    assert len(found["boxes"]) and found["boxes"].dtype == torch.float32
+    assert not torch.equal(found["boxes"], found["boxes"].bfloat16().float())
+
+
 def test_overlaps_in_parts_are_torchvisions(monkeypatch):
     monkeypatch.setattr(network, "PAIRS_AT_ONCE", 70)
     corners = torch.rand(43, 2, generator=torch.Generator().manual_seed(0)) * 50

@@ -393,6 +393,14 @@ def test_another_number_of_ranks_takes_over_dlbs_last_batch_row_by_row(monkeypat
     assert torch.equal(torch.cat(labels), state["last_labels"])
 
 
+def test_what_dlb_keeps_of_a_step_is_not_the_networks_output_itself():
+    method = METHODS["dlb"]().setup(num_samples=4, num_classes=3, num_epochs=1, device="cpu")
+    outputs = torch.randn(4, 3, requires_grad=True)
+    images, labels = torch.zeros(4, 1), torch.arange(4) % 3
+    method.loss(lambda _: outputs, Batch(images, labels, torch.arange(4), images))
+    assert method.now[0].logits.untyped_storage().data_ptr() != outputs.untyped_storage().data_ptr()
+
+
 def test_no_gradient_flows_into_what_dlb_said_a_step_ago():
     dlb = ready(DLB())
     first, second = torch.randn(B, K, requires_grad=True), torch.randn(B, K, requires_grad=True)

@@ -1,12 +1,14 @@
 """A recorded step, without a GPU: torch.fx records the operations and freezes what Python decides, as a CUDA graph does."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pskd_timm import METHODS, PSKD, Batch, InputError
-from pskd_timm.run.graph import WARMUP, StepGraph, check_recordable
+from pskd_timm.run.graph import WARMUP, Recorder, StepGraph, check_recordable
 
 N, K, EPOCHS = 23, 4, 3
 
@@ -81,6 +83,26 @@ def test_a_recorded_step_gives_the_losses_of_the_plain_one_through_tails_and_epo
     assert replayed == pytest.approx(plain, rel=1e-6)
     full, variants = (N // 4) * EPOCHS, 2 if "teacher" in settings else 1
     assert replays == full - variants * WARMUP
+
+
+def test_a_step_that_cannot_be_recorded_is_told_in_a_line(monkeypatch):
+    @contextmanager
+    def recording(graph, **_):
+        yield
+
+    def refused():
+        raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture\nand more")
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("torch.cuda.graph", recording)
+    for name in ("CUDAGraph", "graph_pool_handle"):
+        monkeypatch.setattr(f"torch.cuda.{name}", object)
+    with pytest.raises(InputError, match=r"cannot be recorded \(Cannot call .* capture\): use model.compile default"):
+        Recorder()(refused)
+    with pytest.raises(torch.OutOfMemoryError):
+        Recorder()(full)
 
 
 def test_a_step_with_a_store_on_the_cpu_is_not_recorded():

@@ -53,6 +53,33 @@ def test_a_model_that_exempts_nothing_keeps_the_papers_one_group_in_the_models_o
     assert all(a is b for a, b in zip(group["params"], model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("overflows", [True, False])
+def test_a_fused_first_step_that_fp16_overflows_in_leaves_no_trace_and_another_is_plain_sgds(monkeypatch, overflows):
+    layer, plain = nn.Linear(3, 2), nn.Linear(3, 2)
+    plain.load_state_dict(layer.state_dict())
+    section = Optim(lr=0.5, weight_decay=0.1)
+    reference = torch.optim.SGD(plain.parameters(), 0.5, momentum=0.9, nesterov=True, weight_decay=0.1)
+    optimizer, scaler = make_optimizer(layer, section), torch.amp.GradScaler("cpu", init_scale=1.0)
+    for group in optimizer.param_groups:
+        group["fused"] = True  # as on a GPU
+    optimizer._step_supports_amp_scaling = True
+    # What memory holds that is handed out again.
+    monkeypatch.setattr("torch.empty_like", lambda tensor, **_: torch.full_like(tensor, 1e20))
+    for step in range(3):
+        gradients = [torch.full_like(weights, 1.0 + step) for weights in layer.parameters()]
+        skipped = overflows and step == 0
+        for weights, others, gradient in zip(layer.parameters(), plain.parameters(), gradients, strict=True):
+            weights.grad = gradient * torch.inf if skipped else gradient.clone()
+            others.grad = gradient
+        scaler.scale(torch.zeros(()))  # makes what it keeps
+        scaler.step(optimizer)
+        scaler.update(1.0)
+        if not skipped:
+            reference.step()
+    for weights, others in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(weights, others)
+
+
 def test_the_learning_rate_drops_at_the_first_step_of_the_part_that_the_milestone_is_as_it_is_written():
     late = 0
     for hundredths in range(1, 100):

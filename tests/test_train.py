@@ -446,6 +446,16 @@ def test_copies_that_know_nothing_of_each_other_are_refused(tiny, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_more_processes_than_the_gpus_they_see_are_refused(tiny, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(
+        InputError, match="process 1 of this machine sees 1 GPU: start at most as many processes as GPUs"
+    ):
+        train(tiny(epochs=1))
+
+
 @pytest.mark.parametrize("backend", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_launches_that_shard_the_network_are_refused(tiny, monkeypatch, backend):
     monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")

@@ -81,7 +81,11 @@ def test_an_authors_file_is_continued_with_weights_momentum_predictions_and_epoc
     def look(path, model, optimizer, store, epochs):
         progress = original(path, model, optimizer, store, epochs)
         seen.update(table=store.gather(), weights={k: v.clone() for k, v in model.state_dict().items()})
-        seen.update(momentum={n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()})
+        layouts = [(p.stride(), optimizer.state[p]["momentum_buffer"].stride()) for p in model.parameters()]
+        seen.update(
+            layouts=layouts,
+            momentum={n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()},
+        )
         return progress
 
     monkeypatch.setattr(sys.modules["pskd_timm.training"], "start_from", look)
@@ -100,6 +104,9 @@ def test_an_authors_file_is_continued_with_weights_momentum_predictions_and_epoc
     for number, name in enumerate(names):
         buffer = authors["optimizer"]["state"][number]["momentum_buffer"]
         assert torch.equal(seen["momentum"][converted[name]], buffer)
+    # A fused step refuses others; the shipped recipes have channels_last, where those of convolutions differ from the file's.
+    assert all(weights == momentum for weights, momentum in seen["layouts"])
+    assert any(strides[1] == 1 and len(strides) == 4 for strides, _ in seen["layouts"])
     assert newest(result.run_dir)
 
 

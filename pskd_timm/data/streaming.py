@@ -112,15 +112,18 @@ def _ahead(loader: Iterable, device: torch.device) -> Iterator:
     for index, views, damage in loader:
         with torch.cuda.stream(stream):
             index, *views = (tensor.to(device, non_blocking=True) for tensor in (index, *views))
+            copied = torch.cuda.current_stream().record_event()
         if waiting:
-            yield _arrived(waiting, stream)
-        waiting = index, views, damage
+            yield _arrived(*waiting)
+        waiting = (index, views, damage), copied
     if waiting:
-        yield _arrived(waiting, stream)
+        yield _arrived(*waiting)
 
 
-def _arrived(batch: tuple, stream) -> tuple:
-    torch.cuda.current_stream().wait_stream(stream)
+def _arrived(batch: tuple, copied: torch.cuda.Event) -> tuple:
+    torch.cuda.current_stream().wait_event(
+        copied
+    )  # not for the whole stream, where the next batch's copy is queued by now
     for tensor in (batch[0], *batch[1]):
         tensor.record_stream(torch.cuda.current_stream())
     return batch

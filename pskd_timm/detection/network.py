@@ -10,6 +10,7 @@ from timm.layers import freeze_batch_norm_2d
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou
@@ -211,6 +212,13 @@ def make_detector(section: ModelSection, num_classes: int, saved: Path | None = 
     return detector_on(make_backbone(section, saved), section, num_classes)
 
 
+class WideBoxCoder(BoxCoder):
+    """torchvision's, whose boxes stay float32 where the heads speak bf16, which has no odd pixels above 256."""
+
+    def decode(self, rel_codes, boxes):
+        return super().decode(rel_codes.float(), boxes)
+
+
 def detector_on(backbone: Backbone, section: ModelSection, num_classes: int) -> FasterRCNN:
     """Faster R-CNN of a recipe for `num_classes` on a backbone, with its mean and std."""
     levels = len(backbone.strides)
@@ -237,6 +245,8 @@ def detector_on(backbone: Backbone, section: ModelSection, num_classes: int) -> 
         box_score_thresh=section.score_threshold,
         box_detections_per_img=section.detections_per_image,
     )
+    for head in (detector.rpn, detector.roi_heads):
+        head.box_coder = WideBoxCoder(head.box_coder.weights)
     # With 200 objects in a picture torchvision's intermediate values would take gigabytes.
     detector.rpn.box_similarity = detector.roi_heads.box_similarity = iou_in_parts
     return detector

@@ -48,7 +48,8 @@ class DLB(Method):
             self.last, self.now = self.now, {}
         logits = model(batch.inputs)
         wide = losses.at_least_float32(logits)
-        self.now[batch.micro_batch] = Seen(batch.partner_inputs, batch.labels, wide.detach())
+        # A copy: with model.compile max-autotune the next step writes over this one's outputs.
+        self.now[batch.micro_batch] = Seen(batch.partner_inputs, batch.labels, wide.detach().clone())
         last = self.last.pop(batch.micro_batch, None)
         if last is None:
             cross_entropy = F.cross_entropy(wide, batch.labels)

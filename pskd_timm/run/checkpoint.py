@@ -342,7 +342,7 @@ def load(path: Path, train_state: TrainState) -> Progress:
         train_state.network.load_state_dict(load_file(path / "model.safetensors"))
         if train_state.ema is not None:
             train_state.ema.load_state_dict(load_file(path / "ema.safetensors"))
-        train_state.optimizer.load_state_dict(_load_optimizer(path, train_state.sums.device))
+        _load_optimizer(train_state.optimizer, path, train_state.sums.device)
         if "method.safetensors" in state["checksums"]:
             train_state.method.load_state_dict(load_file(path / "method.safetensors"))
     except (RuntimeError, ValueError, KeyError, FileNotFoundError, UnpicklingError) as error:
@@ -359,9 +359,16 @@ def load(path: Path, train_state: TrainState) -> Progress:
     return Progress(**{key: value for key, value in state["progress"].items() if key in known})
 
 
-def _load_optimizer(path: Path, device: torch.device) -> dict:
+def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path, device: torch.device):
+    kernels = [
+        {name: group[name] for name in ("fused", "foreach") if name in group} for group in optimizer.param_groups
+    ]
     # What goes to a GPU is read from the file on its way there; on the CPU the optimizer takes the loaded tensors over.
-    return torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu", mmap=device.type == "cuda")
+    optimizer.load_state_dict(
+        torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu", mmap=device.type == "cuda")
+    )
+    for group, own in zip(optimizer.param_groups, kernels, strict=True):
+        group.update(own)  # the device's: the checkpoint may come from another one
 
 
 def _my_sums(saved: list[list[float]], rank: int, world_size: int) -> list[float]:

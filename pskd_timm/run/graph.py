@@ -60,8 +60,16 @@ class Recorder:
         """What replays `work`, which recording does not run."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: else the thread that pins a streaming loader's batches may end the recording.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            work()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # such as a network that asks the GPU for values, or keeps its random state
+            why = str(error).splitlines()[0]
+            raise InputError(
+                f"model.compile graphs: a step of this network cannot be recorded ({why}): use model.compile default"
+            ) from None
         return graph.replay
 
 

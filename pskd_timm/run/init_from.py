@@ -51,4 +51,5 @@ def _take_momentum(found: dict, model: nn.Module, optimizer, path):
         if number >= len(names) or buffer.shape != parameters[names[number]].shape:
             raise InputError(f"init_from: {path}: the optimizer's state {number} fits no weight of the model")
         parameter = parameters[names[number]]
-        optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter)
+        # In the weights' memory layout, which a fused step asks for.
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)

@@ -46,6 +46,12 @@ def connect(recipe: Recipe) -> Accelerator:
         raise InputError("model.compile graphs needs a GPU: default and max-autotune run everywhere")
     if compiles == "graphs" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("model.compile graphs is for one process: use default or max-autotune with several")
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if 0 < num_gpus <= local_rank:
+        raise InputError(
+            f"process {local_rank} of this machine sees {num_gpus} GPU{'s' if num_gpus > 1 else ''}: start at most as many "
+            "processes as GPUs, and have each see them all (with Slurm no --gpus-per-task and no --gpu-bind)"
+        )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     set_backends(recipe.mixed_precision)
