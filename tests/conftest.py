@@ -5,9 +5,11 @@ PSKD_TIMM_TEST_GPU is set.
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
-
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pskd_timm-tests-")  # which its libraries read when they are imported
 os.environ.update({} if "PSKD_TIMM_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""})
 
 import pytest
@@ -20,15 +22,14 @@ torch.set_num_threads(1)
 forkserver()  # what the first test to start it would leave out, all processes after it would import anew
 
 
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    os.environ.update(
-        PSKD_TIMM_CACHE=str(folder / "decoded"), HF_HOME=str(folder / "hf"), MPLCONFIGDIR=str(folder / "mpl")
-    )
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = folder / "hf" / "datasets"
+    os.environ.update(PSKD_TIMM_CACHE=str(folder / "decoded"), MPLCONFIGDIR=str(folder / "mpl"))
 
 
 @pytest.fixture(scope="session")
