@@ -129,13 +129,20 @@ def run_report(arguments, rest):
     return DONE
 
 
-def tell(comparison):
-    """Print a comparison's table and where it was written."""
+def stdout():
+    """rich's console, as wide as the terminal, or as WIDE where there is none."""
     from rich.console import Console
 
+    from .progress import WIDE
+
+    return Console(width=None if sys.stdout.isatty() else WIDE)
+
+
+def tell(comparison):
+    """Print a comparison's table and where it was written."""
     from .reports.tables import further_table, terminal_table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = stdout()
     console.print(
         terminal_table(comparison.rows, comparison.metrics, comparison.heading, console.width, comparison.kind)
     )
@@ -171,11 +178,9 @@ def run_search(arguments, rest):
 def run_show(arguments, rest):
     recipe = load(arguments, rest)
     recipe.check_method(recipe.method)
-    from rich.console import Console
-
     from .show import run_lines, sources_table
 
-    Console(width=None if sys.stdout.isatty() else 140).print(sources_table(recipe))
+    stdout().print(sources_table(recipe))
     print("\n".join(run_lines(recipe)))
     return DONE
 
@@ -229,11 +234,9 @@ def run_dashboard(arguments, rest):
 
 def run_models(arguments, rest):
     refuse(rest, arguments)
-    from rich.console import Console
-
     from .show import models_table
 
-    Console(width=None if sys.stdout.isatty() else 140).print(models_table())
+    stdout().print(models_table())
     return DONE
 
 
@@ -243,8 +246,6 @@ def run_predict(arguments, rest):
     check_file("--json", arguments.json)
     if bool(arguments.images) == bool(arguments.against):
         raise InputError("predict RUN IMAGES classifies images, predict RUN --against DATA holds the run against them")
-    from rich.console import Console
-
     from .run.folder import task_of
 
     detector = task_of(Path(arguments.run_dir)) == "detection"
@@ -255,7 +256,6 @@ def run_predict(arguments, rest):
         return run_predict_boxes(arguments)
     if arguments.against:
         return run_against(arguments)
-    from .files import write_atomic
     from .prediction import calibration_line, predict, predictions_table
     from .progress import Display
 
@@ -263,20 +263,15 @@ def run_predict(arguments, rest):
         found = predict(
             arguments.run_dir, arguments.images, 5 if arguments.top is None else arguments.top, arguments.best, display
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(predictions_table(found))
+    stdout().print(predictions_table(found))
     print(calibration_line(found))
     if arguments.json:
-        try:
-            write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
-        except OSError as error:
-            raise InputError(f"--json: {arguments.json} cannot be written: {reason(error)}") from None
+        write_json(arguments.json, found)
         print(f"wrote {arguments.json}")
     return tell_unreadable(found)
 
 
 def run_predict_boxes(arguments):
-    from rich.console import Console
-
     from .detection.prediction import CONFIDENCE, boxes_table, predict_boxes
     from .progress import Display
 
@@ -284,10 +279,20 @@ def run_predict_boxes(arguments):
     where = (arguments.output, arguments.json)
     with Display(not sys.stdout.isatty()) as display:
         found = predict_boxes(arguments.run_dir, arguments.images, *where, confidence, arguments.best, display)
-    Console(width=None if sys.stdout.isatty() else 140).print(boxes_table(found))
+    stdout().print(boxes_table(found))
     folder = arguments.output or Path(arguments.run_dir) / "predicted"
     print(f"wrote copies with boxes into {folder}, and {arguments.json or Path(folder) / 'predictions.json'}")
     return tell_unreadable(found)
+
+
+def write_json(path: str, found):
+    """Write what was found as JSON."""
+    from .files import write_atomic
+
+    try:
+        write_atomic(Path(path), json.dumps(found, indent=1, ensure_ascii=False))
+    except OSError as error:
+        raise InputError(f"--json: {path} cannot be written: {reason(error)}") from None
 
 
 def tell_unreadable(found: dict) -> int:
@@ -299,7 +304,6 @@ def tell_unreadable(found: dict) -> int:
 
 
 def run_against(arguments):
-    from .files import write_atomic
     from .out_of_distribution import against
     from .progress import Display
 
@@ -316,7 +320,7 @@ def run_against(arguments):
     images = "image" if found["images"] == 1 else "images"
     print(f"against {found['images']:,} {images} of {found['name']}, {found['weights']} epoch's network")
     if arguments.json:
-        write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
+        write_json(arguments.json, found)
         print(f"wrote {arguments.json}")
     return FAILED if found["unreadable"] else DONE
 
@@ -327,7 +331,6 @@ def run_translate(arguments, rest):
     refuse(rest, arguments)
     if arguments.json != "-":
         check_file("--json", arguments.json)
-    from .files import write_atomic
     from .progress import Display
     from .translation.text import read_lines, split_lines
 
@@ -343,10 +346,7 @@ def run_translate(arguments, rest):
     for row in found:
         print(row["translation"])
     if arguments.json:
-        try:
-            write_atomic(Path(arguments.json), json.dumps(found, indent=1, ensure_ascii=False))
-        except OSError as error:
-            raise InputError(f"--json: {arguments.json} cannot be written: {reason(error)}") from None
+        write_json(arguments.json, found)
         print(f"pskd-timm: wrote {arguments.json}", file=sys.stderr)
     return DONE
 

@@ -108,7 +108,7 @@ def compare(
     if BASELINE not in methods and any(getattr(recipe, name).trained_teacher == BASELINE for name in methods):
         methods = [BASELINE, *methods]
     all_jobs = [Job(recipe.model_copy(update={"method": method, "seed": seed})) for method in methods for seed in seeds]
-    root = Path(recipe.output_dir or f"runs/{recipe.name}")
+    root = recipe.output_root
     waiting = [job for job in all_jobs if not is_finished(job.recipe)]
     display.say(f"{root}: {len(all_jobs)} runs, {len(all_jobs) - len(waiting)} already finished")
     if waiting:

@@ -17,16 +17,16 @@ import yaml
 from torch import Tensor, nn
 
 from . import __version__
-from .calibration import Temperature, probability_parts, with_temperature
 from .data.augmentation import normalize
 from .errors import InputError, first_line, reason
 from .files import write_atomic
-from .metrics import Outcomes, outcomes, summarize, telling_metrics
+from .metrics import telling_metrics
 from .models.base import CifarNet
 from .models.build import LOCAL, normalisation
 from .prediction import Classifier, describe_calibration
 from .recipe import METHOD_SECTIONS, Recipe
 from .recipe_files import differing
+from .reports.kept import Kept
 from .reports.plots import reliability_and_risk, title
 from .run.folder import how_to_mend, read_metrics, read_result
 from .run.result import Result, RunResult
@@ -234,18 +234,14 @@ def card_table(result: Result, classifier: Classifier, best: bool) -> str:
     rows = {"as trained": result.best if best else result.last}
     if not classifier.temperature.reason and result.values["evaluated_on"] == "test":
         label = f"with temperature {classifier.temperature.value:.4f}, fitted on held-out training images"
-        rows[label] = calibrated_metrics(result.run_dir / "best" if best else result.run_dir, classifier.temperature)
+        kept = Kept(
+            (result.run_dir / "best" if best else result.run_dir) / "predictions.parquet", classifier.temperature.value
+        )
+        rows[label] = rows["as trained"] | kept.scaled_figures()
     metrics = telling_metrics(read_metrics(result.values), len(classifier.class_names))
     lines = [["confidences", *(metric.header for metric in metrics)], ["---", *("---:" for _ in metrics)]]
     lines += [[label, *(f"{row[m.name]:.{m.digits}f}" for m in metrics)] for label, row in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def calibrated_metrics(source: Path, temperature: Temperature) -> dict[str, float]:
-    """The metrics, with a temperature, of the scored images whose predictions lie in `source`."""
-    parts = probability_parts(source / "predictions.parquet")
-    each = [outcomes(with_temperature(probabilities, temperature.value), labels) for probabilities, labels, _ in parts]
-    return summarize(Outcomes(*map(np.concatenate, zip(*each, strict=True))))
 
 
 NAMES = {"input_names": ["images"], "output_names": ["confidences"], "verbose": False}

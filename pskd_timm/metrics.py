@@ -137,7 +137,7 @@ def reliability_bins(confidence: np.ndarray, correct: np.ndarray, bins: int = EC
     counts = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):
         means = [np.bincount(place, x.astype(np.float64), minlength=bins) / counts for x in (confidence, correct)]
-    return Bins(np.arange(1, bins + 1) / bins, *means, counts / len(place))
+    return Bins(np.arange(1, bins + 1) / bins, *means, counts / max(len(place), 1))
 
 
 def ece(confidence: np.ndarray, correct: np.ndarray, bins: int = ECE_BINS) -> float:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .metrics import Metric, format_metrics
 
+WIDE = 140  # columns of a terminal that has room for everything
 LINE_EVERY = 10.0  # seconds between two lines about the same work where there is no terminal
 
 

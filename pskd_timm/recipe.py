@@ -297,9 +297,14 @@ class RecipeBase(SourcedSection):
         return self
 
     @property
+    def output_root(self) -> Path:
+        """Where the files of this recipe's runs go."""
+        return Path(self.output_dir or f"runs/{self.name}").expanduser()
+
+    @property
     def run_dir(self) -> Path:
         """Where this run's files go."""
-        return Path(self.output_dir or f"runs/{self.name}") / self.method / f"seed{self.seed}"
+        return self.output_root / self.method / f"seed{self.seed}"
 
     def published(self, method: str, name: str | None = None) -> presets.Preset | None:
         """The published constants of `method` under preset `name` (by default the recipe's) that fit this recipe."""
@@ -327,6 +332,11 @@ class RecipeBase(SourcedSection):
             raise InputError(
                 f"method {method} compares {inputs}, which task {self.task} has not: "
                 f"it goes with {', '.join(self.methods)}"
+            )
+        if self.task != "images" and section.trained_teacher:
+            raise InputError(
+                f"{method}.teacher {section.trained_teacher}: a trained teacher is a network for images: with task {self.task} "
+                f"leave it virtual, or leave {method} out"
             )
         mixes = self.augment.mixup or self.augment.cutmix
         if mixes and not section.takes_mixed_inputs:

@@ -129,7 +129,26 @@ def as_recipe(recipe: Recipe | str | Path, overrides: dict[str, Any] | None = No
             raise InputError(f"{name} should be a list: {name}=[{value!r}]")
     if not isinstance(recipe, Recipe):
         return load_recipe(str(recipe), overrides)
-    return with_overrides(recipe.model_dump(), overrides, "the recipe", recipe.name) if overrides else recipe
+    return with_overrides(given(recipe), overrides, "the recipe", recipe.name) if overrides else recipe
+
+
+def given(recipe: Recipe) -> dict:
+    """The settings that `recipe` was given, as a recipe file would have them.
+
+    Without what follows from others of them, TF-KD's constants and a preset's values, which then follow from changed ones too.
+    """
+    tree = {}
+    for name in type(recipe).model_fields:
+        value = getattr(recipe, name)
+        if not isinstance(value, Section):
+            tree |= {name: value} if name in recipe.model_fields_set else {}
+            continue
+        tree[name] = value.model_dump(include=value.model_fields_set)
+        if name in METHOD_SECTIONS and recipe.preset and (preset := recipe.published(name)):
+            for key, filled_in in preset.values.items():
+                if recipe.source_of(f"{name}.{key}").startswith("preset ") and tree[name].get(key) == filled_in:
+                    del tree[name][key]
+    return tree
 
 
 def default_name(path: Path) -> str:

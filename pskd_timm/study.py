@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pandas as pd
 import torch
@@ -25,7 +25,7 @@ from .metrics import Metric
 from .optim import given_in_vain, unread
 from .progress import Display
 from .recipe import Recipe, settings
-from .recipe_files import FORMER_NAMES, as_recipe, differing, with_overrides
+from .recipe_files import FORMER_NAMES, as_recipe, differing, given, with_overrides
 from .reports import plots
 from .reports.trials import DIVERGED, DONE, REFUSED, STOPPED, TOO_LARGE, Trial, ranged, read_trials, trials_table
 from .run.result import Result
@@ -115,13 +115,8 @@ def search(
         raise InputError("--trials must be at least 1, and --seeds must be given and not negative")
     display, ranges = display or Display(), parse_over(over, recipe)
     _optuna()
-    folder = Path(recipe.output_dir or f"runs/{recipe.name}") / f"search-{recipe.method}"
+    folder = recipe.output_root / f"search-{recipe.method}"
     base = _on_holdout(recipe)
-    if recipe.method_section.trained_teacher == BASELINE:
-        held_out = f"--data.holdout_fraction {base.data.holdout_fraction:g}"
-        raise InputError(
-            f"tfkd.teacher baseline: a trial has none beside it: train it with {held_out} and name its folder"
-        )
     for line in given_in_vain(recipe, ranges):
         display.say(line)
     _check(base, ranges, folder, display)
@@ -141,10 +136,12 @@ def search(
             write_atomic(folder / "trials.jsonl", "".join(json.dumps(asdict(trial)) + "\n" for trial in done))
             display.say(_line(trial, metric))
         finished = [trial for trial in done if trial.state == DONE]
+        if all(trial.state == REFUSED for trial in done):
+            raise InputError(f"{folder}: all {len(done)} trials were refused: none has settings that go together")
         if not finished:
             raise Diverged(f"{folder}: none of {len(done)} trials came to its end")
         best = _best(finished, metrics[metric], display)
-        chosen = with_overrides(recipe.model_dump(), best.settings, str(folder), recipe.name)
+        chosen = with_overrides(given(recipe), best.settings, str(folder), recipe.name)
         return SearchResult(done, best, chosen, _write(folder, recipe, base, chosen, done, best, over, seeds, metric))
 
 
@@ -249,7 +246,7 @@ def _range(text: str, values: str, annotation) -> Range:
 
 def _is_whole(annotation) -> bool:
     """Whether a setting's type is int, bounded or optional."""
-    if get_origin(annotation) is Annotated or isinstance(annotation, UnionType):
+    if get_origin(annotation) in (Annotated, Union, UnionType):
         return any(_is_whole(part) for part in get_args(annotation))
     return annotation is int
 
@@ -261,10 +258,10 @@ def _on_holdout(recipe: Recipe) -> Recipe:
         raise InputError(
             "data.holdout_fraction 0: a search chooses on a held-out part: give one above 0, or leave the setting out for a tenth"
         )
-    given = {"data.test": False, "data.holdout_fraction": fraction}
+    fixed = {"data.test": False, "data.holdout_fraction": fraction}
     if recipe.source_of("tracking.wandb") == "default":
-        given["tracking.wandb"] = "disabled"  # trials are many, and trials.csv holds them together
-    return with_overrides(recipe.model_dump(), given, "search", recipe.name)
+        fixed["tracking.wandb"] = "disabled"  # trials are many, and trials.csv holds them together
+    return with_overrides(given(recipe), fixed, "search", recipe.name)
 
 
 def _untried(ranges: dict[str, Range], done: list[Trial]) -> dict | None:
@@ -279,19 +276,29 @@ def _untried(ranges: dict[str, Range], done: list[Trial]) -> dict | None:
 
 
 def _trial_recipe(base: Recipe, values: dict, folder: Path, number: int, seed: int = 0) -> Recipe:
-    given = {**values, "output_dir": str(folder / f"trial{number}"), "seed": seed}
-    given["name"] = f"{base.name} search {base.method} trial {number}"
-    return with_overrides(base.model_dump(), given, "search", base.name)
+    own = {**values, "output_dir": str(folder / f"trial{number}"), "seed": seed}
+    own["name"] = f"{base.name} search {base.method} trial {number}"
+    return with_overrides(given(base), own, "search", base.name)
 
 
 def _check(base: Recipe, ranges: dict[str, Range], folder: Path, display: Display):
     """Raise InputError where a trial could not be trained: the ends of all ranges, and networks and data once."""
+    _check_teacher(base)
     check_recipe(base, (base.method,), display)
     for key, drawn_from in ranges.items():
         for value in drawn_from.ends:
             recipe = _trial_recipe(base, {key: value}, folder, 0)
+            _check_teacher(recipe)
             if drawn_from.choices or key.startswith("model."):
                 check_recipe(recipe, (base.method,), display)
+
+
+def _check_teacher(recipe: Recipe):
+    if recipe.method_section.trained_teacher == BASELINE:
+        held_out = f"--data.holdout_fraction {recipe.data.holdout_fraction:g}"
+        raise InputError(
+            f"tfkd.teacher baseline: a trial has none beside it: train it with {held_out} and name its folder"
+        )
 
 
 def _train_trial(base, number, values, folder, seeds, metric, asked, display) -> Trial:
@@ -411,7 +418,7 @@ def _start_from_scratch(folder: Path, identity: str):
 
 
 def _line(trial: Trial, metric: str) -> str:
-    figure = f", {metric} {trial.figures[metric]:.4f}" if trial.figures else ""
+    figure = f", {metric} {trial.figures[metric]:.4f}" if metric in trial.figures else ""
     return f"trial {trial.number}: {_settings(trial.settings)}: {trial.state}{figure}"
 
 

@@ -154,6 +154,10 @@ def test_difficult_objects_are_trained_on_only_where_one_asks_for_it_and_always_
     without, with_them = open_data(Data(**names)), open_data(Data(**names, train_difficult=True))
     assert [len(each.train.objects[0].labels) for each in (without, with_them)] == [1, 2]
     assert without.test.objects[0].difficult.tolist() == [True, False]
+    for path in (devkit / "VOC2007/Annotations").glob("*.xml"):
+        path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    with pytest.raises(InputError, match="data.test: its 4 pictures have no object that is not difficult"):
+        open_data(Data(**names, train_difficult=True))
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,21 @@ def test_a_run_keeps_what_it_found_and_its_mistakes(trained):
     assert {"picture", "label", "iou", "other", "image"} <= set(pd.read_parquet(trained / "mistakes.parquet"))
 
 
+def test_a_detector_that_found_nothing_has_a_report(trained, tmp_path):
+    copy = tmp_path / "runs" / "baseline" / "seed0"
+    shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
+    data = open_data(load_detection_recipe(copy / "recipe.yaml").data)
+    truths = objects_table(data.test.objects)
+    nothing = Table(*(values[:0] for values in truths[:3]), np.empty(0))
+    scores = score(nothing, truths, 20)
+    write_found(copy, data.test.names, nothing, truths, scores)
+    write_mistakes(copy, data.test, nothing, truths, scores)
+    values = json.loads((copy / "result.json").read_text())
+    (copy / "result.json").write_text(json.dumps(values | {"last": {"epoch": 2, **scores.figures}}))
+    comparison = report(tmp_path / "runs", tmp_path)
+    assert comparison.rows["map"].tolist() == [0.0] and "finished" in set(comparison.rows.status)
+
+
 def test_a_report_has_mean_and_deviation_over_seeds_of_every_figure(runs, tmp_path):
     comparison = report(runs, tmp_path)
     for method in ("baseline", "pskd"):

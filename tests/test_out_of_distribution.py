@@ -171,6 +171,12 @@ def test_an_image_that_cannot_be_decoded_is_named_left_out_and_counted(run, pict
     assert f"AUROC {found['auroc']:.2f} %" in said.out
 
 
+def test_a_place_that_cannot_be_written_is_told_in_a_line(run, pictures, capsys):
+    assert main(["predict", str(run), "--against", str(pictures), "--json", "/proc/x.json"]) == 2
+    said = capsys.readouterr()
+    assert "AUROC" in said.out and said.err.startswith("pskd-timm: --json: ") and said.err.count("\n") == 1
+
+
 def test_the_report_has_a_table_of_them_over_the_seeds(runs, pictures, tmp_path):
     found = [against(runs / "pskd" / f"seed{seed}", str(pictures)) for seed in (0, 1)]
     comparison = report(runs, tmp_path / "report")

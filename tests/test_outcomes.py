@@ -9,10 +9,10 @@ from pskd_timm.bench.rounds import peak
 from pskd_timm.calibration import fit_temperature, fit_to_parts, probability_parts
 from pskd_timm.data.split import Split
 from pskd_timm.errors import InputError
-from pskd_timm.export import calibrated_metrics
 from pskd_timm.metrics import score
 from pskd_timm.outcomes import ROW_GROUP_BYTES, ProbabilityRows
 from pskd_timm.prediction import held_out_temperature
+from pskd_timm.reports.kept import Kept
 from pskd_timm.tasks.images import predict
 
 
@@ -74,15 +74,20 @@ def test_a_temperature_from_16_bits_and_its_figures_are_those_of_all_the_probabi
     path, logits, labels = written(tmp_path, 1000, 1000, "float16", scale=0.3)
     labels = torch.where(torch.arange(1000) % 3 > 0, logits.argmax(1), labels)
     probabilities = logits.softmax(1)
-    table = pd.read_parquet(path)
-    table["label"], table["correct"] = labels.numpy(), (labels == logits.argmax(1)).numpy()
-    parquet.write_table(parquet.read_table(path).set_column(1, "label", [labels.numpy()]), path)
+    table = parquet.read_table(path)
+    for name, column in (("label", labels), ("correct", labels == logits.argmax(1))):
+        table = table.set_column(table.column_names.index(name), name, [column.numpy()])
+    parquet.write_table(table, path)
     fitted = fit_to_parts(part[:2] for part in probability_parts(path))
     assert fitted.value == pytest.approx(fit_temperature(probabilities, labels).value, rel=1e-3)
     assert held_out_temperature(tmp_path).value == fitted.value
     path.rename(tmp_path / "predictions.parquet")
     scaled = score((logits / fitted.value).softmax(1), labels)
-    assert calibrated_metrics(tmp_path, fitted) == pytest.approx(scaled, rel=2e-3)
+    found = Kept(tmp_path / "predictions.parquet", fitted.value).scaled_figures()
+    assert (
+        found == pytest.approx({name: scaled[name] for name in found}, rel=2e-3)
+        and {"nll", "ece", "aurc"} <= found.keys()
+    )
 
 
 def test_a_final_evaluation_of_many_classes_keeps_no_table_of_them_in_memory(tmp_path):

@@ -18,6 +18,7 @@ from pskd_timm.methods.sections import SHORT_RUN, alpha_at
 from pskd_timm.presets import DEFAULTS, PRESETS
 from pskd_timm.progress import readable
 from pskd_timm.recipe import METHOD_SECTIONS, sections
+from pskd_timm.recipe_files import as_recipe
 
 K, B = 100, 6
 
@@ -130,6 +131,30 @@ def test_the_command_line_lies_over_the_file_the_file_over_the_preset_and_the_pr
     assert recipe.source_of("tfkd.multiplier") == "default"
     assert recipe.pskd.alpha_schedule == "cosine"
     assert recipe.source_of("pskd.alpha").endswith("densenet121.yaml")
+
+
+@pytest.mark.parametrize(
+    "start", [{}, {"tfkd.temperature": "9"}, {"preset": "official", "preset_of": "cifar100/resnet18"}]
+)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tfkd.teacher": "somewhere"},
+        {"preset": "official", "preset_of": "cifar100/densenet121"},
+        {"preset": None, "preset_of": []},
+        {"optim.lr": 0.3},
+    ],
+)
+def test_settings_laid_over_a_recipe_give_what_they_give_over_its_file(start, change):
+    over = as_recipe(load_recipe("digits", start), change)
+    assert over.model_dump() == load_recipe("digits", start | change).model_dump()
+
+
+def test_what_is_set_in_place_stays_where_settings_are_laid_over_it():
+    recipe = load_recipe("digits", {"preset": "official", "preset_of": "imagenet"})
+    recipe.optim.lr, recipe.pskd.alpha, recipe.tfkd.alpha = 0.7, 0.45, 0.1
+    over = as_recipe(recipe, {"tfkd.teacher": "somewhere", "epochs": 3})
+    assert (over.optim.lr, over.pskd.alpha, over.tfkd.alpha, over.epochs) == (0.7, 0.45, 0.1, 3)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import pskd_timm
 from pskd_timm import InputError, load_recipe
 from pskd_timm.cli import load
+from pskd_timm.detection.recipes import load_detection_recipe
 from pskd_timm.options import make_parser
 from pskd_timm.recipe import data_name, settings
 from pskd_timm.recipe_files import SHIPPED, shipped_recipes
@@ -332,3 +333,12 @@ def test_a_data_set_is_named_by_what_is_read():
     assert name(source="someone/pets") == "someone/pets"
     assert name(source="someone/pets", path="/my/cats") == "cats"
     assert name(source=None, path="my/dogs/") == "dogs"
+
+
+def test_a_tilde_in_output_dir_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe("digits", {"output_dir": "~/runs"}).run_dir == tmp_path / "runs" / "pskd" / "seed0"
+    detector = load_detection_recipe(
+        "detection/voc_small", {"output_dir": "~/runs", "model.label": "one", "data.path": "x"}
+    )
+    assert detector.run_dir == tmp_path / "runs" / "one" / "seed0"

@@ -28,7 +28,7 @@ from pskd_timm.cli import main, tell
 from pskd_timm.floors import ece_floor
 from pskd_timm.methods import PAPER
 from pskd_timm.metrics import METRICS, Metric, score
-from pskd_timm.progress import Display
+from pskd_timm.progress import WIDE, Display
 from pskd_timm.recipe import METHOD_SECTIONS
 from pskd_timm.recipe_files import load_recipe
 from pskd_timm.reports import plots
@@ -50,7 +50,7 @@ from pskd_timm.reports.plots import (
 from pskd_timm.reports.runs import by_method, find_runs, history, predictions, rows
 from pskd_timm.reports.scaling import scale, scaled_baselines
 from pskd_timm.reports.svg import svg
-from pskd_timm.reports.tables import WIDE, _broken, latex_table, markdown_table, signed, summary, terminal_table
+from pskd_timm.reports.tables import _broken, latex_table, markdown_table, signed, summary, terminal_table
 from pskd_timm.reports.versus import against_baseline, predicted
 from pskd_timm.run.folder import read_result
 

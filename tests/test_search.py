@@ -197,8 +197,9 @@ def test_whole_numbers_are_drawn_for_whole_settings_and_logarithmic_ranges_evenl
 
     from pskd_timm.study import parse_over
 
-    ranges = parse_over(["batch_size=8:64", "optim.lr=0.001:0.1:log", "model.kwargs.width=4:8"], tiny())
-    assert ranges["batch_size"].whole and ranges["model.kwargs.width"].whole and not ranges["optim.lr"].whole
+    over = ["batch_size=8:64", "optim.lr=0.001:0.1:log", "model.kwargs.width=4:8", "pskd.store_topk=2:8"]
+    ranges = parse_over(over, tiny())
+    assert [drawn_from.whole for drawn_from in ranges.values()] == [True, False, True, True]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn = [[ranges[key].draw(study.ask(), key) for _ in range(60)] for key in ("batch_size", "optim.lr")]
     assert all(type(value) is int and 8 <= value <= 64 for value in drawn[0])
@@ -249,6 +250,9 @@ def test_search_without_optuna_says_what_to_install(monkeypatch, capsys):
     taught = ["--method", "tfkd", "--tfkd.teacher", "baseline", "--over", "tfkd.alpha=0.1:0.9"]
     assert main(["search", "digits", *taught]) == 2
     assert "train it with --data.holdout_fraction 0.1" in capsys.readouterr().err
+    taught = ["--method", "tfkd", "--over", "tfkd.teacher=virtual,baseline"]  # before a trial draws it
+    assert main(["search", "digits", *taught]) == 2
+    assert "train it with --data.holdout_fraction 0.1" in capsys.readouterr().err
 
 
 def test_a_chosen_recipe_keeps_what_was_set_back_from_a_preset():
@@ -277,6 +281,22 @@ def test_settings_that_do_not_go_together_fail_their_trial_alone_and_the_table_k
     table = pd.read_csv(tmp_path / "runs" / "search-pskd" / "trials.csv")
     assert table.columns[2:5].tolist() == ["batch_size", "grad_accum_steps", "top1_error"]
     assert len(plots.search(table, "nll", "pskd").axes) == 6
+
+
+def test_a_search_all_of_whose_trials_are_refused_says_so_and_blames_no_learning_rate(tiny):
+    recipe = tiny(epochs=1, data__limit_train=60, batch_size=6)  # with which either end of either goes
+    with pytest.raises(InputError, match="all 2 trials were refused") as error:
+        search(recipe, ["grad_accum_steps=4:6", "batch_size=2:3"], trials=2, display=Display(quiet=True))
+    assert "optim.lr" not in str(error.value)
+
+
+def test_a_trial_that_ended_before_its_figure_was_worked_out_is_told_without_it():
+    from pskd_timm.reports.trials import DIVERGED, Trial
+    from pskd_timm.study import _line
+
+    trial = Trial(2, DIVERGED, {"pskd.alpha": 0.3})
+    trial.figures = {"top1_error": 50.0}  # of its last epoch; BLEU is worked out after the run
+    assert _line(trial, "bleu") == f"trial 2: pskd.alpha 0.3: {DIVERGED}"
 
 
 def test_another_search_at_work_a_damaged_one_and_one_that_is_to_be_replaced(tiny, tmp_path):

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from corpora import pairs, small_recipe, write_plain, write_table
-from pskd_timm import METHODS, Batch, InputError
+from pskd_timm import METHODS, Batch, InputError, compare
 from pskd_timm.losses import sparse_cross_entropy
 from pskd_timm.optim import lr_at, make_optimizer
 from pskd_timm.store import store_bytes
 from pskd_timm.tasks import open_task
 from pskd_timm.tasks import translation as room
+from pskd_timm.tasks.translation import TranslationTask
 from pskd_timm.translation.batches import TokenBatches, by_length
 from pskd_timm.translation.network import load_translator
 from pskd_timm.translation.sentences import Sentences
@@ -599,3 +600,18 @@ def test_the_other_methods_losses_over_tokens_are_torchs(task, method):
         expected = 0.9 * expected + 0.1 * kl
     torch.testing.assert_close(loss, expected)
     assert isinstance(batch, Batch)
+
+
+def test_the_validation_split_chooses_the_best_epoch_also_where_it_is_named_among_the_tests(tmp_path):
+    folder = write_plain(tmp_path, train=40, valid=10, test_2016=10)
+    splits = {"translation__validation_split": "valid", "translation__test_splits": ["valid", "test_2016"]}
+    task = TranslationTask(small_recipe(folder, **splits))
+    assert task.splits == ("test_2016", "valid")
+
+
+def test_a_trained_teacher_is_refused_before_the_baseline_is_trained_for_it(tmp_path):
+    folder = write_plain(tmp_path, train=40, valid=10, test_2016=10)
+    recipe = small_recipe(folder, tfkd__teacher="baseline", output_dir=str(tmp_path / "runs"))
+    with pytest.raises(InputError, match="a trained teacher is a network for images: with task translation"):
+        compare(recipe, ["tfkd"])
+    assert not (tmp_path / "runs").exists()

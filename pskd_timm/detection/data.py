@@ -125,9 +125,11 @@ def open_data(section: DataSection) -> DetectionData:
     train, test = _first(train, section.limit_train), _first(test, section.limit_test)
     if not section.train_difficult:
         train.objects = [objects.easy() for objects in train.objects]
-    for part, key in ((train, "train"), (test, "test")):
-        if not any(len(objects.labels) for objects in part.objects):
-            raise InputError(f"data.{key}: its {len(part)} pictures have no object")
+    if not any(len(objects.labels) for objects in train.objects):
+        but = "" if section.train_difficult else " that is not difficult"
+        raise InputError(f"data.train: its {len(train)} pictures have no object{but}")
+    if not any(len(objects.easy().labels) for objects in test.objects):
+        raise InputError(f"data.test: its {len(test)} pictures have no object that is not difficult")
     return DetectionData(train, test, list(names))
 
 

@@ -184,9 +184,14 @@ class DetectionRecipe(SourcedSection):
         return self.model.name
 
     @property
+    def output_root(self) -> Path:
+        """Where the files of this recipe's runs go."""
+        return Path(self.output_dir or f"runs/{self.name}").expanduser()
+
+    @property
     def run_dir(self) -> Path:
         """Where this run's files go."""
-        return Path(self.output_dir or f"runs/{self.name}") / self.method / f"seed{self.seed}"
+        return self.output_root / self.method / f"seed{self.seed}"
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide a run's outcome, flat; two runs of equal identity may continue each other."""

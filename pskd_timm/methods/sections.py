@@ -180,9 +180,13 @@ class TFKD(MethodSection):
     @model_validator(mode="after")
     def _fill_in(self):
         virtual = self.teacher == "virtual"
-        self.alpha = self.alpha if self.alpha is not None else 0.1 if virtual else 0.95
-        self.temperature = self.temperature if self.temperature is not None else 20.0 if virtual else 6.0
-        self.temper_student = self.temper_student if self.temper_student is not None else not virtual
+        constants = {
+            "alpha": 0.1 if virtual else 0.95,
+            "temperature": 20.0 if virtual else 6.0,
+            "temper_student": not virtual,
+        }
+        # Not by assignment, after which they would count as given, and stay with another teacher.
+        self.__dict__.update({name: value for name, value in constants.items() if getattr(self, name) is None})
         return self
 
     @property

@@ -9,6 +9,7 @@ from ..metrics import METRICS, Metric
 from ..recipe import Recipe
 from ..recipe_files import find_recipe, load_recipe
 from ..run.folder import read_metrics, read_result
+from ..tasks import task_class
 from .plots import COLOURS
 
 TRAINING = {
@@ -18,7 +19,6 @@ TRAINING = {
     "grad_norm": "norm of the gradient",
     "lr": "learning rate",
     "alpha": "α",
-    "images_per_second": "images a second",
     "store_bytes": "bytes of the prediction store",
 }
 CHARTS = {  # as the tracker logs them: a table and its two columns
@@ -40,7 +40,7 @@ def find_runs(name: str) -> tuple[Path, Recipe]:
     except InputError as error:
         raise InputError(f"there is no folder {name} of runs, and {error}") from None
     recipe = load_recipe(name)
-    return Path(recipe.output_dir or f"runs/{recipe.name}"), recipe
+    return recipe.output_root, recipe
 
 
 def metrics_of(root: Path) -> list[Metric]:
@@ -71,7 +71,9 @@ def make_workspace(recipe: Recipe, metrics: list[Metric], entity: str, project: 
     final = {f"last.{metric.name}": metric.header for metric in metrics}
     bars = [panels.BarPlot(title=f"{title}, last epoch", metrics=[key], **over_seeds) for key, title in final.items()]
     every_epoch = [curve(metric.name, metric.header, "epoch") for metric in metrics if not metric.only_at_end]
-    training = [curve(key, title, "epoch" if "train" in key else "Step") for key, title in TRAINING.items()]
+    counts = task_class(recipe.task).counts
+    known = TRAINING | {f"{counts}_per_second": f"{counts} a second"}
+    training = [curve(key, title, "epoch" if "train" in key else "Step") for key, title in known.items()]
     mistakes = panels.WeavePanelSummaryTable(table_name="most_confident_mistakes")
     sections = [
         ws.Section("Over the epochs: mean ± standard deviation over seeds", every_epoch, is_open=True),

@@ -64,6 +64,8 @@ class Kept:
     def floors(self, names: Iterable[str]) -> dict[str, EceFloor]:
         """What perfect calibration would measure with these confidences, of those among `names` that are FLOORED."""
         names, confidence = list(names), self.outcomes.confidence.to_numpy()
+        if not len(confidence):  # a detector that found nothing
+            return {}
         found = {name: ece_floor(confidence, name) for name in names if name in FLOORED and name not in OF_ROWS}
         if "classwise_ece" not in names:
             return found

@@ -258,7 +258,8 @@ def confidence_histogram(
     pooled = pd.concat([table[["confidence", "correct"]] for table in tables])
     edges = np.linspace(0, 1, bins + 1)
     right, wrong = (
-        100 * np.histogram(pooled.confidence[pooled.correct == hit], edges)[0] / len(pooled) for hit in (True, False)
+        100 * np.histogram(pooled.confidence[pooled.correct == hit], edges)[0] / max(len(pooled), 1)
+        for hit in (True, False)
     )
     place = {"x": edges[:-1], "width": 0.92 / bins, "align": "edge"}
     axes.bar(height=right, color=look.colour, alpha=0.85, label="right", **place)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..floors import FLOORED, EceFloor
 from ..metrics import Metric, telling_metrics
+from ..progress import WIDE
 from .plots import title
 from .runs import floor_columns
 
@@ -19,7 +20,6 @@ IF_CALIBRATED = "if calibrated"
 LONGEST_UNBROKEN = 24  # letters of a method's name in the terminal; longer ones may wrap
 SHORTEST_NAME = 10  # letters below which a name is not narrowed
 SHORTEST_LINE = 7  # letters below which no other column is: `error %`
-WIDE = 140  # columns of a terminal that has room for everything
 FLOOR_NOTE = (
     "If calibrated: what a network whose confidences are exactly right would measure on so few samples, its mean and, "
     "in brackets, what 95 % of such measurements stay below; an ECE below that cannot be told from 0, nor be the best"

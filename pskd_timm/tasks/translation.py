@@ -70,7 +70,9 @@ class TranslationTask:
         )
         self.train = usable(Part(corpus.train, self.tokenizer), section.max_length)
         chosen = {"holdout": held_out} if held_out else {corpus.validation.name: corpus.validation}
-        self.evaluated = {name: Part(pairs, self.tokenizer) for name, pairs in (corpus.tests | chosen).items()}
+        # The last chooses the best epoch, also where it is named among the tests.
+        tests = {name: pairs for name, pairs in corpus.tests.items() if name not in chosen}
+        self.evaluated = {name: Part(pairs, self.tokenizer) for name, pairs in (tests | chosen).items()}
         self.splits = tuple(self.evaluated)
         name_empty(self.evaluated.values())
         self.labels = self.train.targets.tokens
