@@ -63,7 +63,7 @@ def push(run: str | Path, to: str, hub: bool = False, private: bool = False, bes
             repository = api.create_repo(to, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository.repo_id, folder_path=Path(temporary) / "model")
         except Exception as error:  # whatever the library and the network raise
-            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            line = first_line(error)
             raise InputError(f"{to}: the hub did not take it: {line}") from None
     return str(repository)
 

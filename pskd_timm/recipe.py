@@ -3,22 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    create_model,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from . import presets
 from .effective import EffectiveLoss
 from .errors import InputError, nearest
 from .methods import METHOD_SECTIONS, MethodSection
-from .section import Area, Count, Fraction, NonNegative, Positive, Section, SourcedSection
+from .section import Area, Count, Fraction, Names, NonNegative, Positive, Section, SourcedSection
 from .tasks import TASKS
 from .translation.section import Translation
 
-Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 # YAML 1.1 reads a bare `no` or `off` as false.
 Precision = Annotated[
     Literal["no", "tf32", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)

@@ -166,7 +166,7 @@ def open_tables(section: DataSection) -> tuple[Table, Table | None]:
         kept, taken = stratified_split("test_fraction", section, train.labels("train", names), names)
         train, test = replace(train, rows=kept), replace(train, rows=taken)
     elif section.test:
-        name = section.test_split or _test_split(splits, section)
+        name = section.test_split or _test_split(splits)
         test = _table(splits, name, "data.test_split", section)
     return train, test if section.test else None
 
@@ -369,7 +369,7 @@ def _from_hub(hub_id: str, section: DataSection) -> dict:
         ) from None
 
 
-def _test_split(splits: dict, section: DataSection) -> str:
+def _test_split(splits: dict) -> str:
     name, *others = [name for name in TEST_SPLITS if name in splits] or [None]
     if name is None:
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .data import Objects, Part, Rules
 from .settings import Data as DataSection
 
@@ -47,7 +47,7 @@ def _load(section: DataSection) -> dict:
         return datasets.load_dataset(source)
     except Exception as error:  # the library raises whatever its readers raise
         setting = "path" if section.path else "source"
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        why = first_line(error)
         raise InputError(
             f"data.{setting}: {source} holds neither VOC's folders nor a data set with boxes: {why}"
         ) from None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .build import load_model
 from .convert import convert_checkpoint
 
@@ -68,7 +68,7 @@ def read_weights_file(path: str | Path) -> dict:
             ) from None
         raise InputError(f"{path}: no checkpoint that can be read") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise InputError(f"{path}: no checkpoint that can be read: {reason}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: a checkpoint is a dictionary of weights, this is {type(found).__name__}")

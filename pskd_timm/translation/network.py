@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..errors import InputError, nearest
+from ..errors import InputError, first_line, nearest
 from ..recipe import Model as ModelSection
 
 POSITIONS = 1024  # sinusoidal, so they cost nothing to learn
@@ -142,7 +142,7 @@ def load_translator(folder: Path) -> tuple[TranslationNetwork, PreTrainedTokeniz
     try:
         return TranslationNetwork(AutoModelForSeq2SeqLM.from_pretrained(folder)), AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the library raises whatever its readers raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        line = first_line(error)
         raise InputError(f"{folder}: the network cannot be loaded: {line}") from None
 
 
@@ -153,7 +153,7 @@ def _had(read, section: ModelSection, **arguments):
     try:
         return read(str(name) if name.is_dir() else section.name, **arguments)
     except Exception as error:  # the library raises whatever its readers raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        line = first_line(error)
         there = f"the folder {name} holds" if name.is_dir() else f"there is no folder {name}, and the hub has"
         raise InputError(f"model.name: {there} no encoder–decoder that can be read: {line}") from None
 

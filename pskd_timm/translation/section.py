@@ -2,11 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from ..section import Count, Section
-
-Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+from ..section import Count, Names, Section
 
 
 class Translation(Section):

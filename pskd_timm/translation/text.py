@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import InputError, nearest
+from ..errors import InputError, first_line, nearest
 from ..recipe import Recipe
 
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\ufeff"))
@@ -177,7 +177,7 @@ def _guarded(read, where: str):
         cause = error
         while cause.__cause__ is not None:  # the outermost one says only that a data set could not be made
             cause = cause.__cause__
-        line = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
+        line = first_line(cause)
         raise InputError(f"{where}: cannot be read: {line}") from None
 
 
