@@ -243,9 +243,18 @@ def test_a_folder_that_is_not_ours_is_refused_in_a_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": "hf-hub:some/model"}))
     with pytest.raises(InputError, match="timm has no model 'hf-hub:some/model'"):
         load_model(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no model here"):
         load_model(tmp_path)
+
+
+def test_a_folder_with_timms_other_file_of_weights_is_answered_with_how_to_save_the_one_that_is_read(tmp_path):
+    model = timm.create_model("test_resnet", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path)
+    with pytest.raises(InputError, match=r"in pytorch_model.bin, and only .* safe_serialization=True\) writes that"):
+        load_model(tmp_path)
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert load_model(tmp_path).num_classes == 3
 
 
 @pytest.mark.parametrize(

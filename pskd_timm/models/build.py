@@ -259,6 +259,11 @@ def read_config(folder: Path) -> dict:
             f"{folder} is a file: a folder is wanted" if folder.exists() else f"there is no folder {folder}"
         )
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        if (folder / "pytorch_model.bin").is_file():  # as timm saves without being told otherwise
+            raise InputError(
+                f"{folder}: its weights are in pytorch_model.bin, and only model.safetensors is read: "
+                "timm.models.save_for_hf(model, folder, safe_serialization=True) writes that"
+            )
         raise InputError(f"{folder}: no model here (a finished run has config.json and model.safetensors)")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
