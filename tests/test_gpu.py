@@ -103,6 +103,17 @@ def test_a_store_on_the_cpu_gives_the_losses_of_one_on_the_gpu(tiny, tmp_path):
     assert here == pytest.approx(there, rel=1e-3)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_are_streamed_give_the_losses_of_resident_ones(tiny, tmp_path, workers):
+    plain = {"epochs": 3, "data.image_size": 8, "data.gaussian_noise": 0.0, "augment.crop_padding": 0}
+    streamed = {"data.loading": "streaming", "data.workers": workers}
+    here, there = (
+        losses(train(tiny(**plain, **given, output_dir=str(tmp_path / str(len(given))))).run_dir)
+        for given in ({}, streamed)
+    )
+    assert there == pytest.approx(here, rel=1e-3)
+
+
 def test_a_run_that_was_stopped_goes_on_as_one_that_was_not(tiny, tmp_path):
     whole = train(tiny(epochs=4)).history
     recipe = tiny(epochs=4, output_dir=str(tmp_path / "stopped"))
