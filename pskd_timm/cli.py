@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from .detection.recipes import load_detection_recipe
@@ -404,7 +405,6 @@ def run_bench(arguments, rest):
     refuse(rest, arguments)
     from .bench import PARTS, QUICK_PARTS, bench
     from .bench.store import parse_size
-    from .files import write_atomic
 
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         raise InputError(f"bench has no part {unknown[0]!r}, only {', '.join(PARTS)}{nearest(unknown[0], PARTS)}")
@@ -414,13 +414,9 @@ def run_bench(arguments, rest):
     if arguments.text and not Path(arguments.text).is_dir():
         raise InputError(f"--text: there is no folder {arguments.text}")
     sizes = [parse_size(text) for text in arguments.sizes] if arguments.sizes else None
-
-    def keep(found):
-        write_atomic(Path(arguments.json), json.dumps(found, indent=1))
-
     bench(
         dict.fromkeys(arguments.parts or QUICK_PARTS),
-        keep=keep if arguments.json else None,
+        keep=partial(write_json, arguments.json) if arguments.json else None,
         sizes=sizes,
         processes=arguments.processes,
         images=arguments.images,

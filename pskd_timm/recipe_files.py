@@ -148,6 +148,17 @@ def given(recipe: Recipe) -> dict:
             for key, filled_in in preset.values.items():
                 if recipe.source_of(f"{name}.{key}").startswith("preset ") and tree[name].get(key) == filled_in:
                     del tree[name][key]
+    again = with_overrides(tree, None, "the recipe", recipe.name).model_dump()
+    for (
+        name,
+        value,
+    ) in recipe.model_dump().items():  # what was changed inside a list or mapping, or around a teacher, in place
+        if value == again[name]:
+            continue
+        if isinstance(getattr(recipe, name), Section):
+            tree[name] |= {key: own for key, own in value.items() if own != again[name][key]}
+        else:
+            tree[name] = value
     return tree
 
 

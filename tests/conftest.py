@@ -10,6 +10,8 @@ import tempfile
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="pskd_timm-tests-")  # which its libraries read when they are imported
+# Where these are set they go before HF_HOME.
+os.environ.update({f"HF_{name.upper()}_CACHE": f"{os.environ['HF_HOME']}/{name}" for name in ("hub", "datasets")})
 os.environ.update({} if "PSKD_TIMM_TEST_GPU" in os.environ else {"CUDA_VISIBLE_DEVICES": ""})
 
 import pytest

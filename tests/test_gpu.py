@@ -36,7 +36,7 @@ def losses(run_dir):
 
 
 def test_there_is_a_gpu():
-    assert torch.cuda.is_available()
+    assert torch.cuda.is_available(), "set PSKD_TIMM_TEST_GPU=1 on a machine with a GPU"
 
 
 @pytest.mark.parametrize(

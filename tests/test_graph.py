@@ -88,7 +88,10 @@ def test_a_recorded_step_gives_the_losses_of_the_plain_one_through_tails_and_epo
 def test_a_step_that_cannot_be_recorded_is_told_in_a_line(monkeypatch):
     @contextmanager
     def recording(graph, **_):
-        yield
+        try:
+            yield
+        finally:  # as torch ends one
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def refused():
         raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture\nand more")

@@ -134,7 +134,8 @@ def test_the_command_line_lies_over_the_file_the_file_over_the_preset_and_the_pr
 
 
 @pytest.mark.parametrize(
-    "start", [{}, {"tfkd.temperature": "9"}, {"preset": "official", "preset_of": "cifar100/resnet18"}]
+    "start",
+    [{}, {"tfkd.alpha": "null"}, {"tfkd.temperature": "9"}, {"preset": "official", "preset_of": "cifar100/resnet18"}],
 )
 @pytest.mark.parametrize(
     "change",
@@ -153,7 +154,9 @@ def test_settings_laid_over_a_recipe_give_what_they_give_over_its_file(start, ch
 def test_what_is_set_in_place_stays_where_settings_are_laid_over_it():
     recipe = load_recipe("digits", {"preset": "official", "preset_of": "imagenet"})
     recipe.optim.lr, recipe.pskd.alpha, recipe.tfkd.alpha = 0.7, 0.45, 0.1
+    recipe.model.kwargs["width"] = 5
     over = as_recipe(recipe, {"tfkd.teacher": "somewhere", "epochs": 3})
+    assert over.model.kwargs["width"] == 5
     assert (over.optim.lr, over.pskd.alpha, over.tfkd.alpha, over.epochs) == (0.7, 0.45, 0.1, 3)
 
 

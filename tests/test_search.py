@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -281,6 +282,15 @@ def test_settings_that_do_not_go_together_fail_their_trial_alone_and_the_table_k
     table = pd.read_csv(tmp_path / "runs" / "search-pskd" / "trials.csv")
     assert table.columns[2:5].tolist() == ["batch_size", "grad_accum_steps", "top1_error"]
     assert len(plots.search(table, "nll", "pskd").axes) == 6
+
+
+def test_a_trial_has_its_own_teachers_constants_and_what_was_set_in_place():
+    from pskd_timm.study import _on_holdout, _trial_recipe
+
+    recipe = load_recipe("digits", {"method": "tfkd"})
+    recipe.model.kwargs["width"] = 5
+    trial = _trial_recipe(_on_holdout(recipe), {"tfkd.teacher": "somewhere"}, Path("runs"), 1)
+    assert (trial.tfkd.alpha, trial.tfkd.temperature, trial.model.kwargs["width"]) == (0.95, 6.0, 5)
 
 
 def test_a_search_all_of_whose_trials_are_refused_says_so_and_blames_no_learning_rate(tiny):

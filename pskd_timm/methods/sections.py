@@ -185,8 +185,10 @@ class TFKD(MethodSection):
             "temperature": 20.0 if virtual else 6.0,
             "temper_student": not virtual,
         }
-        # Not by assignment, after which they would count as given, and stay with another teacher.
-        self.__dict__.update({name: value for name, value in constants.items() if getattr(self, name) is None})
+        filled = {name: value for name, value in constants.items() if getattr(self, name) is None}
+        # Not by assignment: they would count as given then, and stay with another teacher.
+        self.__dict__.update(filled)
+        self.model_fields_set.difference_update(filled)
         return self
 
     @property

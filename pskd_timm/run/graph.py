@@ -63,10 +63,13 @@ class Recorder:
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 work()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # such as a network that asks the GPU for values, or keeps its random state
-            why = str(error).splitlines()[0]
+            first = error
+            while first.__context__ is not None:  # ending a recording that has failed is an error of its own
+                first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            why = str(first).splitlines()[0]
             raise InputError(
                 f"model.compile graphs: a step of this network cannot be recorded ({why}): use model.compile default"
             ) from None
