@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from scipy.optimize import minimize_scalar
 
 from pskd_timm import InputError, Result, load_recipe, report, train
+from pskd_timm.calibration import probability_parts
 from pskd_timm.cli import main
 from pskd_timm.data.sources import _image_folders
 from pskd_timm.export import export_onnx, model_card
 from pskd_timm.methods import PAPER
-from pskd_timm.metrics import METRICS
-from pskd_timm.prediction import Classifier, predict
+from pskd_timm.metrics import METRICS, score
+from pskd_timm.prediction import Classifier, held_out_temperature, predict
 from pskd_timm.recipe import Data
 from pskd_timm.run.folder import read_result
 from pskd_timm.tasks import open_task
@@ -392,6 +393,13 @@ def test_a_pushed_folder_is_timms_and_its_card_tells_the_results(run, folder, tm
     assert "as trained | " + " | ".join(f"{result[name]:.2f}" for name in told) + " |\n" in body and "top-5" not in body
     assert "On the 12 test images." in body and ("(chosen on the held-out images)" in body) == best
     assert "with temperature" in body and all(name in body for name in CLASSES) and "(reliability.png)" in body
+    kept = next(probability_parts((run / "best" if best else run) / "predictions.parquet"))
+    temperature = held_out_temperature(run / "best" if best else run).value
+    scaled = score(torch.as_tensor(kept[0]).log().div(temperature).softmax(1), torch.as_tensor(kept[1]))
+    assert (
+        f", fitted on held-out training images | {result['top1_error']:.2f} | {scaled['nll']:.2f} | {scaled['ece']:.2f} |"
+        in body
+    )
     # Where the pictures lay on this machine is nobody's business.
     assert str(folder.parent) not in (pushed / "recipe.yaml").read_text() + body and f"path: {folder.name}" in body
     assert load_recipe(str(pushed / "recipe.yaml")).model.kwargs == {"width": 8}
