@@ -244,7 +244,7 @@ def run_models(arguments, rest):
 def run_predict(arguments, rest):
     refuse([word for word in rest if word.startswith("-")], arguments)
     arguments.images += rest  # those that stand after an option
-    check_file("--json", arguments.json)
+    check_json(arguments.json)
     if bool(arguments.images) == bool(arguments.against):
         raise InputError("predict RUN IMAGES classifies images, predict RUN --against DATA holds the run against them")
     from .run.folder import task_of
@@ -287,11 +287,15 @@ def run_predict_boxes(arguments):
 
 
 def write_json(path: str, found):
-    """Write what was found as JSON."""
+    """Write what was found as JSON, through a link to where it leads; into a pipe or device as it is."""
     from .files import write_atomic
 
+    place, text = Path(path), json.dumps(found, indent=1, ensure_ascii=False)
     try:
-        write_atomic(Path(path), json.dumps(found, indent=1, ensure_ascii=False))
+        if place.exists() and not place.is_file():
+            place.write_text(text, encoding="utf-8")
+        else:
+            write_atomic(place.resolve(), text)
     except OSError as error:
         raise InputError(f"--json: {path} cannot be written: {reason(error)}") from None
 
@@ -331,7 +335,7 @@ def run_translate(arguments, rest):
         arguments.file = rest.pop()  # which stands after an option
     refuse(rest, arguments)
     if arguments.json != "-":
-        check_file("--json", arguments.json)
+        check_json(arguments.json)
     from .progress import Display
     from .translation.text import read_lines, split_lines
 
@@ -393,6 +397,17 @@ def check_file(option: str, name: str | None):
         raise InputError(f"{option}: {name} is a folder, a file is wanted")
 
 
+def check_json(name: str | None):
+    """As `check_file`; also where the file is there and is a run's, or no JSON: an image, a text that is translated."""
+    check_file("--json", name)
+    if name and (place := Path(name).resolve()).is_file():
+        run = place.parent.parent if place.parent.name == "best" else place.parent
+        if place.suffix != ".json" or (run / "recipe.yaml").is_file():
+            raise InputError(
+                f"--json: {name} is there and would be replaced: name a new file, or a .json outside of runs"
+            )
+
+
 def refuse(rest: list[str], arguments: argparse.Namespace):
     """Raise InputError for what a command without settings does not know."""
     if rest and not rest[0].startswith("-"):
@@ -410,7 +425,7 @@ def run_bench(arguments, rest):
         raise InputError(f"bench has no part {unknown[0]!r}, only {', '.join(PARTS)}{nearest(unknown[0], PARTS)}")
     if arguments.processes and not 1 <= min(arguments.processes) <= max(arguments.processes) <= 64:
         raise InputError("--processes must be from 1 to 64")
-    check_file("--json", arguments.json)
+    check_json(arguments.json)
     if arguments.text and not Path(arguments.text).is_dir():
         raise InputError(f"--text: there is no folder {arguments.text}")
     sizes = [parse_size(text) for text in arguments.sizes] if arguments.sizes else None

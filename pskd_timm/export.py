@@ -234,9 +234,8 @@ def card_table(result: Result, classifier: Classifier, best: bool) -> str:
     rows = {"as trained": result.best if best else result.last}
     if not classifier.temperature.reason and result.values["evaluated_on"] == "test":
         label = f"with temperature {classifier.temperature.value:.4f}, fitted on held-out training images"
-        kept = Kept(
-            (result.run_dir / "best" if best else result.run_dir) / "predictions.parquet", classifier.temperature.value
-        )
+        source = result.run_dir / "best" if best else result.run_dir
+        kept = Kept(source / "predictions.parquet", classifier.temperature.value)
         rows[label] = rows["as trained"] | kept.scaled_figures()
     metrics = telling_metrics(read_metrics(result.values), len(classifier.class_names))
     lines = [["confidences", *(metric.header for metric in metrics)], ["---", *("---:" for _ in metrics)]]

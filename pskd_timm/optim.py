@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optim
             fused=fused,
         )
         if section.momentum > 0:
-            # The first step would make these, and a fused one leaves in them what the memory held where fp16 overflows in it.
+            # Else the first step makes them, and a fused one that fp16 overflows in leaves in them what the memory held.
             for parameter in model.parameters():
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer

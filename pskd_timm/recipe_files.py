@@ -143,21 +143,14 @@ def given(recipe: Recipe) -> dict:
         if not isinstance(value, Section):
             tree |= {name: value} if name in recipe.model_fields_set else {}
             continue
-        tree[name] = value.model_dump(include=value.model_fields_set)
-        if name in METHOD_SECTIONS and recipe.preset and (preset := recipe.published(name)):
-            for key, filled_in in preset.values.items():
-                if recipe.source_of(f"{name}.{key}").startswith("preset ") and tree[name].get(key) == filled_in:
-                    del tree[name][key]
+        own = {key for key in value.model_fields_set if not recipe.source_of(f"{name}.{key}").startswith("preset ")}
+        tree[name] = value.model_dump(include=own)
+    # What was changed in place since: inside a list or mapping, over a preset's value, or a teacher without its constants.
     again = with_overrides(tree, None, "the recipe", recipe.name).model_dump()
-    for (
-        name,
-        value,
-    ) in recipe.model_dump().items():  # what was changed inside a list or mapping, or around a teacher, in place
-        if value == again[name]:
-            continue
+    for name, value in recipe.model_dump().items():
         if isinstance(getattr(recipe, name), Section):
             tree[name] |= {key: own for key, own in value.items() if own != again[name][key]}
-        else:
+        elif value != again[name]:
             tree[name] = value
     return tree
 

@@ -289,7 +289,7 @@ def _check(base: Recipe, ranges: dict[str, Range], folder: Path, display: Displa
         for value in drawn_from.ends:
             recipe = _trial_recipe(base, {key: value}, folder, 0)
             _check_teacher(recipe)
-            if drawn_from.choices or key.startswith("model."):
+            if drawn_from.choices or key.startswith(("model.", f"{base.method}.")):
                 check_recipe(recipe, (base.method,), display)
 
 

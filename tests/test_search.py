@@ -221,6 +221,8 @@ def test_whole_numbers_are_drawn_for_whole_settings_and_logarithmic_ranges_evenl
         ("pskd.alpha=0.5", "a single value is no choice"),
         ("pskd.alpha", "write --over setting=low:high"),
         ("epochs=1.5:4", "whole number"),
+        ("pskd.store_topk=2:12", "pskd.store_topk 12 must be from 1 to 9, below the 10 classes"),
+        ("pskd.store_topk=2,20", "pskd.store_topk 20 must be from 1 to 9"),
         ("cskd.weight=1:3", "of method pskd it decides nothing"),
         ("tracking.log_every=1:3", "decides nothing"),
         ("seed=1:3", "a search fixes it"),

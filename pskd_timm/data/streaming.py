@@ -121,9 +121,8 @@ def _ahead(loader: Iterable, device: torch.device) -> Iterator:
 
 
 def _arrived(batch: tuple, copied: torch.cuda.Event) -> tuple:
-    torch.cuda.current_stream().wait_event(
-        copied
-    )  # not for the whole stream, where the next batch's copy is queued by now
+    # Not for the whole stream, where the next batch's copy is queued by now.
+    torch.cuda.current_stream().wait_event(copied)
     for tensor in (batch[0], *batch[1]):
         tensor.record_stream(torch.cuda.current_stream())
     return batch

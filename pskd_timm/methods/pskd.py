@@ -9,7 +9,7 @@ from .. import losses
 from ..errors import InputError
 from ..progress import readable
 from ..ranks import rank_and_world_size
-from ..store import PredictionStore, choose_device, store_bytes
+from ..store import PredictionStore, choose_device, row_format, store_bytes
 from .base import Method
 from .sections import alpha_at
 from .snapshot import Snapshot
@@ -68,6 +68,10 @@ class PSKD(Method):
             f"{f', the {self.topk} largest of each row' if self.topk else ''}, {readable(num_bytes)} a rank on {where.type}"
         )
         return self
+
+    def check(self, model, num_classes):
+        if self.teacher == "store":
+            row_format(num_classes, self.store_dtype, self.topk)
 
     def describe(self):
         if self.topk and (error := self.store.topk_error()):

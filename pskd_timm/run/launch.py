@@ -50,7 +50,8 @@ def connect(recipe: Recipe) -> Accelerator:
     if 0 < num_gpus <= local_rank:
         raise InputError(
             f"process {local_rank} of this machine sees {num_gpus} GPU{'s' if num_gpus > 1 else ''}: start at most as many "
-            "processes as GPUs, and have each see them all (with Slurm no --gpus-per-task and no --gpu-bind)"
+            "processes as GPUs, and have each see them all (no CUDA_VISIBLE_DEVICES of its own, with Slurm no --gpus-per-task "
+            "and no --gpu-bind)"
         )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
